@@ -26,10 +26,13 @@ class Exchange(NamedTuple):
     """Conversation with the worse response."""
 
 
-def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None) -> Exchange:
-    before = _spoken(prompt, "prompt", "user", 0)
-    after = _spoken(response, "response", "assistant", len(before))
-    rejected = None if worse is None else _spoken(worse, "response", "assistant", len(before))
+def _exchange(row: Columns, asks: str, response: str, asked: list[Message] | None = None) -> Exchange:
+    """Joins prompt and response, and ``rejected`` beside ``chosen``; ``asked`` replaces a prompt of text."""
+    prompt, system = (row[asks] if asked is None else ""), row.get("system")
+    real, worse = unpacked_responses(prompt, row[response], row.get("rejected") if response == "chosen" else None)
+    before = _spoken(unpacked(prompt) if asked is None else asked, asks, "user", 0)
+    after = _spoken(real, response, "assistant", len(before))
+    rejected = None if worse is None else _spoken(worse, "rejected", "assistant", len(before))
     if before or system is None:  # both conversations share the messages before the response
         before, system = _with_system(before, system), None
     return Exchange(
@@ -38,17 +41,27 @@ def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None)
     )
 
 
+def unpacked_responses(prompt: Any, response: Any, worse: Any) -> tuple[Any, Any]:
+    """Parses responses that are messages stored as JSON text; returns others unchanged.
+
+    JSON text is what a model may be asked to write, so one response alone is parsed only if its prompt is messages,
+    too, and two only if both are messages.
+    """
+    found = unpacked(response), unpacked(worse)
+    asked = unpacked(prompt) if worse is None else found[1]
+    return (response, worse) if isinstance(asked, str) or isinstance(found[0], str) else found
+
+
 def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:
-    value = unpacked(value)
     if isinstance(value, str):
-        return [spoken(role, value, start)]
+        return [spoken(role, value, start, column)]
     if is_message(value):
         return parse_messages([value], start)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         raise Unusable("malformed", f"{column}: expected a text or messages, found a list of {len(value)} texts")
-    return (
-        parse_messages(listed(value, column), start) if isinstance(value, list | dict) else [spoken(role, value, start)]
-    )
+    if isinstance(value, list | dict):
+        return parse_messages(listed(value, column), start)
+    return [spoken(role, value, start, column)]
 
 
 def _with_system(messages: list[Message], system: Any) -> list[Message]:
@@ -58,7 +71,7 @@ def _with_system(messages: list[Message], system: Any) -> list[Message]:
         if isinstance(system, str) and messages[0]["content"].strip() == system.strip():
             return messages
         raise Unusable("malformed", "has a column system and another system message")
-    return [spoken("system", system, 0), *messages]
+    return [spoken("system", system, 0, "system"), *messages]
 
 
 def read_messages(row: Columns) -> Exchange:
@@ -71,11 +84,11 @@ def read_sharegpt(row: Columns) -> Exchange:
 
 def read_alpaca(row: Columns) -> Exchange:
     """Joins instruction and input by an empty line; ``history`` holds earlier turns."""
-    return _exchange(_instructed(row), row["output"], None, row.get("system"))
+    return _exchange(row, "instruction", "output", _instructed(row))
 
 
 def read_alpaca_preferred(row: Columns) -> Exchange:
-    return _exchange(_instructed(row), row["chosen"], row.get("rejected"), row.get("system"))
+    return _exchange(row, "instruction", "chosen", _instructed(row))
 
 
 def _instructed(row: Columns) -> list[Message]:
@@ -87,24 +100,21 @@ def _instructed(row: Columns) -> list[Message]:
     before = []
     history = decoded(row.get("history")) or []
     for turn in history if isinstance(history, list) else [history]:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise Unusable("malformed", "history must hold pairs of instruction and output")
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(each, str) for each in turn):
+            raise Unusable("malformed", "history must hold pairs of texts, instruction and output")
         before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return [*before, {"role": "user", "content": asked}]
 
 
 def answered(asks: str, response: str) -> Callable[[Columns], Exchange]:
-    return lambda row: _exchange(row[asks], row[response], None, row.get("system"))
-
-
-def preferred(asks: str) -> Callable[[Columns], Exchange]:
-    return lambda row: _exchange(row[asks], row["chosen"], row.get("rejected"), row.get("system"))
+    return lambda row: _exchange(row, asks, response)
 
 
 def read_sharegpt_preferred(row: Columns) -> Exchange:
     """Reads LLaMA-Factory's rows, whose ``chosen`` and ``rejected`` are one message each."""
     asked, rejected = listed(row["conversations"], "conversations"), unpacked(row.get("rejected"))
-    return _exchange(asked, [row["chosen"]], None if rejected is None else [rejected], row.get("system"))
+    alone = {"chosen": [row["chosen"]], "rejected": None if rejected is None else [rejected]}
+    return _exchange(row | {"conversations": asked} | alone, "conversations", "chosen")
 
 
 def both(better: str, worse: str) -> Callable[[Columns], Exchange]:

@@ -138,6 +138,28 @@ _BEGINNINGS = {
 """Error messages by a file's first bytes."""
 
 
+def cure_of_name(uri: str) -> str | None:
+    """Returns the kind and cure of a file whose name tells of no kind; None if its beginning tells of none, either."""
+    if codec_of(uri):
+        return "is compressed; unpack it (text alone may be compressed)"
+    store, path = filesystem(uri)
+    try:
+        with store.open_input_file(path) as file:
+            head = file.read(512)
+    except (pa.ArrowException, OSError):
+        return None
+    if head.startswith(b"PK") and uri.lower().endswith((".xlsx", ".xlsm", ".ods")):
+        return "is a table of a spreadsheet; save it as CSV in UTF-8"
+    return other_kind(head) or json_kind(head.decode(errors="replace").lstrip("\ufeff \t\r\n"))
+
+
+def json_kind(text: str) -> str | None:
+    """Returns the cure of JSON under another name."""
+    if re.match(r'\{\s*"|\[\s*\{', text):
+        return f"is JSON; its name must end with {'.json' if text[0] == '[' else '.jsonl'}"
+    return None
+
+
 def other_kind(head: bytes, kind: str = "") -> str | None:
     """Returns the kind and cure of data that begins with ``head``; None for text, and for ``kind`` itself."""
     own = {".parquet": b"PAR1", ".arrow": b"ARROW1"}.get(kind)

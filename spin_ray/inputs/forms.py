@@ -19,12 +19,12 @@ from spin_ray.inputs.exchanges import (
     answered,
     both,
     is_conversation,
-    preferred,
     read_alpaca,
     read_alpaca_preferred,
     read_messages,
     read_sharegpt,
     read_sharegpt_preferred,
+    unpacked_responses,
 )  # fmt: skip
 from spin_ray.inputs.messages import decoded, is_message, unpacked, unread_keys
 
@@ -75,7 +75,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="prompt_chosen_rejected", needs=("prompt", "chosen"), may=("rejected", "system"),
-        read=preferred("prompt"), asks="prompt", response="chosen",
+        read=answered("prompt", "chosen"), asks="prompt", response="chosen",
         known_from="TRL with explicit prompts (texts or messages), most preference data",
         example={"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     ),
@@ -119,7 +119,7 @@ FORMS: tuple[Form, ...] = (
         example={"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"},
     ),
     Form(
-        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=preferred("question"),
+        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=answered("question", "chosen"),
         asks="question", response="chosen",
         known_from="Orca DPO pairs",
         example={"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"},
@@ -133,10 +133,11 @@ FORMS: tuple[Form, ...] = (
 )  # fmt: skip
 """All forms; the first that matches a row wins."""
 
+_ASKS = tuple(dict.fromkeys(form.asks for form in FORMS if form.asks is not None))
 BY_NAME = {form.name: form for form in FORMS}
 BESIDE = ("answer", "tools", "label")
 """Columns that every form may have: answer for grading, tools, KTO's label."""
-OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations"}
+OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations", "kto_tag": "label"}
 """Other names of columns, read where a row has no value under the usual name."""
 _HINTS = {
     "prompt": ("query", "question", "problem", "instruction", "input", "inputs", "user", "request"),
@@ -163,17 +164,24 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
         taken = set(data.columns.values())
         rest = {name: value for name, value in content.items() if name not in taken}
         content = rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
-    if "label" in data.columns and (said := str(content.get("label")).strip()) in _NUMBERS:
-        content = content | {"label": _NUMBERS[said]}
+    tagged = "label" in data.columns or ("kto_tag" in content and content.get("label") is None)
     for other, name in OTHER_NAMES.items():
         if other in content and content.get(name) is None:
             content = {(name if key == other else key): value for key, value in content.items() if key != name}
-    chosen = unpacked(content.get("chosen"))
-    return content if chosen is content.get("chosen") else content | {"chosen": chosen}
+    if tagged and (said := str(content.get("label")).strip()) in _NUMBERS:
+        content = content | {"label": _NUMBERS[said]}
+    if not isinstance(content.get("chosen"), str):
+        return content
+    prompt = next((content[name] for name in _ASKS if content.get(name) is not None), None)
+    said = unpacked(content["chosen"])
+    if isinstance(said, list) and said[0].get("content") == prompt:
+        prompt = None  # chosen is the whole conversation, as in UltraFeedback
+    chosen, _ = unpacked_responses(prompt, content["chosen"], content.get("rejected"))
+    return content | {"chosen": chosen}
 
 
 _NUMBERS = {"0": False, "0.0": False, "1": True, "1.0": True}
-"""KTO's labels as numbers, read only if ``data.columns`` maps ``label``: elsewhere numbers name classes."""
+"""KTO's labels as numbers, read only of ``kto_tag`` and if ``data.columns`` maps ``label``: others name classes."""
 
 
 def is_wanted(label: Any) -> bool | None:
@@ -325,10 +333,13 @@ def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
     names = list(_unread(form.name, tuple(row)))
     if row.get("label") is not None and is_wanted(row["label"]) is None:
         names.append("label")
+    if form.asks is not None:
+        responses = unpacked_responses(row.get(form.asks), row.get(form.response), row.get("rejected"))
+        row = {**row, form.asks: unpacked(row.get(form.asks)), form.response: responses[0], "rejected": responses[1]}
     for column in (*form.needs, *form.may):
         value = row.get(column)
-        if isinstance(value, str):
-            value = decoded(value) if form.asks is None and column != "system" else unpacked(value)
+        if isinstance(value, str) and form.asks is None and column != "system":
+            value = decoded(value)
         if isinstance(value, list | dict):
             names += [f"{column}.{key}" for key in sorted(unread_keys(value))]
     return names

@@ -22,7 +22,7 @@ CALL = "function_call"
 _ROLES = ", ".join(_NAMES)
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 """Keys of a thought; chat templates use the first."""
-_LEARNT = ("weight", "train", "loss", "trainable")
+_LEARNT = ("weight", "train", "training", "loss", "trainable")
 """Keys whose value false (``weight``: also 0) excludes a message from learning."""
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Keys that a template may write besides role and content."""
@@ -106,8 +106,10 @@ def parse_messages(values: list[Any], start: int = 0) -> list[Message]:
     return [_parse(index, value) for index, value in enumerate(values, start)]
 
 
-def spoken(role: str, text: Any, index: int) -> Message:
-    """Returns a message; raises Unusable if ``text`` is neither text nor text parts."""
+def spoken(role: str, text: Any, index: int, column: str) -> Message:
+    """Returns the message that a column holds; raises Unusable if ``text`` is neither text nor text parts."""
+    if not isinstance(text, str | list):
+        raise Unusable("malformed", f"{column}: must be text, found {type(text).__name__}")
     text = _text(index, text)
     _check_unicode(index, text)
     return {"role": role, "content": text}
@@ -139,7 +141,7 @@ def _parse(index: int, value: Any) -> Message:
     if thought:
         message["reasoning_content"] = thought
     if given == CALL or value.get(CALL):
-        message["tool_calls"] = [_call(index, content if given == CALL else value[CALL])]
+        message["tool_calls"] = _calls(index, content if given == CALL else value[CALL])
         content = "" if given == CALL else content
     if "tool_calls" in message:
         message["tool_calls"] = decoded(message["tool_calls"])
@@ -209,11 +211,16 @@ def _either(index: int, value: dict[str, Any], *names: str) -> Any:
     return first
 
 
-def _call(index: int, value: Any) -> dict[str, Any]:
-    function = decoded(value)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Unusable("malformed", f"message {index}: {CALL} must be JSON with name and arguments")
-    return {"type": "function", "function": function}
+def _calls(index: int, value: Any) -> list[dict[str, Any]]:
+    """Returns the calls of a message: one, or a list of those made at once."""
+    found = decoded(value)
+    functions = found if isinstance(found, list) and found else [found]
+    for function in functions:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable(
+                "malformed", f"message {index}: {CALL} must be JSON with name and arguments, or a list of it"
+            )
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def _text(index: int, content: Any) -> str:

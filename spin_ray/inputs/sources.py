@@ -4,13 +4,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs
 
 from spin_ray.errors import DataError
-from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, kind_of
+from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, cure_of_name, kind_of
 from spin_ray.inputs.files import filesystem as _filesystem
+from spin_ray.inputs.forms import COLUMNS, OTHER_NAMES
 from spin_ray.inputs.tables import read_table, split_table
 from spin_ray.inputs.texts import read_text, split_text
 
@@ -35,12 +37,13 @@ def find_files(source: str) -> list[str]:
     if not infos:
         shown, hint = " ".join(source.split()), _hint(source)
         raise DataError(f"{shown}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI){hint}")
+    prefix = source[: source.index("://") + 3] if "://" in source else ""
     for info in infos:
         if not info.path.lower().endswith(SUFFIXES):
-            raise DataError(f"{info.path}: unknown kind of data file; expected one of {', '.join(SUFFIXES)}")
+            unknown = f"unknown kind of data file; expected one of {', '.join(SUFFIXES)}"
+            raise DataError(f"{info.path}: {cure_of_name(prefix + info.path) or unknown}")
         if info.size == 0:
             raise DataError(f"{info.path}: is empty")
-    prefix = source[: source.index("://") + 3] if "://" in source else ""
     return sorted(prefix + info.path for info in infos)
 
 
@@ -60,7 +63,9 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
         base = path[: path[: wild.start()].rfind("/") + 1]
         below = "/" in path[len(base) :]
         infos = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=below, allow_not_found=True))
-        return [info for info in infos if _matches(info.path, path)]
+        matching = [info for info in infos if _matches(info.path, path)]
+        _refuse_columns_of_folders([info.path for info in matching], base, source)
+        return matching
     info = filesystem.get_file_info(path)
     if info.type != pyarrow.fs.FileType.Directory:
         return [info]
@@ -69,15 +74,31 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
         return saved
     found = [info for info in infos if info.type == pyarrow.fs.FileType.File and _is_data(info.path, path)]
     _refuse_several_splits([info.path for info in found], path, source)
+    _refuse_columns_of_folders([info.path for info in found], path, source)
     return found
 
 
+def _refuse_columns_of_folders(files: list[str], folder: str, source: str) -> None:
+    """Refuses Hive's partitions by a column of the forms: the files themselves lack it."""
+    for file in files:
+        for part in _below(file, folder).split("/")[:-1]:
+            name, equals, _ = part.partition("=")
+            if equals and unquote(name) in (*COLUMNS, *OTHER_NAMES):
+                raise DataError(
+                    f"{source}: the folder {part} holds the column {name} in its name, which is not read; write it "
+                    "into the files, or name folders whose rows are all to be learnt one by one"
+                )
+
+
 def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:
-    splits = {_SPLITS[found[-1]] for file in files if (found := _SPLIT.findall(_below(file, folder).lower()))}
+    splits: dict[str, str] = {}
+    for file in files:
+        if found := [*_SPLIT.finditer(_below(file, folder))]:
+            splits.setdefault(str(found[-1].lastgroup), found[-1][0])  # the word closest to the file's end
     if len(splits) > 1:
         raise DataError(
             f"{source}: holds files of several splits ({', '.join(sorted(splits))}); name one by its folder, or by a "
-            f"glob such as {source.rstrip('/')}/**/*{min(splits & {'train'} or splits)}*"
+            f"glob such as {source.rstrip('/')}/**/*{splits[min({'train'} & splits.keys() or splits)]}*"
         )
 
 
@@ -143,9 +164,16 @@ def _matches(path: str, glob: str) -> bool:
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+(@[\w./-]+)?")
 _WILD = re.compile(r"\*\*/|\*|\?|\[[^/\]]+\]")
 _MEANING = {"**/": r"(?:(?!\.)[^/]+/)*", "*": r"(?:(?<!/)|(?!\.))[^/]*", "?": r"(?:(?<!/)|(?!\.))[^/]"}
-_SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
-           "val": "validation", "dev": "validation", "eval": "test", "heldout": "test", "holdout": "test"}  # fmt: skip
-_SPLIT = re.compile(rf"(?<=[/_.=-])({'|'.join(_SPLITS)})(?=[/_.-])")
+_SPLITS = {
+    "train": "train(ing|set|data)?",
+    "test": "test(ing|set|data)?|eval(uation|set|data)?|(held|hold)[-_ ]?out",
+    "validation": "validation|valid(set)?|val(set|data)?|dev(set|data)?",
+}
+_SPLIT = re.compile(
+    rf"(?<![^\W\d_])(?:{'|'.join(f'(?P<{name}>{words})' for name, words in _SPLITS.items())})(?![^\W\d_])",
+    re.IGNORECASE,
+)
+"""A split's word that no letter touches: digits, signs and blanks part words, as they do for ``datasets``."""
 _BESIDE = re.compile(r"/[._]")
 """Beginning of hidden names and of programs' own names."""
 

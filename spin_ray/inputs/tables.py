@@ -18,8 +18,8 @@ _ROWS, _ROWS_OF_MEDIA = 2**16, 128
 """Parquet rows read at a time; fewer where texts may hold images."""
 _Change = Callable[[Any], Any]
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
-_STRANGE = (KeyError, ValueError, OverflowError)
-"""Errors of pyarrow for values that Python cannot hold, e.g. the year 200000."""
+_STRANGE = (KeyError, ValueError, OverflowError, TypeError)
+"""Errors of pyarrow for values that Python cannot hold, e.g. the year 200000 or a map with structs as keys."""
 
 
 def split_table(uri: str, width: int) -> list[Slice]:
@@ -50,7 +50,7 @@ def read_table(piece: Slice, columns: Mapping[str, str]) -> Iterator[SourceRow]:
     if kind_of(piece.uri) == ".parquet":
         file = _parquet(piece.uri)
         names = file.schema_arrow.names
-        wanted = _wanted(names, columns.values(), piece.uri)
+        wanted = _wanted(file.schema_arrow, columns.values(), piece.uri)
         first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
         leaves = _media_leaves(file.schema, {*names} - {*wanted})
@@ -63,17 +63,30 @@ def read_table(piece: Slice, columns: Mapping[str, str]) -> Iterator[SourceRow]:
             return
         if number >= piece.start:
             names = batch.schema.names
-            wanted = _wanted(names, columns.values(), piece.uri)
+            wanted = _wanted(batch.schema, columns.values(), piece.uri)
             media = [name for name in names if name in MEDIA and name not in wanted]
             yield from _rows(piece.uri, iter([batch.select([*wanted, *media])]), names, wanted, first, columns)
         first += batch.num_rows
 
 
-def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
+def _wanted(schema: pa.Schema, columns: Iterable[str], uri: str) -> list[str]:
+    """Returns the known columns; without any, those that Python can hold, for a hint."""
+    names = schema.names
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{uri}: has the column {twice} twice")
     known = {*COLUMNS, *OTHER_NAMES, *columns}
-    return [name for name in names if name in known] or names
+    return [name for name in names if name in known] or [
+        field.name for field in schema if not any(pa.types.is_nested(kind) for kind in _key_types(field.type))
+    ]
+
+
+def _key_types(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """Yields the types of the keys of all maps in a type."""
+    if pa.types.is_map(kind):
+        yield kind.key_type
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    for each in inner or ([kind.value_type] if pa.types.is_dictionary(kind) else []):
+        yield from _key_types(each)
 
 
 def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
@@ -124,11 +137,15 @@ def _rows(
         except _STRANGE as error:
             raise DataError(f"{uri}: holds what cannot be read near row {first} ({first_line(error)})") from error
         without_nulls = _without_nulls_in(batch.schema, columns)
+        with_maps = [field.name for field in batch.schema if any(map(_is_no_key, _key_types(field.type)))]
         for offset, row in enumerate(rows):
             # pandas writes NaN, which differs from itself, for a missing number
             content = {name: value for name, value in row.items() if value is not None and value == value}
             for name in without_nulls.keys() & content.keys():
                 content[name] = without_nulls[name](content[name])
+            for name in with_maps:
+                if name in content:
+                    content[name] = _with_text_keys(content[name])
             raw = json.dumps(content, default=str).encode()
             left = tuple(name for name in unread if name not in media or media[name][offset]) if media else unread
             yield SourceRow(f"{uri}: row {first + offset}", content, raw, left)
@@ -168,6 +185,21 @@ def _without_nulls(kind: pa.DataType) -> _Change | None:
     if pa.types.is_map(kind):
         return lambda value: {key: each if each is None else change(each) for key, each in value.items()}
     return lambda value: [each if each is None else change(each) for each in value]
+
+
+def _is_no_key(kind: pa.DataType) -> bool:
+    return not (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Gives JSON's objects the keys that they may have, e.g. dates and bytes as text."""
+    if isinstance(value, dict):
+        return {_text_key(key): _with_text_keys(each) for key, each in value.items()}
+    return [_with_text_keys(each) for each in value] if isinstance(value, list) else value
+
+
+def _text_key(key: Any) -> str:
+    return key.decode(errors="backslashreplace") if isinstance(key, bytes) else str(key)
 
 
 def _same(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from spin_ray.errors import DataError, first_line
-from spin_ray.inputs.files import CHUNK, Slice, SourceRow, codec_of, filesystem, head_of, kind_of, open_text
+from spin_ray.inputs.files import CHUNK, Slice, SourceRow, codec_of, filesystem, head_of, json_kind, kind_of, open_text
 from spin_ray.inputs.forms import COLUMNS, jq_key
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
@@ -232,8 +232,10 @@ def _read_csv(uri: str) -> Iterator[SourceRow]:
 
 
 def _check_marks(text: str, path: str, mark: str) -> None:
-    if re.match(r'\{\s*"|\[\s*\{', text):
-        raise DataError(f"{path}: is JSON; its name must end with {'.json' if text[0] == '[' else '.jsonl'}")
+    if found := json_kind(text):
+        raise DataError(f"{path}: {found}")
+    if re.match(r'"?sep=.', text, re.IGNORECASE):
+        raise DataError(f"{path}: begins with Excel's line sep=; take it away: tail -n +2 FILE > NEW.csv")
     header = re.sub(r'"(?:[^"]|"")*"', "", text).lstrip().partition("\n")[0]
     cells = {each: {cell.strip() for cell in header.split(each)} for each in ",;\t|"}
     other = max(cells.keys() - {mark}, key=lambda each: (header.count(each), each))

@@ -180,8 +180,13 @@ def count_rows(files: list[str]) -> int:
 # Memory
 
 
-def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> list[Phase]:
+def check_memory(
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, least_pack: int | None = None
+) -> list[Phase]:
     """Returns the phases of the run.
+
+    Args:
+        least_pack: least ``train.pack_length`` of the algorithm; None: SPIN's.
 
     Raises:
         ResourceError: a stage does not fit in memory; the message names settings that would.
@@ -194,7 +199,7 @@ def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: 
     if failing is None:
         return phases
     where = cluster.gpu or "the CPU's share of memory"
-    wanted = remedies(config, shape, cluster, work, failing.name)
+    wanted = remedies(config, shape, cluster, work, failing.name, least_pack)
     advice = f"it would fit with {' or with '.join(wanted)}" if wanted else "no setting tried makes it fit"
     raise ResourceError(
         f"{failing.name} does not fit on {where}: needs {failing.needed / GB:.1f} GB ({purposes(failing)}), "

@@ -16,13 +16,15 @@ from spin_ray.planning.run_cost import plan_run
 from spin_ray.planning.work import Work
 
 
-def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str) -> list[str]:
+def remedies(
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, least_pack: int | None = None
+) -> list[str]:
     """Returns each change that suffices alone; else one combination, or nothing."""
 
     def words(changes: dict[str, Any]) -> str | None:
         return _if_it_fits(config, shape, cluster, work, stage, changes)
 
-    candidates = list(_changes(config, shape, stage))
+    candidates = list(_changes(config, shape, stage, least_pack))
     alone: dict[frozenset[str], str] = {}
     for changes in candidates:
         if frozenset(changes) not in alone and (shown := words(changes)):
@@ -56,7 +58,7 @@ def _if_it_fits(
     return " ".join([*words, f"--nodes={nodes}"] if nodes > cluster.nodes else words)
 
 
-def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict[str, Any]]:
+def _changes(config: SpinConfig, shape: ModelShape, stage: str, least_pack: int | None) -> Iterator[dict[str, Any]]:
     """Yields changes, the least harmful first. Objective, data and batch stay."""
     train = config.train
     if stage == "generation":
@@ -78,7 +80,7 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict
         yield {"train.reduce_every_pack": True}
     for times in (2, 4):  # a rank with a single pack keeps no whole gradients
         yield {"train.pack_length": times * train.pack_length}
-    yield {"train.pack_length": config.longest_tree}
+    yield {"train.pack_length": least_pack or config.longest_tree}
     for times in (2, 4, 8, 16):
         yield {"train.workers": times * train.workers}
 

@@ -65,6 +65,10 @@ class Algorithm(ABC):
         """Yields a sentence for each unusable setting."""
         yield from ()
 
+    def least_pack(self, config: SpinConfig) -> int:
+        """Returns the least ``train.pack_length``: the tokens of the longest prompt with its responses."""
+        return config.longest_tree
+
     def check_rows(self, run: RunDir, config: SpinConfig) -> None:  # noqa: B027
         """Raises DataError if the committed prompts or questions lack what the algorithm needs of them."""
 

@@ -16,12 +16,14 @@ class Dpo(Algorithm):
     """DPO of ``chosen`` against ``rejected``, with θ_t as reference."""
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
-        longest = 2 * config.model.max_length - 1  # a prompt of one token, and two responses
-        if config.train.pack_length < longest:
+        if config.train.pack_length < self.least_pack(config):
             yield (
                 f"train.pack_length: {config.train.pack_length} may not hold a prompt with both responses of its row; "
-                f"raise it to {longest} (2 × model.max_length - 1) or lower model.max_length"
+                f"raise it to {self.least_pack(config)} (2 × model.max_length - 1) or lower model.max_length"
             )
+
+    def least_pack(self, config: SpinConfig) -> int:
+        return 2 * config.model.max_length - 1  # a prompt of one token, and two responses
 
     def make_pairs(self, turn: Turn) -> None:
         """Commits the pairs.

@@ -8,6 +8,7 @@ from math import ceil
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
+from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.planning.plan import check_memory
@@ -46,7 +47,8 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
         try:
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
             work = _work(seen, config)
-            phases = check_memory(config.settle_sizes(rows=work.rows), seen.shape, machines.cluster, work)
+            sized, least = config.settle_sizes(rows=work.rows), find_algorithm(config.algorithm).least_pack(config)
+            phases = check_memory(sized, seen.shape, machines.cluster, work, least)
         except ResourceError as error:
             misfit = misfit or str(error)
         else:
@@ -101,7 +103,7 @@ def _rounded(length: int, step: int) -> int:
 
 def _machines(lengths: Settings, machines: Machines) -> Settings:
     tree = SpinConfig.model_validate(tree_of(lengths | _NO_CHECK))
-    least = tree.longest_tree
+    least = find_algorithm(tree.algorithm).least_pack(tree)
     if not machines.gpus:
         return {
             "generation.resources.cpus": Setting(machines.cpus, "every core of this machine"),
@@ -143,7 +145,8 @@ def _batch(given: Settings, seen: Look) -> Settings:
 def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
     """Yields changes of settings, the least harmful first."""
     config = parse_config(tree_of(base), source="the settings given")
-    small = {"train.pack_length": Setting(config.longest_tree, "the least that holds a prompt with both responses")}
+    least = find_algorithm(config.algorithm).least_pack(config)
+    small = {"train.pack_length": Setting(least, "the least that holds a prompt with both responses")}
     if not machines.gpus:
         for cache, packs in product((2, 4, 8, 16), ({}, small)):
             yield packs | ({"generation.engine.cpu_kv_cache_gib": Setting(cache)} if cache > 2 else {})

@@ -37,7 +37,7 @@ def read_foreign(file: Path, gpus: int) -> Foreign:
             "LLaMA-Factory (stage)"
         )
     found = Foreign(file, tool, "sft", gpus)
-    if tool is TRL and (other := other_method_of(config, file.name)):
+    if other := other_method_of(config, file, tool):
         raise ConfigError(f"{file}: {other} is of another method; only sft and dpo can be read")
     for key, value in config.items():
         name = tool.keys.get(key)

@@ -1,7 +1,8 @@
 """Keys and defaults of TRL 1.16, transformers 5.19, axolotl 0.19 and LLaMA-Factory 0.9.5."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -91,11 +92,15 @@ _DPO_OF_TRL = ("beta", "max_prompt_length", "max_completion_length", "precompute
 _DPO_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
                "aot", "aot_unpaired", "aot_pair", "discopop", "apo_zero", "apo_down")  # fmt: skip
 _OTHER_METHODS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight", "undesirable_weight",
-                  "num_ppo_epochs", "simpo_gamma", "cpo_alpha", "lmbda")  # fmt: skip
+                  "num_ppo_epochs", "simpo_gamma", "cpo_alpha", "lmbda", "center_rewards_coefficient",
+                  "train_on_last_step_only", "step_separator")  # fmt: skip
 """Keys of TRL's other trainers, some of which also have ``beta`` or ``loss_type``."""
 _OTHER_LOSSES = ("kto", "apo_zero_unpaired", "simpo", "grpo", "dr_grpo", "dapo", "bnpo")
 """Losses of TRL that neither SFT nor DPO has."""
-_OTHER_TRAINERS = ("kto", "orpo", "grpo", "ppo", "cpo", "simpo", "gkd")
+_OTHER_TRAINERS = ("kto", "orpo", "grpo", "ppo", "cpo", "simpo", "gkd", "rloo", "bco", "reward", "prm")
+_OTHER_MODELS = ("ForSequenceClassification", "ForTokenClassification")
+_OTHER_ROWS = ("completion", "pretrain", "bradley_terry", "stepwise_supervised")
+"""Axolotl's types of rows without a prompt, or without a response to learn."""
 _ADVICE = {
     **dict.fromkeys(("val_set_size", "val_size"), "give rows of their own as data.heldout"),
     **dict.fromkeys(
@@ -132,13 +137,40 @@ def _losses_of(config: Mapping[str, Any]) -> list[str]:
     return [str(loss) for loss in (given if isinstance(given, list) else [given])]
 
 
-def other_method_of(config: Mapping[str, Any], file_name: str) -> str | None:
-    """Returns the key, loss or word of the file's name that shows a method other than SFT and DPO."""
-    words = re.split(r"[^a-z]+", file_name.lower())
-    named = [] if {"sft", "dpo"} & set(words) else [word for word in words if word in _OTHER_TRAINERS]
-    losses = [f"loss_type {loss}" for loss in _losses_of(config) if loss in _OTHER_LOSSES]
-    keys = [key for key in _OTHER_METHODS if config.get(key) is not None]
-    return next(iter(keys + losses + named), None)
+def other_method_of(config: Mapping[str, Any], file: Path, tool: Tool) -> str | None:
+    """Returns what shows a method other than SFT and DPO; LLaMA-Factory's is named by its stage."""
+    if tool is TRL:
+        losses = [f"loss_type {loss}" for loss in _losses_of(config) if loss in _OTHER_LOSSES]
+        keys = [key for key in _OTHER_METHODS if config.get(key) is not None]
+        return next(iter(keys + losses), None) or _other_word(config, file)
+    if tool is AXOLOTL:
+        return next(_other_keys_of_axolotl(config), None)
+    return None
+
+
+def _other_word(config: Mapping[str, Any], file: Path) -> str | None:
+    """Returns the other method named at the nearest place that names any; a name with sft or dpo, too, is theirs."""
+    folder = file.absolute().parent
+    named = [(key, config.get(key)) for key in ("output_dir", "hub_model_id", "run_name")]
+    above = folder.parent.name if folder.parent.name.lower() in _OTHER_TRAINERS else None  # a project may study several
+    for place, name in (("", file.name), ("its folder", folder.name), *named, (f"the folder {above}", above)):
+        words = re.split(r"[^a-z]+", str(name or "").lower())
+        if {"sft", "dpo"} & {*words}:
+            return None
+        if found := next((word for word in words if word in _OTHER_TRAINERS), None):
+            return f"{found} in the name of {place}" if place else found
+    return None
+
+
+def _other_keys_of_axolotl(config: Mapping[str, Any]) -> Iterator[str]:
+    yield from (key for key in ("reward_model", "process_reward_model", "pretraining_dataset") if config.get(key))
+    if str(config.get("model_type")).endswith(_OTHER_MODELS):
+        yield f"model_type {config['model_type']}"
+    listed = config.get("datasets")
+    for each in listed if isinstance(listed, list) else []:
+        kind = each.get("type") if isinstance(each, Mapping) else None
+        if isinstance(kind, str) and kind.partition(".")[0] in _OTHER_ROWS:
+            yield f"datasets' type {kind}"
 
 
 def reason_of(key: str) -> str:

@@ -1,9 +1,12 @@
 """Files as people have them: read right, refused in one line with the cure, or in quarantine with the reason."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
+from datetime import date
 from pathlib import Path
 from urllib.parse import quote
 
@@ -104,6 +107,20 @@ FILES = {
                                   ["a", "malformed: is the header again", "b"]),
     "JSON lines called .csv": ("a.csv", f"{ROW}\n", "is JSON; its name must end with .jsonl"),
     "an array called .csv": ("a.csv", f"[{ROW}]", "is JSON; its name must end with .json"),
+    "xz": ("a.jsonl.xz", lzma.compress(ROW.encode()), "is xz; unpack it"),
+    "bzip2": ("a.jsonl.bz2", bz2.compress(ROW.encode()), "is bzip2; unpack it"),
+    "gzip under its own name": ("a.jsonl.gzip", gzip.compress(ROW.encode()), "is gzip; its name must end with .gz"),
+    "zstd under its own name": ("a.jsonl.zstd", pa.compress(ROW.encode(), "zstd", asbytes=True), "must end with .zst"),
+    "compressed Parquet": ("a.parquet.gz", gzip.compress(b"PAR1"), "is compressed; unpack it"),
+    "Parquet of another name": ("a.pq", b"PAR1\0\0", "is Parquet; its name must end with .parquet"),
+    "Feather": ("a.feather", b"ARROW1\0\0", "is Arrow; its name must end with .arrow"),
+    "JSON lines of another name": ("a.jsonlines", f"\ufeff{ROW}\n", "is JSON; its name must end with .jsonl"),
+    "JSON lines as plain text": ("a.txt", ROW, "is JSON; its name must end with .jsonl"),
+    "an array as plain text": ("a.txt", f"[{ROW}]", "is JSON; its name must end with .json"),
+    "a spreadsheet": ("a.xlsx", b"PK\x03\x04", "is a table of a spreadsheet; save it as CSV"),
+    "plain text": ("a.txt", "hello", "unknown kind of data file; expected one of .jsonl"),
+    "nothing, of no kind": ("a.txt", "", "unknown kind of data file; expected one of .jsonl"),
+    "CSV of Excel": ("a.csv", "\ufeffsep=,\r\nprompt,response\r\nq,a\r\n", "tail -n +2 FILE > NEW.csv"),
     "a tar archive": ("a.jsonl", tar(f"{ROW}\n"), "is a tar archive; unpack it"),
     "a tar archive, compressed": ("a.jsonl.gz", gzip.compress(tar(f"{ROW}\n")), "is a tar archive; unpack it"),
     "a web page in small letters": ("a.jsonl", "<!doctype html>\n<html>", "is a web page; download the file itself"),
@@ -133,12 +150,23 @@ def test_a_file_is_read_or_refused_with_the_cure(tmp_path, name):
 
 
 TURNS = [("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]
+DAYS = pa.array([[(date(2020, 1, 1), "x")]], pa.map_(pa.date32(), pa.string()))
+STRUCTS = pa.array([[({"x": 1}, "x")]], pa.map_(pa.struct([("x", pa.int32())]), pa.string()))
+CURE = (
+    "malformed: needs messages, or prompt and response, or the columns of another form (docs/data.md); try "
+    'data.columns: {prompt: "Prompt", response: "Response"}'
+)
 COLUMNS = {
     "messages of maps": ({"messages": pa.array([list(TURNS)], pa.list_(pa.map_(pa.string(), pa.string())))}, ["a"]),
     "NaN beside texts": ({"instruction": ["q"], "output": ["a"], "answer": [float("nan")]}, ["a"]),
     "a struct that is null": ({"conversations": [[{"from": "human", "value": "q"}, None]]},
                               [f"malformed: message 1: needs a role of {messages._ROLES}, found NoneType"]),
-    "bytes": ({"prompt": [b"q"], "response": [b"a"]}, ["malformed: message 0: content must be text, found bytes"]),
+    "maps by day": ({"prompt": ["q"], "response": ["a"], "answer": DAYS}, ["a"]),
+    "maps by day, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": DAYS}, [CURE]),
+    "maps by bytes, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": pa.array([[(b"k", "x")]], pa.map_(
+        pa.binary(), pa.string()))}, [CURE]),
+    "maps by struct, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": STRUCTS}, [CURE]),
+    "bytes": ({"prompt": [b"q"], "response": [b"a"]}, ["malformed: prompt: must be text, found bytes"]),
 }  # fmt: skip
 
 
@@ -147,6 +175,7 @@ SAID = [{"role": "user", "content": "q", "created": 2**60}, {"role": "assistant"
 STRANGE = {
     "a time past any": pa.table({"messages": pa.array([SAID], pa.list_(pa.struct(MESSAGE)))}),
     "a day before any": pa.table({"ask": ["q"], "day": pa.array([-(10**7)], pa.date32())}),
+    "a map by struct": pa.table({"prompt": ["q"], "response": ["a"], "answer": STRUCTS}),
     "a map with a key twice": pa.table(
         {"messages": pa.array([[[("role", "user"), ("role", "x")]]], pa.list_(pa.map_(pa.string(), pa.string())))}
     ),
@@ -251,18 +280,103 @@ def test_splits_of_partitions_and_of_our_own_names_are_told(tmp_path, names):
         find_files(str(tmp_path))
 
 
+SPLITS = [
+    ("train1", "test1"), ("train 1", "test 1"), ("train2024", "val2024"),
+    ("training", "testing"), ("train", "evaluation"), ("sft_train_10k", "sft_test1k"), ("train/0", "test/0"),
+    ("my-train-v2", "my-eval-v2"), ("a.train", "a.dev"), ("Train/0", "Dev 2/0"),
+]  # fmt: skip
+"""Two files that ``datasets`` takes for two splits."""
+
+
+def written(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        (folder / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text(ROW)
+    return folder
+
+
+@pytest.mark.parametrize("names", [*SPLITS, ("train(1)", "test(1)"), ("train@1", "test@1"), ("train[1]", "dev[1]"),
+    ("train", "held-out"), ("trainset", "testset"), ("traindata", "testdata")])  # fmt: skip
+def test_files_of_two_splits_are_not_joined(tmp_path, names):
+    with pytest.raises(UserError, match="several splits") as caught:
+        find_files(str(written(tmp_path, names)))
+    glob = str(caught.value).rpartition(" ")[2]
+    assert "/" in names[0] or [Path(file).stem for file in find_files(glob)] == [names[0]]
+
+
+@pytest.mark.parametrize("names", [("train", "latest"), ("train", "contest"), ("train", "device"), ("a", "protest_1"),
+                                   ("train", "restraining"), ("train", "medieval"), ("train", "interval"),
+                                   ("training_1", "train_2"), ("train", "evaluations_of_staff")])  # fmt: skip
+def test_a_word_within_another_is_no_split(tmp_path, names):
+    assert len(find_files(str(written(tmp_path, names)))) == 2
+
+
+@pytest.mark.parametrize("names", [*SPLITS, ("train", "latest"), ("train", "contest"), ("training_1", "train_2")])
+def test_splits_are_those_of_datasets(tmp_path, names, monkeypatch):
+    """``load_dataset(FOLDER)`` finds them by the same words and the same bounds; letters may be small ones alone."""
+    data_files = pytest.importorskip("datasets.data_files")
+    names = tuple(name.lower() for name in names)
+    theirs = data_files.get_data_patterns(str(written(tmp_path, names)))
+    if len(theirs) > 1:
+        with pytest.raises(UserError, match="several splits"):
+            find_files(str(tmp_path))
+    else:
+        assert len(find_files(str(tmp_path))) == 2
+    assert (len(theirs) > 1) == (names in [tuple(name.lower() for name in pair) for pair in SPLITS])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("label", [True, False]), ("system", ["s", "t"]), ("system_prompt", ["s", "t"])]
+)
+def test_a_column_in_the_names_of_folders_is_refused(tmp_path, name, values):
+    """Hive's layout; a folder that the source itself names is the user's choice."""
+    table = pa.table({"prompt": ["q", "r"], "completion": ["a", "b"], name: values})
+    pq.write_to_dataset(table, tmp_path / "data", partition_cols=[name])
+    for source in (tmp_path / "data", tmp_path / "data/*/*.parquet", tmp_path / "data/**/*.parquet"):
+        with pytest.raises(UserError, match=f"{name}=.* holds the column {name} in its name, which is not read; write"):
+            find_files(str(source))
+    named = str(values[0]).lower() if isinstance(values[0], bool) else str(values[0])
+    assert read(tmp_path / "data" / f"{name}={named}") == ["a"]
+
+
+def test_a_column_that_no_form_reads_may_be_in_the_names_of_folders(tmp_path):
+    pq.write_to_dataset(pa.table({"prompt": ["q"], "completion": ["a"], "lang": ["en"]}), tmp_path, ["lang"])
+    assert read(tmp_path) == ["a"]
+
+
 # Rows
 
+CHAT = json.dumps(chat("q", "a"))
+SPOKEN = json.dumps(chat("q", "a")[1:])
 ROWS = {
     "LMSYS": ({"conversation": chat("q", "a"), "conversation_id": "x"}, "a"),
     "OpenOrca, mapped": ({"system_prompt": "s", "prompt": "q", "response": "a"}, "a"),
     "LLaMA-Factory": ({"instruction": "", "input": "q", "chosen": "a", "rejected": "b"}, "a"),
     "one message chosen": ({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}}, "a"),
     "JSON text of messages": ({"prompt": json.dumps(chat("q")), "completion": "a"}, "a"),
+    "JSON text of messages, both": ({"prompt": json.dumps(chat("q")), "completion": SPOKEN}, "a"),
+    "JSON text that answers messages": ({"prompt": chat("q"), "completion": SPOKEN}, "a"),
+    "a chat that was asked for": ({"prompt": "write a chat", "response": CHAT}, CHAT),
+    "a message that was asked for": ({"prompt": "write a chat", "completion": SPOKEN}, SPOKEN),
+    "a chat in Alpaca's columns": ({"instruction": "write a chat", "output": CHAT}, CHAT),
+    "a chat that answers a question": ({"question": "write a chat?", "answer": CHAT}, CHAT),
+    "a chat chosen over a text": ({"prompt": "write a chat", "chosen": CHAT, "rejected": "no"}, CHAT),
+    "a text chosen over a chat": ({"prompt": "write no chat", "chosen": "ok", "rejected": CHAT}, "ok"),
+    "a chat chosen, none rejected": ({"prompt": "write a chat", "chosen": CHAT, "rejected": None}, CHAT),
+    "a chat chosen in Alpaca's columns": ({"instruction": "write", "chosen": CHAT, "rejected": "no"}, CHAT),
+    "two messages as JSON text": ({"prompt": "q", "chosen": SPOKEN, "rejected": json.dumps(chat("q", "b")[1:])}, "a"),
+    "two conversations as JSON text": ({"prompt": "q", "chosen": CHAT, "rejected": json.dumps(chat("q", "b"))}, "a"),
+    "UltraFeedback as JSON text": ({"prompt": "q", "chosen": CHAT, "rejected": None}, "a"),
+    "a conversation as JSON text": ({"chosen": CHAT}, "a"),
     "a history as JSON text": ({"instruction": "q", "output": "a", "history": '[["x", "y"]]'}, "a"),
     "text that looks like JSON": ({"prompt": '[{"role": "admin"}]', "response": '["a"]'}, '["a"]'),
     "one role by two names": ({"messages": [chat("q")[0] | {"from": "human"}, *chat("q", "a")[1:]]}, "a"),
-    "two answers": ({"instruction": "q", "output": ["a", "b"]}, "found a list of 2 texts"),
+    "two answers": ({"instruction": "q", "output": ["a", "b"]}, "output: expected a text or messages, found a list"),
+    "a number for a response": ({"prompt": "2 + 2", "response": 4}, "malformed: response: must be text, found int"),
+    "a number for an output": ({"instruction": "2 + 2", "output": 4}, "malformed: output: must be text, found int"),
+    "a number for an answer": ({"question": "2 + 2", "answer": 4}, "malformed: answer: must be text, found int"),
+    "a list for a system": ({"messages": chat("q", "a"), "system": {"a": 1}}, "system: must be text, found dict"),
+    "numbers in a history": ({"instruction": "q", "output": "a", "history": [["x", 4]]}, "pairs of texts, instruction"),
     "an unwanted response": ({"prompt": "q", "completion": "a", "label": False}, "rejected: label is false"),
     "a label of something else": ({"prompt": "q", "completion": "a", "label": 0}, "a"),
     "an unknown role": ({"messages": [{"role": "claude", "content": "x"}]}, "assistant, tool, found 'claude'"),

@@ -15,7 +15,7 @@ from spin_ray.config.sections import DataConfig, FormName
 from spin_ray.errors import DataError
 from spin_ray.inputs import prompt_rows
 from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, read_row
-from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
+from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in, mapped
 from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.sources import SourceRow, read_slice, split
@@ -253,7 +253,8 @@ def answer(**keys):
 @pytest.mark.parametrize(
     ("keys", "unread"),
     [
-        ({"weight": 1}, []), ({"train": True}, []), ({"weight": 0.5}, ["weight"]), ({"loss": 0.0}, ["loss"]),
+        ({"weight": 1}, []), ({"train": True}, []), ({"training": True}, []), ({"training": 0}, ["training"]),
+        ({"weight": 0.5}, ["weight"]), ({"loss": 0.0}, ["loss"]),
         ({"trainable": 0}, ["trainable"]), ({"thinking": True}, ["thinking"]), ({"thought": False}, ["thought"]),
         ({"reasoning_content": False}, ["reasoning_content"]),
     ],
@@ -272,6 +273,23 @@ def test_a_flag_beside_a_thought_does_not_differ_from_it():
         assert ignored_in(answer(**read), BY_NAME["messages"]) == []
     with pytest.raises(Unusable, match="its thought must be text, found list"):
         parse_messages(answer(thinking=["hm"])["messages"])
+
+
+@pytest.mark.parametrize("key", ["train", "training", "loss", "trainable", "weight"])
+def test_a_response_that_is_not_to_be_learnt_goes_to_quarantine(key):
+    """``training`` is axolotl's ``message_field_training``."""
+    with pytest.raises(Unusable, match="is not to be learnt"):
+        rows_of(answer(**{key: False}))
+
+
+@pytest.mark.parametrize("tag", [False, "false", "False", 0, "0", 0.0])
+def test_llama_factorys_tag_of_kto_is_the_label(tag):
+    row = {"messages": chat("a", "b"), "kto_tag": tag}
+    with pytest.raises(Unusable, match="people did not want"):
+        rows_of(row)
+    for wanted in (row | {"kto_tag": True}, row | {"kto_tag": 1}, row | {"label": True}):
+        assert rows_of(wanted)
+        assert ignored_in(mapped(wanted, DATA), BY_NAME["messages"]) == (["kto_tag"] if "label" in wanted else [])
 
 
 def test_messages_that_are_not_to_be_learnt_are_no_responses():
@@ -339,9 +357,20 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
         assert read_row({"messages": chat("a", "b"), "tools": tools}, DATA).tools == expected
 
 
+@pytest.mark.parametrize("written", [json.dumps, list])
+def test_calls_made_at_once_are_one_message(written):
+    """LLaMA-Factory writes parallel calls as a list in one function_call."""
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]
+    said = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": it} for it in calls]}
+    assert parse_messages([{"from": "function_call", "value": written(calls)}]) == [said]
+    assert parse_messages([{"role": "assistant", "content": "", "function_call": written(calls)}]) == [said]
+
+
 @pytest.mark.parametrize(
     ("row", "detail"),
     [
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "must be JSON with name and arguments"),
+        ({"conversations": [{"from": "function_call", "value": '[{"name": "f"}, 1]'}]}, "or a list of it"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part 'image_url'"),
         ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "must be JSON with name and arguments"),
         ({"messages": chat("a", "b"), "tools": 7}, "tools: expected a list, found int"),

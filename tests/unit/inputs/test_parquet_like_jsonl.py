@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,15 @@ def test_the_nulls_of_arrow_are_in_no_call_and_those_of_an_answer_stay(tmp_path,
         return [(each.all, each.tools, answer_text(each.row.get("answer"))) for each in found]
 
     assert read(tmp_path / f"a{kind}") == read(write_jsonl(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "text"),
+    [(date(2020, 1, 1), pa.date32(), "2020-01-01"), (b"k", pa.binary(), "k"), (7, pa.int32(), "7"), ("k", None, "k")],
+)
+def test_keys_of_maps_are_texts_as_in_json(tmp_path, key, kind, text):
+    column = pa.array([[[(key, "x")]], None], pa.list_(pa.map_(kind or pa.string(), pa.string())))
+    pq.write_table(pa.table({"prompt": ["p"] * 2, "response": ["r"] * 2, "answer": column}), tmp_path / "a.parquet")
+    first, second = (row for piece in split([str(tmp_path / "a.parquet")]) for row in read_slice(piece))
+    assert first.content == json.loads(first.raw) == {"prompt": "p", "response": "r", "answer": [{text: "x"}]}
+    assert "answer" not in second.content

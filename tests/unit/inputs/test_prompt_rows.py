@@ -116,7 +116,7 @@ def test_an_answer_is_a_finite_number_or_none(value, answer):
         (None, "malformed", "not a JSON object"),
         ({}, "malformed", "needs messages, or prompt and response"),
         ({"prompt": "a"}, "malformed", "nearest is prompt_response, which lacks response"),
-        ({"prompt": "a", "response": None}, "malformed", "message 1: content must be text, found NoneType"),
+        ({"prompt": "a", "response": None}, "malformed", "response: must be text, found NoneType"),
         ({"messages": "hi"}, "malformed", "messages: expected a list, found str"),
         ({"messages": ["hi"]}, "malformed", "message 0: needs a role of system, developer, user, assistant"),
         ({"messages": [{"role": "narrator", "content": "x"}]}, "malformed", "message 0: needs a role"),
@@ -200,7 +200,7 @@ def test_a_preference_row_has_both_responses_after_one_prompt(content):
         ({"prompt": "a", "response": "b", "chosen": None, "rejected": "c"}, "has rejected, but no chosen"),
         ({"messages": chat("a", "b"), "chosen": "b", "rejected": "c"}, "there is no prompt that it answers"),
         ({"chosen": chat("a", "b"), "rejected": chat("x", "c")}, "do not answer the same prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": 3}, "content must be text, found int"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "rejected: must be text, found int"),
     ],
 )
 def test_a_preference_row_that_cannot_be_used_says_why(content, detail):

@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
         if path.suffix == ".parquet":
             pq.write_table(pa.table({"prompt": ["p"], "response": ["r"]}), path)
         else:
-            path.write_text(LINE)
+            path.write_text(LINE if "son" in path.suffix else "notes")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -210,6 +210,23 @@ def test_numbers_that_mean_something_else_here_are_not_taken_over(tmp_path):
         ({"base_model": "m", "rl": "grpo"}, "rl is grpo"),
         ({"model_name_or_path": "m", "beta": 0.04, "num_generations": 8}, "num_generations is of another method"),
         ({"model_name_or_path": "m", "beta": 0.1, "loss_type": ["kto"]}, "loss_type kto is of another method"),
+        ({"model_name_or_path": "m", "center_rewards_coefficient": 0.01}, "center_rewards_coefficient is of another"),
+        (
+            {"model_name_or_path": "m", "beta": 0.05, "output_dir": "data/zephyr-orpo-141b"},
+            "orpo in the name of output",
+        ),
+        (
+            {"model_name_or_path": "m", "beta": 0.05, "hub_model_id": "me/zephyr-ORPO"},
+            "orpo in the name of hub_model_id",
+        ),
+        ({"model_name_or_path": "m", "run_name": "reward_v2"}, "reward in the name of run_name is of another method"),
+        ({"base_model": "m", "reward_model": True}, "reward_model is of another method"),
+        ({"base_model": "m", "process_reward_model": True}, "process_reward_model is of another method"),
+        ({"base_model": "m", "model_type": "AutoModelForSequenceClassification"}, "model_type AutoModelForSequenceC"),
+        ({"base_model": "m", "model_type": "LlamaForTokenClassification"}, "model_type LlamaForTokenClassification"),
+        ({"base_model": "m", "datasets": [{"path": "d", "type": "completion"}]}, "datasets' type completion is of"),
+        ({"base_model": "m", "datasets": [{"path": "d", "type": "bradley_terry.chat_template"}]}, "type bradley_terry"),
+        ({"base_model": "m", "pretraining_dataset": [{"path": "d"}]}, "pretraining_dataset is of another method"),
         ({"learning_rate": 1}, "no SFT or DPO config"),
         ({"base_model": "m", "micro_batch_size": 1, "learning_rate": "fast"}, "learning_rate is 'fast'"),
         ({"base_model": "m", "micro_batch_size": "auto"}, "micro_batch_size is 'auto'"),
@@ -218,3 +235,34 @@ def test_numbers_that_mean_something_else_here_are_not_taken_over(tmp_path):
 def test_other_methods_and_other_files_are_refused(tmp_path, config, words):
     with pytest.raises(ConfigError, match=words):
         read(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["orpo.yaml", "my_kto_run.yaml", "orpo/config.yaml", "zephyr-orpo/config_full.yaml", "orpo/zephyr/config.yaml"],
+)
+def test_a_name_that_tells_of_another_method_is_believed(tmp_path, name):
+    """ORPO's config has the keys of DPO's: its λ would become β."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ConfigError, match=r"(orpo|kto).* is of another method"):
+        read(tmp_path, {"model_name_or_path": "m", "beta": 0.05}, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "algorithm"),
+    [
+        ("dpo/config.yaml", {"beta": 0.1, "output_dir": "out/orpo-then-that"}, "dpo"),
+        ("dpo.yaml", {"beta": 0.1, "run_name": "after-kto"}, "dpo"),
+        ("config.yaml", {"beta": 0.1, "output_dir": "out/dpo-against-orpo"}, "dpo"),
+        ("orpo_vs_dpo/config.yaml", {"beta": 0.1}, "dpo"),
+        ("grpo-project/configs/config.yaml", {"beta": 0.1}, "dpo"),
+        ("support/config.yaml", {"output_dir": "out/corporate-rewarded", "hub_model_id": "me/skto-import"}, None),
+        ("config.yaml", {"model_name_or_path": "me/zephyr-orpo", "dataset_name": "me/ppo-data"}, None),
+        ("a.yaml", {"base_model": "me/reward", "output_dir": "out/reward", "model_type": "LlamaForCausalLM"}, None),
+        ("a.yaml", {"base_model": "m", "reward_model": False, "datasets": [{"path": "d", "type": "alpaca"}]}, None),
+    ],
+)
+def test_a_word_elsewhere_is_no_method(tmp_path, name, said, algorithm):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    config = said if "base_model" in said else {"model_name_or_path": "m"} | said
+    assert values(read(tmp_path, config, name)).get("algorithm") == algorithm

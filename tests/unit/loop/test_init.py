@@ -13,15 +13,16 @@ from spin_ray.__main__ import cli
 from spin_ray.config.load import load_config, parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.survey import Survey
-from spin_ray.loop.algorithms.table import check_algorithm, check_settings
+from spin_ray.loop.algorithms.table import check_algorithm, check_settings, find_algorithm
 from spin_ray.loop.init import look
 from spin_ray.loop.init.command import Options
 from spin_ray.loop.init.command import init as write_recipe
-from spin_ray.loop.init.fit import fit
+from spin_ray.loop.init.fit import _ladder, fit
 from spin_ray.loop.init.look import Look, find_machines, heldout_beside
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text
 from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.remedies import _changes
 from spin_ray.runtime.gpu_memory import Card
 
 HERE = ("--model", "embedded:tiny-llama", "--data", "embedded:arithmetic-train", "--yes")
@@ -127,6 +128,40 @@ def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_ada
     assert small["train.learning_rate"] == pytest.approx(5e-6)
     rate = {"train.learning_rate": Setting(2e-6, "mine")}
     assert fitted(GIVEN | rate, look, "RTX-4090")[0]["train.learning_rate"] == pytest.approx(2e-5)
+
+
+def test_a_dpo_config_of_long_rows_becomes_a_recipe(tmp_path):
+    """The pack length is init's own choice, so init may not refuse it: 2 × 4,096 - 1 tokens for two responses."""
+    (tmp_path / "trl.yaml").write_text("model_name_or_path: o/m\ndataset_name: o/d\nbeta: 0.1\nmax_length: 4096\n")
+    where = ("--from", tmp_path / "trl.yaml", "--gpu", "H100-80G", "--gpus-per-node", "8", "--yes")
+    result = init(tmp_path / "mine.yaml", *where)
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path / "mine.yaml")
+    assert config.algorithm == "dpo" and config.train.pack_length == 8191
+
+
+@pytest.mark.parametrize(("algorithm", "least"), [("spin", 3072), ("dpo", 4095), ("tspin", 4096)])
+@pytest.mark.parametrize("gpu", ["RTX-4090", "A100-80G", "none"])
+def test_packs_of_every_rung_hold_what_the_algorithm_needs(algorithm, least, gpu):
+    given = GIVEN | {"model.max_length": Setting(2048), "algorithm": Setting(algorithm), "iterations": Setting(2)}
+    look = seen(50_000, 2000, 1020, shape=MISTRAL_7B, positions=32768)
+    machines = find_machines(gpu, 1, 1)
+    base, _, _ = fit(given, look, machines)
+    for rung in _ladder(base, machines):
+        config = parse_config(tree_of(base | rung), source="init")
+        check_settings(config)
+        assert least <= config.train.pack_length <= 4096
+
+
+@pytest.mark.parametrize(("algorithm", "least"), [("spin", 5120), ("dpo", 8191)])
+def test_a_shorter_pack_that_would_fit_is_one_that_the_algorithm_takes(algorithm, least):
+    recipe = GIVEN | {
+        "algorithm": Setting(algorithm), "model.max_length": Setting(4096), "train.pack_length": Setting(65536),
+        "train.resources.gpus": Setting(1), "generation.resources.gpus": Setting(1), "train.workers": Setting(8),
+    }  # fmt: skip
+    config = parse_config(tree_of(recipe), source="test")
+    tried = [*_changes(config, MISTRAL_7B, "training", find_algorithm(algorithm).least_pack(config))]
+    assert min(each["train.pack_length"] for each in tried if "train.pack_length" in each) == least
 
 
 def test_weights_of_four_bits_come_before_weights_in_the_cpu_s_memory():
