@@ -80,7 +80,7 @@ def _batch_problems(config: Settings) -> Iterator[str]:
     for place, resources, setting, engine in _engines(config):
         if place not in setting:
             continue  # the endpoint has generation's settings, which may be meant for GPUs alone
-        on_cpu = None if resources.gpus else max(config.model.max_length, 2048)  # see runtime.engine.whole_prefill
+        on_cpu = None if resources.gpus else max(config.model.max_length, 2048)  # see runtime.engine._whole_prefill
         tokens = engine.extra.get("max_num_batched_tokens", on_cpu)
         if isinstance(tokens, int) and tokens < engine.max_num_seqs:
             yield (

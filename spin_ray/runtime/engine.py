@@ -1,7 +1,7 @@
 """Engines: token ids in, sampled token ids out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -78,37 +78,24 @@ class VllmEngine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        from spin_ray.runtime.corrections import corrections
-
         skip_imports()
         self._spec = spec
-        arguments: dict[str, Any] = {
-            "model": str(spec.model),
-            "max_model_len": spec.max_length,
-            "dtype": spec.config.dtype,
-            "tensor_parallel_size": spec.config.tensor_parallel_size,
-            "max_num_seqs": spec.config.max_num_seqs,
-            "gpu_memory_utilization": spec.config.gpu_memory_utilization,
-            "enforce_eager": spec.config.enforce_eager,
-            "trust_remote_code": spec.trust_remote_code,
-            "generation_config": "vllm",
-            "enable_prefix_caching": not current_platform.is_cpu(),
-            "skip_tokenizer_init": True,
-            "load_format": "safetensors",
-            "config_format": "hf",
-            "seed": 0,
-            **(lora_arguments(spec.adapter_rank) if spec.adapter_rank else {}),
-            **_executor(spec.config),
-            **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
-            "logprobs_mode": "raw_logprobs",  # before temperature, top_p and top_k
-            **spec.config.extra,
-            **corrections(
-                spec.model,
-                spec.config.extra,
-                on_cpu=current_platform.is_cpu(),
-                trust_remote_code=spec.trust_remote_code,
-            ),
-        }
+        arguments = engine_arguments(
+            spec.model,
+            spec.config,
+            max_length=spec.max_length,
+            dtype=spec.config.dtype,
+            trust_remote_code=spec.trust_remote_code,
+            on_cpu=current_platform.is_cpu(),
+            own={
+                "enable_prefix_caching": not current_platform.is_cpu(),
+                "skip_tokenizer_init": True,
+                "seed": 0,
+                "logprobs_mode": "raw_logprobs",  # before temperature, top_p and top_k
+                **(lora_arguments(spec.adapter_rank) if spec.adapter_rank else {}),
+                **_executor(spec.config),
+            },
+        )
         if not current_platform.is_cpu():
             wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
         self._llm: Any = LLM(**arguments)
@@ -188,9 +175,46 @@ def _given_gpus() -> int:
     return len(ray.get_gpu_ids()) if ray.is_initialized() else 0
 
 
+def engine_arguments(
+    folder: Path,
+    engine: EngineConfig,
+    *,
+    max_length: int | None,
+    dtype: str,
+    trust_remote_code: bool,
+    on_cpu: bool,
+    own: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns vLLM's arguments: those of every engine, the caller's ``own``, the recipe's ``extra``, then corrections.
+
+    Args:
+        max_length: most tokens. None: the model's limit.
+    """
+    from spin_ray.runtime.corrections import corrections
+
+    return {
+        "model": str(folder),
+        "max_model_len": max_length,
+        "dtype": dtype,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "pipeline_parallel_size": engine.pipeline_parallel_size,
+        "max_num_seqs": engine.max_num_seqs,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "enforce_eager": engine.enforce_eager,
+        "trust_remote_code": trust_remote_code,
+        "generation_config": "vllm",  # not the model folder's sampling
+        "load_format": "safetensors",
+        "config_format": "hf",
+        **(_whole_prefill(max_length) if on_cpu and max_length else {}),
+        **own,
+        **engine.extra,
+        **corrections(folder, engine.extra, on_cpu=on_cpu, trust_remote_code=trust_remote_code),
+    }
+
+
 def _executor(config: EngineConfig) -> dict[str, Any]:
     if config.pipeline_parallel_size > 1:
-        return {"pipeline_parallel_size": config.pipeline_parallel_size, "distributed_executor_backend": "ray"}
+        return {"distributed_executor_backend": "ray"}
     return {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
 
 
@@ -203,7 +227,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks for which vLLM makes room, rising."""
 
 
-def whole_prefill(max_length: int) -> dict[str, Any]:
+def _whole_prefill(max_length: int) -> dict[str, Any]:
     """Returns arguments that prefill prompts whole (see ``VllmEngine``)."""
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 2048)}
 

@@ -27,8 +27,7 @@ from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.learner.weights import layer_names
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
-from spin_ray.runtime.corrections import corrections
-from spin_ray.runtime.engine import lora_arguments, whole_prefill
+from spin_ray.runtime.engine import engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
@@ -236,28 +235,23 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
     """Builds an application without a route, for one iterate or for all adapters of ``run_folder`` on it."""
     serving = config.serving
     engine = config.resolve_dtype(config.serving_engine)
-    trusts, on_cpu = config.model.trust_remote_code, not serving.resources.gpus
-    corrected = corrections(iterate.folder, engine.extra, on_cpu=on_cpu, trust_remote_code=trusts)
-    llm_config = LLMConfig(
-        model_loading_config={"model_id": iterate.name, "model_source": str(iterate.folder)},
-        engine_kwargs={
-            "max_model_len": config.model.max_length,
-            "dtype": engine.dtype,
-            "tensor_parallel_size": engine.tensor_parallel_size,
-            "pipeline_parallel_size": engine.pipeline_parallel_size,
-            "max_num_seqs": engine.max_num_seqs,
-            "gpu_memory_utilization": engine.gpu_memory_utilization,
-            "enforce_eager": engine.enforce_eager,
-            "trust_remote_code": trusts,
-            "generation_config": "vllm",  # not the model folder's sampling
-            "load_format": "safetensors",
-            "config_format": "hf",
+    on_cpu = not serving.resources.gpus
+    arguments = engine_arguments(
+        iterate.folder,
+        engine,
+        max_length=config.model.max_length,
+        dtype=engine.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        on_cpu=on_cpu,
+        own={
             "enable_log_requests": False,
-            **(_on_cpu(config.model.max_length) if on_cpu else {}),
+            **({"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"} if on_cpu else {}),
             **_for_adapters(config, iterate.folder),
-            **engine.extra,
-            **corrected,
         },
+    )
+    llm_config = LLMConfig(
+        model_loading_config={"model_id": iterate.name, "model_source": arguments.pop("model")},
+        engine_kwargs=arguments,
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.devices)},
         callback_config={"callback_class": LocalFolder},
         experimental_configs={
@@ -293,10 +287,6 @@ def _cpu_engine() -> Any:
     from spin_ray.serving.cpu_engine import CpuEngine
 
     return CpuEngine
-
-
-def _on_cpu(max_length: int) -> dict[str, Any]:
-    return whole_prefill(max_length) | {"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"}
 
 
 def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:

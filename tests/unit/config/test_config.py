@@ -248,8 +248,8 @@ def test_engine_arguments_that_exactness_or_trust_depend_on_cannot_be_slipped_in
 
 
 def test_serving_keeps_what_it_does_not_set_itself():
-    """Its cache and its pipeline are the user's."""
-    free = {"enable_prefix_caching": True, "pipeline_parallel_size": 2}
+    """Its cache is the user's."""
+    free = {"enable_prefix_caching": True}
     assert parse(serving={"engine": {"extra": free}}).serving.engine
     found = problems(serving={"engine": {"extra": free | {"load_format": "pt"}}})
     assert found == "serving.engine.extra.load_format: is set by spin_ray; leave it out"

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -91,6 +92,19 @@ def test_an_engine_of_the_tasks_is_one_of_the_run(monkeypatch):
     expected = {"enforce_eager": True, "tensor_parallel_size": 2, "block_size": 32, "generation_config": "vllm"}
     assert arguments == arguments | expected
     assert "max_length" not in arguments
+
+
+def test_an_engine_of_the_tasks_has_the_runs_stages_and_on_cpu_whole_prompts():
+    """It omitted both: half of the GPUs idled, and on a CPU vLLM can die of a prompt in pieces."""
+    engine = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    config = config_of(generation={"engine": engine, "resources": {"gpus": 4}})
+    arguments = _model(request_for(config, 1, MODEL, benchmarks=(), backend="vllm", chat=True))[1]
+    assert arguments == arguments | engine | {"distributed_executor_backend": "mp"}
+    config = config_of(model={"path": "m", "max_length": 3000})
+    request = replace(request_for(config, 1, MODEL, benchmarks=(), backend="vllm"), max_length=3000)
+    arguments = _model(request)[1]
+    expected = {"max_length": 3000, "enable_chunked_prefill": False, "max_num_batched_tokens": 3000}
+    assert arguments == arguments | expected
 
 
 @pytest.mark.parametrize("backend", ["hf", "vllm"])

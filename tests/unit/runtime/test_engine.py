@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from spin_ray.config import recipe
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.runtime import cpu
@@ -74,19 +75,16 @@ def spec_of(max_length: int = 512, trust_remote_code: bool = False, **engine: An
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ({}, {}),
-        ({"tensor_parallel_size": 4}, {"distributed_executor_backend": "mp"}),
-        (
-            {"tensor_parallel_size": 4, "pipeline_parallel_size": 2},
-            {"distributed_executor_backend": "ray", "pipeline_parallel_size": 2},
-        ),
+        ({}, None),
+        ({"tensor_parallel_size": 4}, "mp"),
+        ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, "ray"),
     ],
 )
 def test_an_engine_of_one_node_has_processes_and_one_of_several_has_ray(vllm, sizes, expected):
     vllm["is_cpu"] = False
     VllmEngine(spec_of(**sizes))
-    names = {"distributed_executor_backend", "pipeline_parallel_size"}
-    assert {name: vllm["arguments"][name] for name in names & vllm["arguments"].keys()} == expected
+    assert vllm["arguments"].get("distributed_executor_backend") == expected
+    assert vllm["arguments"]["pipeline_parallel_size"] == sizes.get("pipeline_parallel_size", 1)
 
 
 def test_on_gpus_prefixes_are_cached_within_a_call_and_forgotten_before_each(vllm):
@@ -117,6 +115,7 @@ def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
     VllmEngine(spec_of(dtype="bfloat16", max_num_seqs=64, enforce_eager=True))
     assert vllm["arguments"] == {
         "model": str(MODEL), "max_model_len": 512, "dtype": "bfloat16", "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
         "max_num_seqs": 64, "gpu_memory_utilization": 0.9, "enforce_eager": True, "trust_remote_code": False,
         "generation_config": "vllm", "enable_prefix_caching": False, "skip_tokenizer_init": True,
         "load_format": "safetensors", "config_format": "hf", "seed": 0, "logprobs_mode": "raw_logprobs",
@@ -237,3 +236,10 @@ def test_tokens_and_reason_are_kept_as_the_engine_gave_them(tokens, reason):
 def test_a_response_that_ended_in_any_other_way_is_an_error(reason):
     with pytest.raises(RuntimeError, match="expected stop or length"):
         _completion(SimpleNamespace(token_ids=(1,), finish_reason=reason))
+
+
+def test_what_every_engine_is_told_is_what_a_recipes_extra_may_not_say():
+    arguments = engine_module.engine_arguments(
+        Path(MODEL), EngineConfig(), max_length=64, dtype="float32", trust_remote_code=False, on_cpu=False, own={}
+    )
+    assert set(arguments) == recipe._OWN_ARGUMENTS
