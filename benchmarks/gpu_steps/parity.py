@@ -1,6 +1,7 @@
 """Step 4: is it right? Packs against transformers, step 0, steps beside a CPU's, resume, export, NCCL."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -105,9 +106,8 @@ def in_own_process(context: Context, part: str) -> dict[str, Any]:
         str(context.work),
         *(["--tiny"] if context.tiny else []),
     ]
-    ended = subprocess.run(
-        command, env=environment() | gpu.environment(deterministic=True), stdout=subprocess.PIPE, text=True, check=False
-    )
+    of_a_worker = gpu.environment(os.cpu_count() or 1, deterministic=True)
+    ended = subprocess.run(command, env=environment() | of_a_worker, stdout=subprocess.PIPE, text=True, check=False)
     if ended.returncode not in (0, -signal.SIGKILL) or not ended.stdout.strip():
         raise RuntimeError(f"the process that is {part} ended with {ended.returncode}")
     return json.loads(ended.stdout.splitlines()[-1])

@@ -166,9 +166,9 @@ def _varlen() -> str:
     ) -> tuple[Tensor, None]:
         batch, _, length, _ = query.shape
         places, stops, longest = _unpadded(attention_mask, batch, length, query.device)
-        flat = [x.transpose(1, 2).flatten(0, 1)[places].bfloat16() for x in (query, key, value)]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1)[places].bfloat16() for x in (query, key, value))
         found = varlen_attn(
-            *flat, stops, stops, longest, longest, scale=settings.get("scaling"), window_size=(-1, 0), **grouped
+            q, k, v, stops, stops, longest, longest, scale=settings.get("scaling"), window_size=(-1, 0), **grouped
         )
         whole = found.new_zeros(batch * length, *found.shape[1:]).index_put((places,), found)
         return whole.view(batch, length, *found.shape[1:]).to(query.dtype), None
