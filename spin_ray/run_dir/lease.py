@@ -41,6 +41,16 @@ class Lease:
         self._renewer = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
+        _held.add(self._token)  # before it is written: another thread would take over a token that nobody holds
+        try:
+            self._take()
+        except BaseException:
+            _held.discard(self._token)
+            raise
+        self._renewer.start()
+        return self
+
+    def _take(self) -> None:
         while True:  # repeated if another driver was faster
             found = self._storage.find(LEASE)
             holder = holder_in(found, f"{self._storage.root}/{LEASE}")
@@ -54,9 +64,6 @@ class Lease:
                 break
         if holder is not None:
             logger.warning("took over the lease of process %s on %s, which is gone", holder["pid"], holder["host"])
-        _held.add(self._token)
-        self._renewer.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.loop.stages.evaluation import _accuracy
+from spin_ray.loop.stages.evaluation import _accuracy, _grades
+from spin_ray.report.uncertainty import conversation_groups
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from tests.support.fakes import exchange
 
 TASKS = Path(__file__).parent / "tasks"
 SUMS = [
@@ -70,7 +72,7 @@ class Plain:
         """Returns the accuracy by our evaluation stage, on the same rows and greedy answers."""
         heldout = [
             {"prompt_id": str(number), "prompt_ids": self.ids(row["prompt"]), "real_ids": self.ids(str(row["answer"])),
-             "messages": "[]", "answer": float(row["answer"])}
+             "messages": exchange(number), "answer": float(row["answer"])}
             for number, row in enumerate(SUMS)
         ]  # fmt: skip
         answers = [
@@ -79,4 +81,4 @@ class Plain:
             for n, row in enumerate(heldout)
         ]  # fmt: skip
         tables = pa.Table.from_pylist(heldout, PROMPT_SCHEMA), pa.Table.from_pylist(answers, GENERATION_SCHEMA)
-        return _accuracy(*tables, config, Path(self.folder))["answer_accuracy"]
+        return _accuracy(_grades(*tables, config, Path(self.folder)), conversation_groups(tables[0]))["answer_accuracy"]

@@ -335,3 +335,20 @@ def test_a_path_that_cannot_hold_a_run_is_one_line(tmp_path):
 def test_a_machine_is_named_by_its_boot_and_its_process_numbers():
     """Two containers of one machine do not see each other's processes: they are two machines here."""
     assert os.readlink("/proc/self/ns/pid") in lease_module._boot_id()
+
+
+def test_a_second_thread_does_not_take_over_a_lease_in_the_moment_it_was_written(storage, tmp_path):
+    """The other thread looks between the write and the first one's next line."""
+    refused = []
+
+    class Watched(Storage):
+        def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+            swapped = super().swap(name, old, new)
+            if swapped and new is not None:
+                with pytest.raises(RunDirError, match="in use by process"):
+                    Lease(storage, timeout_s=60).__enter__()
+                refused.append(new)
+            return swapped
+
+    with Lease(Watched(tmp_path / "run"), timeout_s=60):
+        assert len(refused) == 1
