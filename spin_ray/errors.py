@@ -45,6 +45,10 @@ class StageError(RuntimeError):
     """A failure that a second run may get past."""
 
 
+class TransientError(StageError):
+    """A failure that another attempt may not meet, such as a file that did not arrive from another machine."""
+
+
 LONGEST_LINE = 400
 
 

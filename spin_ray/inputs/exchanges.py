@@ -44,12 +44,12 @@ def _exchange(row: Columns, asks: str, response: str, asked: list[Message] | Non
 def unpacked_responses(prompt: Any, response: Any, worse: Any) -> tuple[Any, Any]:
     """Parses responses that are messages stored as JSON text; returns others unchanged.
 
-    JSON text is what a model may be asked to write, so one response alone is parsed only if its prompt is messages,
-    too, and two only if both are messages.
+    JSON text is what a model may be asked to write. It is parsed beside a prompt of messages, or if both responses are
+    messages.
     """
     found = unpacked(response), unpacked(worse)
-    asked = unpacked(prompt) if worse is None else found[1]
-    return (response, worse) if isinstance(asked, str) or isinstance(found[0], str) else found
+    both = all(isinstance(each, list) for each in found)
+    return found if both or not isinstance(unpacked(prompt), str) else (response, worse)
 
 
 def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:

@@ -174,7 +174,7 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
         return content
     prompt = next((content[name] for name in _ASKS if content.get(name) is not None), None)
     said = unpacked(content["chosen"])
-    if isinstance(said, list) and said[0].get("content") == prompt:
+    if isinstance(said, list) and any(prompt in (each.get("content"), each.get("value")) for each in said):
         prompt = None  # chosen is the whole conversation, as in UltraFeedback
     chosen, _ = unpacked_responses(prompt, content["chosen"], content.get("rejected"))
     return content | {"chosen": chosen}

@@ -40,7 +40,9 @@ class Losses:
             words = _Words()
             named = [words.instead_of_name(tool) for tool in tools] if tools else None
             text = self._ask([words.instead_of(message) for message in messages], add_generation_prompt, named)
-            self._known[sequence] = None if text is None else words.first_missing(text)
+            if text is None:  # for a value of this row perhaps, such as the form of an id
+                return None
+            self._known[sequence] = words.first_missing(text)
         return self._known[sequence]
 
 

@@ -26,10 +26,12 @@ from spin_ray.runtime.workers import device, nodes_and_room, run_workers
 class ScoreJob:
     recipe: SpinConfig
     tables: tuple[tuple[ModelFolder, pa.Table], ...]
-    """Models with their PAIR_SCHEMA rows. ``pair_id`` ends with ``/self`` or ``/opponent``."""
+    """Models with their PAIR_SCHEMA rows."""
     shape: PackShape
     backend: BackendSettings
     target: Artefact
+    by_token: bool
+    """False leaves the log-probabilities of tokens empty."""
 
 
 def score(
@@ -38,6 +40,8 @@ def score(
     target: Artefact,
     tables: tuple[tuple[ModelFolder, pa.Table], ...],
     inputs: dict[str, str],
+    *,
+    by_token: bool = True,
 ) -> tuple[pa.Table, dict[str, float]]:
     """Scores each table of PAIR_SCHEMA rows under its model, and commits ``target``.
 
@@ -59,9 +63,10 @@ def score(
             ),
             backend=BackendSettings.for_scoring(config),
             target=target,
+            by_token=by_token,
         )
         folder = f"{target.path.rpartition('/')[0]}/scoring"
-        work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.where(folder))
+        work = run_workers(_worker, job, config, f"scores-{model.digest[:16]}", run_dir.storage.where(folder))
         run_dir.storage.delete(folder)
         names = [part_name(rank) for rank in range(int(work.pop("ranks")))]
         target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
@@ -77,7 +82,7 @@ def _worker(job: ScoreJob) -> dict[str, float]:
         folder, adapter = model.parts_here()
         backend = Fsdp2Backend(folder, replace(settings, adapter=adapter), device())
         started = time.monotonic()
-        tables.append(_score_rows(backend, rows, shape, model.name))
+        tables.append(_score_rows(backend, rows, shape, model.name, by_token=job.by_token))
         work_s += time.monotonic() - started
         tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
         backend.close()
@@ -88,7 +93,7 @@ def _worker(job: ScoreJob) -> dict[str, float]:
     return {"tokens": tokens, "work_s": work_s, "ranks": ranks}
 
 
-def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
+def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str, *, by_token: bool) -> pa.Table:
     rows: list[int] = []
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
     rank, ranks = shape.place()
@@ -102,6 +107,8 @@ def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model:
         columns["generated_logp"] += generated.tolist()
         of_tokens, segment = logps.cpu(), batch.segment.cpu()  # one copy for all responses
         for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
-            columns[f"{name}_token_logps"] += [of_tokens[segment == number].tolist() for number in segments.tolist()]
+            numbers = segments.tolist()
+            own = [of_tokens[segment == number].tolist() for number in numbers] if by_token else [[]] * len(numbers)
+            columns[f"{name}_token_logps"] += own
     pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))
     return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA)

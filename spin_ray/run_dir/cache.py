@@ -54,7 +54,7 @@ def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, P
             fetch(name, attempt / name)
             if file_digest(attempt / name) != expected:
                 raise RunDirError(f"{where}/{name}: differs from its digest; restore it or remove {where}")
-        _note(root, target, files).write_text(json.dumps(_looks(attempt, files)))
+        _write_note(_note(root, target, files), _looks(attempt, files))
     return target
 
 
@@ -76,8 +76,13 @@ def is_whole(folder: Path, files: Mapping[str, Digest], root: Path) -> bool:
         if not is_noted():
             if any(file_digest(folder / name) != expected for name, expected in files.items()):
                 return False
-            note.write_text(json.dumps(looks))
+            _write_note(note, looks)
     return True
+
+
+def _write_note(note: Path, looks: list[list[Any]] | None) -> None:
+    with suppress(OSError):  # on a full disk the files are read once more
+        note.write_text(json.dumps(looks))
 
 
 def _note(root: Path, folder: Path, files: Mapping[str, Digest]) -> Path:

@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from spin_ray.errors import StageError, UserError
+from spin_ray.errors import StageError, TransientError, UserError
 
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 _idle: dict[tuple[str, str], Any] = {}
@@ -67,7 +67,8 @@ class _SaidOnce(DefaultFailurePolicy):
     """A policy that starts no other workers after an error with a cure: the same would happen after the same work."""
 
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
-        if said_by(training_failed_error):
+        said = said_by(training_failed_error)
+        if said and not isinstance(said, TransientError):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 

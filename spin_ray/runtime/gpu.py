@@ -18,7 +18,7 @@ def environment(threads: int, *, deterministic: bool = False) -> dict[str, str]:
     processes that compile, in each worker of a node.
 
     Args:
-        threads: CPUs of the worker.
+        threads: CPUs of the worker. At least four processes compile.
     """
     values = {} if any(name in os.environ for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
     if _COMPILERS not in os.environ:

@@ -15,7 +15,7 @@ import ray.exceptions
 from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from spin_ray.errors import StageError, last_line
+from spin_ray.errors import TransientError, last_line
 from spin_ray.run_dir import cache
 from spin_ray.run_dir.object_storage import CACHE
 from spin_ray.run_dir.storage import Digest, folder_digest
@@ -44,7 +44,7 @@ class SharedFolder:
 
         Raises:
             RunDirError: a fetched file differs from its digest.
-            StageError: a part did not arrive.
+            TransientError: a part did not arrive.
         """
         files = self.files if weights else cache.without_weights(self.files)
         if ray.get_runtime_context().get_node_id() == self.node or self._is_in_place(files):
@@ -69,7 +69,7 @@ class SharedFolder:
                     file.write(ray.get(part, timeout=PART_TIMEOUT_S))
         except ray.exceptions.RayError as error:
             where = f"{self.folder}/{name}"
-            raise StageError(f"{where}: did not arrive from the driver's machine: {last_line(error)}") from error
+            raise TransientError(f"{where}: did not arrive from the driver's machine: {last_line(error)}") from error
 
 
 def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:

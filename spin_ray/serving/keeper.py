@@ -201,7 +201,8 @@ class Keeper:
         except Exception as error:  # must not stop those that serve
             self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
             self._problems[name] = " ".join(str(error).split())[:500]
-            logger.error("%s does not serve: %s", name, self._problems[name])
+            what = "serves its earlier weights" if old else "does not serve"
+            logger.error("%s %s: %s", name, what, self._problems[name])
         else:
             self._problems.pop(name, None)
             self._engines[name], self._marks[name] = {"app": app, "digest": iterate.digest}, mark

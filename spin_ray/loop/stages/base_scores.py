@@ -68,6 +68,7 @@ def unknown_responses(pairs: pa.Table, known: Scores) -> pa.Table:
 def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Table, name: str) -> Scores:
     """Scores PAIR_SCHEMA rows without y′; returns log p of ``real_ids`` by pair_id."""
     scratch = run_dir.artefact(f"{ATTEMPTS}/{name}/scores")
-    scores, _ = scoring.score(run_dir, config, scratch, ((base, rows),), {"base_model": base.digest})
+    inputs = {"base_model": base.digest}
+    scores, _ = scoring.score(run_dir, config, scratch, ((base, rows),), inputs, by_token=False)
     run_dir.storage.delete(f"{ATTEMPTS}/{name}")
     return dict(zip(scores["pair_id"].to_pylist(), scores["real_logp"].to_pylist(), strict=True))

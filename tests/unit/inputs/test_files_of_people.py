@@ -367,6 +367,15 @@ ROWS = {
     "two messages as JSON text": ({"prompt": "q", "chosen": SPOKEN, "rejected": json.dumps(chat("q", "b")[1:])}, "a"),
     "two conversations as JSON text": ({"prompt": "q", "chosen": CHAT, "rejected": json.dumps(chat("q", "b"))}, "a"),
     "UltraFeedback as JSON text": ({"prompt": "q", "chosen": CHAT, "rejected": None}, "a"),
+    "a conversation that the prompt is a part of": (
+        {"prompt": "q", "chosen": json.dumps([{"role": "system", "content": "s"}, *chat("q", "a")])}, "a"
+    ),
+    "a conversation in ShareGPT's words": (
+        {"prompt": "q", "chosen": json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])}, "a"
+    ),
+    "one of two responses, beside messages": (
+        {"prompt": json.dumps(chat("q")), "chosen": SPOKEN, "rejected": "b"}, "a"
+    ),
     "a conversation as JSON text": ({"chosen": CHAT}, "a"),
     "a history as JSON text": ({"instruction": "q", "output": "a", "history": '[["x", "y"]]'}, "a"),
     "text that looks like JSON": ({"prompt": '[{"role": "admin"}]', "response": '["a"]'}, '["a"]'),

@@ -167,6 +167,17 @@ def test_a_template_is_asked_once_for_each_sequence_of_roles_and_keys():
     assert losses.find([ASKED, SAID | {"content": ""}], None, False) is None and len(asked) == 3
 
 
+def test_a_refusal_of_one_rows_values_says_nothing_of_the_next_row():
+    """Mistral's templates refuse ids of calls that do not have nine characters."""
+
+    def ask(messages: Any, add_generation_prompt: bool, tools: Any) -> str | None:
+        return None if messages[-1]["tool_call_id"] == "call_1" else messages[-1]["content"]
+
+    losses = Losses(ask)
+    assert losses.find([ASKED, SEEN | {"tool_call_id": "call_1"}], None, False) is None
+    assert "message 0 (user)" in (losses.find([ASKED, SEEN | {"tool_call_id": "abcdefghi"}], None, False) or "")
+
+
 def test_a_row_with_a_loss_goes_to_quarantine_as_one_of_the_templates(tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(FIRST_SYSTEM)

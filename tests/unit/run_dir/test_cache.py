@@ -148,3 +148,12 @@ def test_files_and_folders_are_on_the_disk_before_a_model_has_its_name_and_then_
     written = [(what, name) for what, name in store.done if what != "file_digest"]
     files = {("fsync", name) for name in ("config.json", "deep", "model.safetensors", attempt)}
     assert set(written[:-2]) == files and written[-2:] == [("rename", attempt), ("fsync", store.root.name)]
+
+
+def test_a_whole_model_serves_where_no_note_of_it_can_be_written(store: Store) -> None:
+    """A folder stands where the note would be, as a full disk would refuse it."""
+    folder = store.folder()
+    (note,) = store.root.glob("*.whole")
+    note.unlink()
+    note.mkdir()
+    assert store.folder() == folder and store.fetched == 2

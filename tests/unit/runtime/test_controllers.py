@@ -3,7 +3,11 @@
 import os
 
 import pytest
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
 
+from spin_ray.errors import ConfigError, StageError, TransientError
 from spin_ray.runtime import controllers
 
 
@@ -33,3 +37,18 @@ def test_a_controller_leaves_no_variable_to_the_next(monkeypatch, fails):
         {"RAY_TRAIN_OF_ONE": "1", "RAY_TRAIN_OF_BOTH": "2"},
         {"RAY_TRAIN_OF_ONE": None, "RAY_TRAIN_OF_BOTH": "the actor's own"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (StageError("the disk is full; see to that"), False),
+        (ConfigError("bad"), False),
+        (TransientError("a file did not arrive"), True),
+        (RuntimeError("nobody expected this"), True),
+    ],
+)
+def test_workers_start_again_unless_an_error_has_a_cure(error, again):
+    policy = controllers._SaidOnce(FailureConfig(max_failures=3))
+    decision = policy.make_decision(WorkerGroupError("failed", {0: error}))
+    assert decision == (FailureDecision.RETRY if again else FailureDecision.RAISE)

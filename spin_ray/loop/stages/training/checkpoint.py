@@ -83,7 +83,7 @@ def restore(job: TrainJob, backend: TrainBackend) -> int:
 
 @contextmanager
 def _readable(checkpoint: ray.train.Checkpoint, storage: Storage) -> Iterator[str]:
-    """Yields a folder with the files of all ranks, on a store a copy for each node; then a collective.
+    """Yields a folder with the files of all ranks. On a store it is a copy for each node, and this is a collective.
 
     Ray downloads into Python's temporary folder. The cache takes its place, on a disk that has room for such files. The
     folder there belongs to one process of the node, after whose death the next one removes it.
