@@ -151,13 +151,10 @@ def _accuracy(grades: dict[str, list[float]], groups: Mapping[str, int]) -> dict
 
 
 def _row_table(by_row: pd.DataFrame, grades: dict[str, list[float]], groups: Mapping[str, int]) -> pa.Table:
-    rows = [
-        {"prompt_id": prompt_id, "conversation": groups[prompt_id]}
-        | {"answer_accuracy": float(np.mean(grades[prompt_id])) if prompt_id in grades else None}
-        | {name: float(values[name]) for name in ("truncation_rate", "generated_length")}
-        for prompt_id, values in zip(by_row.index, by_row.to_dict("records"), strict=True)
-    ]
-    return pa.Table.from_pylist(rows, ROW_SCHEMA)
+    accuracies = {prompt_id: float(np.mean(of_row)) for prompt_id, of_row in grades.items()}
+    every = by_row.astype(np.float64).assign(answer_accuracy=pd.Series(accuracies, dtype=np.float64))
+    columns = every.assign(prompt_id=by_row.index, conversation=by_row.index.map(dict(groups)))[ROW_SCHEMA.names]
+    return pa.Table.from_pandas(columns, ROW_SCHEMA, preserve_index=False)
 
 
 def _changes(run_dir: RunDir, iterate: int, rows: pa.Table) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
-    by_row = changes_by_row(first.rows, other.rows) if first.rows and other.rows else None
+    by_row = None if first.rows is None or other.rows is None else changes_by_row(first.rows, other.rows)
     for key in ("answer_accuracy", "generated_length"):
         measure = BY_KEY[key]
         found = [measure.of(one), measure.of(two)]

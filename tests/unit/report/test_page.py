@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from spin_ray.report.examples import read_examples
@@ -12,9 +13,10 @@ from spin_ray.report.page import write_report
 from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import read_view
 from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.report.uncertainty import ROW_SCHEMA
 from spin_ray.run_dir.events import spans
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import Storage
+from spin_ray.run_dir.storage import Storage, table_to_bytes
 from tests.support.made_up_run import made_up_run
 
 
@@ -92,6 +94,22 @@ def test_two_runs_show_what_differs(finished, tmp_path):
     compared = page.partition('id="comparison-1">')[2].partition("</p>")[0]
     assert "iter_001 of other against iter_001 of finished: 45.0% of the held-out questions right" in compared
     assert "+0.0% (± 5.5%), no more than chance may give" in compared
+
+
+def test_runs_that_answered_the_same_rows_are_weighed_row_by_row(tmp_path):
+    """No row differs: the interval is of the added differences −1 and 1, √(5/4 · 2) / 5 a standard error."""
+    runs = [made_up_run(tmp_path / name) for name in ("one", "other")]
+    rows = [
+        {"prompt_id": f"p{number}", "conversation": number, "answer_accuracy": number % 2, "truncation_rate": 0,
+         "generated_length": 9}
+        for number in range(3)
+    ]  # fmt: skip
+    for run in runs:
+        content = table_to_bytes(pa.Table.from_pylist(rows, ROW_SCHEMA))
+        run.storage.replace(run.heldout_rows_path(2), content)
+    page = write_report(runs, tmp_path / "page.html").read_text()
+    compared = page.partition('id="comparison-1">')[2].partition("</p>")[0]
+    assert "+0.0% (± 62.0%), no more than chance may give" in compared
 
 
 def test_runs_with_other_held_out_rows_are_not_weighed_against_each_other(finished, tmp_path):
