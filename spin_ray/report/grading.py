@@ -44,8 +44,8 @@ def grade_all(
             with _raised_there(setting, grade):
                 found[running.pop(ended)] = ray.get(ended, timeout=limit_s)
     finally:
-        for task in running:
-            ray.cancel(task, force=True)  # a grader that hangs would keep its CPU
+        for unfinished in running:
+            ray.cancel(unfinished, force=True)  # a grader that hangs would keep its CPU
     return [each for number in range(len(pieces)) for each in found[number]]
 
 
