@@ -11,7 +11,7 @@ from spin_ray.inputs.findings import template_facts
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
-from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.loop.algorithms.table import check_algorithm, find_algorithm
 from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.mesh import check_mesh
@@ -46,7 +46,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
-    check_mesh(config, start.model.path, largest_card(config))
+    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm).least_pack)
     facts = template_facts(renderer.template)
     shown.print_template(facts, console)
     unopened = unopened_files(start.model.path)

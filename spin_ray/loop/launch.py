@@ -88,12 +88,12 @@ def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinC
 
 
 def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
-    from spin_ray.loop.algorithms.table import check_algorithm
+    from spin_ray.loop.algorithms.table import check_algorithm, find_algorithm
 
     check_algorithm(config)
     check_builds(config)
     start = check_recipe(config, inputs, run.date())
-    check_mesh(config, start.model.path, largest_card(config))
+    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm).least_pack)
     _check_room(run, config, start.model.path)
     for finding in start.findings:
         if finding.severity == "warning":

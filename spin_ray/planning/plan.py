@@ -15,7 +15,7 @@ from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
-from spin_ray.planning.mesh import Choice, too_long
+from spin_ray.planning.mesh import OF_SPIN, Choice, LeastPack, too_long
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
@@ -181,25 +181,22 @@ def count_rows(files: list[str]) -> int:
 
 
 def check_memory(
-    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, least_pack: int | None = None
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, least_pack: LeastPack = OF_SPIN
 ) -> list[Phase]:
     """Returns the phases of the run.
-
-    Args:
-        least_pack: least ``train.pack_length`` of the algorithm; None: SPIN's.
 
     Raises:
         ResourceError: a stage does not fit in memory; the message names settings that would.
     """
     devices = devices_of(config, cluster)
-    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory)):
+    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory, least_pack)):
         raise ResourceError(reason)
     phases = plan_run(config, shape, devices, work)
     failing = next((stage for phase in phases for stage in phase.stages if not stage.fits), None)
     if failing is None:
         return phases
     where = cluster.gpu or "the CPU's share of memory"
-    wanted = remedies(config, shape, cluster, work, failing.name, least_pack)
+    wanted = remedies(config, shape, cluster, work, failing.name, least_pack(config))
     advice = f"it would fit with {' or with '.join(wanted)}" if wanted else "no setting tried makes it fit"
     raise ResourceError(
         f"{failing.name} does not fit on {where}: needs {failing.needed / GB:.1f} GB ({purposes(failing)}), "

@@ -17,7 +17,7 @@ from spin_ray.planning.work import Work
 
 
 def remedies(
-    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, least_pack: int | None = None
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, least_pack: int
 ) -> list[str]:
     """Returns each change that suffices alone; else one combination, or nothing."""
 
@@ -58,7 +58,7 @@ def _if_it_fits(
     return " ".join([*words, f"--nodes={nodes}"] if nodes > cluster.nodes else words)
 
 
-def _changes(config: SpinConfig, shape: ModelShape, stage: str, least_pack: int | None) -> Iterator[dict[str, Any]]:
+def _changes(config: SpinConfig, shape: ModelShape, stage: str, least_pack: int) -> Iterator[dict[str, Any]]:
     """Yields changes, the least harmful first. Objective, data and batch stay."""
     train = config.train
     if stage == "generation":
@@ -80,7 +80,7 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str, least_pack: int 
         yield {"train.reduce_every_pack": True}
     for times in (2, 4):  # a rank with a single pack keeps no whole gradients
         yield {"train.pack_length": times * train.pack_length}
-    yield {"train.pack_length": least_pack or config.longest_tree}
+    yield {"train.pack_length": least_pack}
     for times in (2, 4, 8, 16):
         yield {"train.workers": times * train.workers}
 

@@ -47,8 +47,8 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
         try:
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
             work = _work(seen, config)
-            sized, least = config.settle_sizes(rows=work.rows), find_algorithm(config.algorithm).least_pack(config)
-            phases = check_memory(sized, seen.shape, machines.cluster, work, least)
+            sized, algorithm = config.settle_sizes(rows=work.rows), find_algorithm(config.algorithm)
+            phases = check_memory(sized, seen.shape, machines.cluster, work, algorithm.least_pack)
         except ResourceError as error:
             misfit = misfit or str(error)
         else:

@@ -8,6 +8,7 @@ import pytest
 
 from spin_ray.config.sections import LoraConfig, Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
+from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.planning import run_cost
 from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.hardware import GB
@@ -119,6 +120,28 @@ def test_prompts_too_long_for_any_mesh_are_refused_with_the_length_that_would_fi
     for length, refused in ((fits, False), (fits + 1, True)):
         model = config.model.model_copy(update={"max_length": length})
         assert bool(too_long(config.model_copy(update={"model": model}), MISTRAL_7B, 80 * GB)) is refused
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "tspin"])
+def test_the_length_that_would_fit_is_that_of_the_algorithms_own_responses(algorithm):
+    """DPO's responses are rows of the data; T-SPIN has one more."""
+    config = config_of(
+        model={"path": "x", "max_length": 300_000},
+        algorithm=algorithm,
+        iterations=2,
+        generation={"sampling": {"max_tokens": 1000}},
+        train={"pack_length": 900_000},
+    )
+    least_pack = find_algorithm(algorithm).least_pack
+    found = too_long(config, MISTRAL_7B, 80 * GB, least_pack)
+    assert found is not None and f"up to {least_pack(config)} tokens" in found
+    most = int(found.partition("; from ")[2].split()[0]) - 1
+    lowered = int(found.rpartition("lower model.max_length to ")[2].split()[0])
+    fitting, longer = (
+        least_pack(config.model_copy(update={"model": config.model.model_copy(update={"max_length": length})}))
+        for length in (lowered, lowered + 1)
+    )
+    assert fitting <= most < longer
 
 
 @pytest.mark.parametrize(
