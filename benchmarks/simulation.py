@@ -22,13 +22,14 @@ from fleet import GPU_MTBF_S, HOUR, Fleet, Generation, Rules, Stage, Told, Train
 
 from spin_ray.config.load import load_config
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.learner_cost import WORKERS_START_S
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.plan import Given, read_shape, read_work
 from spin_ray.planning.run_cost import plan_run, ranks_of
 from spin_ray.planning.scaling import on_all_gpus
-from spin_ray.planning.work import Work, pair_packs
+from spin_ray.planning.work import Work, epoch_packs
 
 MTBF_OF_NODE_S = {"Llama 3": 8 * GPU_MTBF_S, "ten times as often": 0.8 * GPU_MTBF_S, "spot, 24 h": 24 * HOUR}
 """Mean seconds between failures of a node of 8 GPUs: a mature cluster, a young one, spot machines."""
@@ -72,11 +73,11 @@ def settings() -> Iterator[Setting]:
 def stages_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> list[Stage]:
     """Returns the plan's stages, their times cut into shards and steps."""
     devices = devices_of(config, cluster)
-    ranks = ranks_of(config, shape, devices)
+    ranks, algorithm = ranks_of(config, shape, devices), find_algorithm(config.algorithm)
     start_s = Rules.of(config, shape, cluster.nodes).engine_start_s
     stages: list[Stage] = []
-    for number, phase in enumerate(plan_run(config, shape, devices, work)):
-        steps = pair_packs(config, work, number, ranks.mesh.data_ranks).steps
+    for number, phase in enumerate(plan_run(config, shape, devices, work, algorithm)):
+        steps = epoch_packs(config, algorithm.costs(config, work, number).trained, ranks.mesh.data_ranks).steps
         once: list[Stage] = []
         for stage in phase.stages:
             if stage.name == "generation":

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from spin_ray.config.load import load_config
 from spin_ray.config.sections import Mesh
+from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.hardware import DEVICE_NAMES, GB
 from spin_ray.planning.plan import Given, predict
@@ -126,7 +127,9 @@ def sizes() -> str:
                 ROOT / "jobs" / "recipes" / "zephyr_7b.yaml",
                 changes | ({"model.path": folder} if model == "70B" else {}),
             )
-            plan = predict(config, Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus), LENGTHS)
+            plan = predict(
+                config, Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus), LENGTHS, find_algorithm(config.algorithm)
+            )
             fullest = max((stage for phase in plan.phases for stage in phase.stages), key=lambda stage: stage.needed)
             settings = " ".join(f"`--{key}={value}`" for key, value in changes.items()) or "as it is"
             lines.append(
@@ -139,7 +142,9 @@ def sizes() -> str:
 def scaling(network: float | None = None) -> str:
     """Returns hours of zephyr_7b.yaml by nodes of 8 H100, with its own batch and with the plan's larger one."""
     config = load_config(ROOT / "jobs" / "recipes" / "zephyr_7b.yaml")
-    found = predict(config, Cluster(nodes=8, gpu="H100", network=network), LENGTHS).scaling
+    found = predict(
+        config, Cluster(nodes=8, gpu="H100", network=network), LENGTHS, find_algorithm(config.algorithm)
+    ).scaling
     assert found is not None
     batches = f"{found.with_own_batch[0].batch} pairs | {found.batch} pairs"
     lines = [f"| nodes | mesh | {batches} |", "|---|---|---|---|"]

@@ -230,15 +230,17 @@ def plan(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any)
     OVERRIDES change single values of the recipe: --train.workers=16
     """
     config = load_config(recipe, parse_overrides(overrides))
+    from spin_ray.loop.algorithms.table import find_algorithm
     from spin_ray.planning.plan import Cluster, Given, print_plan
     from spin_ray.planning.plan import as_json as plan_as_json
 
+    algorithm = find_algorithm(config.algorithm)
     given = Given(**{name: options.pop(name) for name in ("rows", "prompt_tokens", "response_tokens")})
     cluster = Cluster(**options)
     if as_json:
-        click.echo(json.dumps(plan_as_json(config, cluster, given), indent=1))
+        click.echo(json.dumps(plan_as_json(config, cluster, given, algorithm), indent=1))
     else:
-        print_plan(config, cluster, given, Console())
+        print_plan(config, cluster, given, algorithm, Console())
 
 
 @cli.command(context_settings=_OVERRIDES)

@@ -46,7 +46,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
-    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm).least_pack)
+    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm))
     facts = template_facts(renderer.template)
     shown.print_template(facts, console)
     unopened = unopened_files(start.model.path)

@@ -93,7 +93,7 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     check_algorithm(config)
     check_builds(config)
     start = check_recipe(config, inputs, run.date())
-    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm).least_pack)
+    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm))
     _check_room(run, config, start.model.path)
     for finding in start.findings:
         if finding.severity == "warning":

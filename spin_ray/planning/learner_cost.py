@@ -9,7 +9,7 @@ from spin_ray.planning.groups import Ranks, flat
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, Hardware
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import at_measured_rate
-from spin_ray.planning.stage_cost import RUNTIME, StageCost
+from spin_ray.planning.stage_cost import RUNTIME, StageCost, summed
 from spin_ray.planning.traffic import step_collectives, step_time
 from spin_ray.planning.weights import dtype_bytes, weights_of
 from spin_ray.planning.work import Packs, Work, heldout_packs
@@ -29,7 +29,7 @@ MOMENTS_OF_8_BIT = 2 / 4
 def scoring_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, ranks: Ranks | None = None
 ) -> StageCost:
-    """Returns the cost of the reference: one forward pass over an epoch."""
+    """Returns the cost of a forward pass over an epoch: of the reference, or of a teacher."""
     return _learner_cost("scoring", config, shape, device, packs, ranks, passes=1, optimizer=config.train.optimizer)
 
 
@@ -47,17 +47,8 @@ def evaluation_cost(
         packs = heldout_packs(config, work, samples, readers)
         return _learner_cost("evaluation", whole, shape, device, packs, ranks, passes=passes, optimizer=None)
 
-    cost = scored(samples=2, passes=2)
-    if iterate > 1:
-        start = scored(samples=1, passes=1)
-        cost = replace(
-            cost,
-            tokens=cost.tokens + start.tokens,
-            flops=cost.flops + start.flops,
-            seconds=cost.seconds + start.seconds,
-            sent={kind: sent + start.sent.get(kind, 0.0) for kind, sent in cost.sent.items()},
-        )
-    return _with_start(cost)
+    under_both = scored(samples=2, passes=2)
+    return _with_start(summed([under_both, scored(samples=1, passes=1)]) if iterate > 1 else under_both)
 
 
 def training_cost(

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 
 from spin_ray.config.recipe import SpinConfig
@@ -16,6 +15,7 @@ from spin_ray.learner.tensor_plan import why_not_split
 from spin_ray.planning.hardware import CPU, GB
 from spin_ray.planning.learner_cost import FILLED, full_memory, settle_checkpointing
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.work import Planned
 
 TENSOR_SIZES = (2, 4, 8)
 """Sizes that ``auto`` tries, each within a node."""
@@ -58,9 +58,6 @@ class Choice:
 
 WhyNotSplit = Callable[[int], str | None]
 """Function from a number of ranks to the reason why layers cannot be split over them, or None."""
-LeastPack = Callable[[SpinConfig], int]
-"""Function that returns the tokens of an algorithm's longest prompt with its responses."""
-OF_SPIN: LeastPack = attrgetter("longest_tree")
 
 
 def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], room: float | None) -> Choice:
@@ -177,7 +174,7 @@ def memory_of(config: SpinConfig, shape: ModelShape, mesh: Mesh, room: float) ->
 # Limits of every mesh
 
 
-def check_mesh(config: SpinConfig, folder: Path, room: float | None, least_pack: LeastPack = OF_SPIN) -> None:
+def check_mesh(config: SpinConfig, folder: Path, room: float | None, algorithm: Planned) -> None:
     """Checks the mesh before anything runs.
 
     Args:
@@ -197,7 +194,7 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None, least_pack:
         shape = ModelShape.from_folder(folder)
     except ModelError:
         return
-    if reason := too_long(config, shape, room, least_pack, partial(why_not_split, described)):
+    if reason := too_long(config, shape, room, algorithm, partial(why_not_split, described)):
         raise ResourceError(reason)
 
 
@@ -205,11 +202,11 @@ def too_long(
     config: SpinConfig,
     shape: ModelShape,
     room: float,
-    least_pack: LeastPack = OF_SPIN,
+    algorithm: Planned,
     why_not: WhyNotSplit | None = None,
 ) -> str | None:
     """Returns an error text if the longest prompt with its responses alone overfills a GPU on every mesh; else None."""
-    longest = least_pack(config)
+    longest = algorithm.least_pack(config)
     why_not = why_not or partial(_undivided, shape)
     sizes = [size for size in TENSOR_SIZES if config.train.lora is None and not why_not(size)]
     mesh = Mesh(shard=2, tensor=max([1, *sizes]))
@@ -227,17 +224,17 @@ def too_long(
     return (
         f"model.max_length: a prompt with its responses, up to {longest} tokens, takes {needed(longest) / GB:.0f} "
         f"GB beside the weights on a device of {room / GB:.0f} GB; from {fits + 1} tokens on a context-parallel mesh "
-        f"would be needed, which spin_ray does not have; lower {_shorter(config, fits, least_pack)}"
+        f"would be needed, which spin_ray does not have; lower {_shorter(config, fits, algorithm)}"
     )
 
 
-def _shorter(config: SpinConfig, fits: int, least_pack: LeastPack) -> str:
+def _shorter(config: SpinConfig, fits: int, algorithm: Planned) -> str:
     """Returns what to lower for at most ``fits`` tokens: prompts alone, if they keep as much room as responses."""
     answer = config.generation.sampling.max_tokens
 
     def longer(length: int) -> bool:
         model = config.model.model_copy(update={"max_length": length})
-        return least_pack(config.model_copy(update={"model": model})) > fits
+        return algorithm.least_pack(config.model_copy(update={"model": model})) > fits
 
     length = bisect_left(range(1, config.model.max_length), True, key=longer)
     if length > answer:

@@ -7,7 +7,7 @@ from spin_ray.planning.cluster import Devices
 from spin_ray.planning.hardware import Hardware
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.run_cost import iteration_costs
-from spin_ray.planning.work import Work
+from spin_ray.planning.work import Planned, Work
 
 PUBLISHED_H = {"generation, 50k prompts": 1.45, "training, 50k pairs": 4.32, "training, 100k pairs": 8.64}
 """Hours on 8 A100 of 80 GB, 7B model, 2 epochs."""
@@ -32,15 +32,16 @@ def is_the_papers(config: SpinConfig, shape: ModelShape, work: Work, device: Har
         and work.rows == PAPER_PROMPTS
         and config.train.epochs == PAPER_EPOCHS
         and config.iterations > 1
+        and config.algorithm == "spin"
         and config.sft is None
     )
 
 
-def paper_table(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work) -> Table:
+def paper_table(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, algorithm: Planned) -> Table:
     """Returns published hours, predicted hours of the authors' procedure, and this recipe's."""
     theirs = paper_way_hours(shape, devices.train, work, config.generation.sampling.max_tokens)
     first, second = (
-        {stage.name: stage.seconds for stage in iteration_costs(config, shape, devices, work, iteration)}
+        {stage.name: stage.seconds for stage in iteration_costs(config, shape, devices, work, iteration, algorithm)}
         for iteration in (0, 1)
     )
     ours = [first["generation"], *(stages["scoring"] + stages["training"] for stages in (first, second))]

@@ -15,7 +15,7 @@ from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
-from spin_ray.planning.mesh import OF_SPIN, Choice, LeastPack, too_long
+from spin_ray.planning.mesh import Choice, too_long
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
@@ -23,7 +23,7 @@ from spin_ray.planning.run_cost import Phase, plan_run, planned_mesh
 from spin_ray.planning.scaling import Scaling, scaling_of
 from spin_ray.planning.tables import memory_table, network_note, notes, purposes, scaling_table, time_table
 from spin_ray.planning.weights import refuse_unknown_layers
-from spin_ray.planning.work import Work
+from spin_ray.planning.work import Planned, Work
 from spin_ray.run_dir.events import exact_duration
 from spin_ray.runtime.precision import with_precision
 
@@ -70,7 +70,8 @@ def read_work(config: SpinConfig, given: Given) -> Work:
     Raises:
         DataError: neither gives them.
     """
-    rows, prompt, real, generated = given.rows, given.prompt_tokens, given.response_tokens, None
+    rows, prompt, real = given.rows, given.prompt_tokens, given.response_tokens
+    generated = rejected = None
     max_tokens = config.generation.sampling.max_tokens
     if rows is None and "://" in name_of(config.data.train):
         rows = config.data.max_rows
@@ -79,10 +80,10 @@ def read_work(config: SpinConfig, given: Given) -> Work:
         rows = rows or sample.rows
         prompt = prompt or sample.prompt
         if real is None:
-            real, generated = sample.real, sample.generated
+            real, generated, rejected = sample.real, sample.generated, sample.rejected
     return Work(
         rows=rows, prompt=prompt, real=real, generated=generated or min(real, max_tokens),
-        heldout_rows=_heldout_rows(config),
+        heldout_rows=_heldout_rows(config), rejected=rejected,
     )  # fmt: skip
 
 
@@ -110,6 +111,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
         prompt=mean(lambda row: len(row["prompt_ids"])),
         real=mean(lambda row: len(row["real_ids"])),
         generated=mean(lambda row: min(len(row["real_ids"]), max_tokens)),
+        rejected=mean(lambda row: len(row["rejected_ids"])) if task.needs_rejected else None,
     )
 
 
@@ -181,7 +183,7 @@ def count_rows(files: list[str]) -> int:
 
 
 def check_memory(
-    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, least_pack: LeastPack = OF_SPIN
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, algorithm: Planned
 ) -> list[Phase]:
     """Returns the phases of the run.
 
@@ -189,14 +191,14 @@ def check_memory(
         ResourceError: a stage does not fit in memory; the message names settings that would.
     """
     devices = devices_of(config, cluster)
-    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory, least_pack)):
+    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory, algorithm)):
         raise ResourceError(reason)
-    phases = plan_run(config, shape, devices, work)
+    phases = plan_run(config, shape, devices, work, algorithm)
     failing = next((stage for phase in phases for stage in phase.stages if not stage.fits), None)
     if failing is None:
         return phases
     where = cluster.gpu or "the CPU's share of memory"
-    wanted = remedies(config, shape, cluster, work, failing.name, least_pack(config))
+    wanted = remedies(config, shape, cluster, work, failing.name, algorithm)
     advice = f"it would fit with {' or with '.join(wanted)}" if wanted else "no setting tried makes it fit"
     raise ResourceError(
         f"{failing.name} does not fit on {where}: needs {failing.needed / GB:.1f} GB ({purposes(failing)}), "
@@ -235,9 +237,9 @@ class Plan:
         return [*found, *notes(self.config, self.shape, self.cluster, self.work)]
 
 
-def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Console) -> None:
+def print_plan(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Planned, console: Console) -> None:
     """Prints the plan, beside the paper's times where they apply; raises as ``predict`` and prints nothing then."""
-    plan = predict(config, cluster, given)
+    plan = predict(config, cluster, given, algorithm)
     console.print(time_table(plan.phases))
     console.print(f"Total: {exact_duration(plan.seconds)}, without reading data, checkpoints and export.")
     console.print(memory_table(plan.phases))
@@ -246,13 +248,13 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     for note in plan.notes:
         console.print(note, highlight=False, markup=False)
     if is_the_papers(plan.config, plan.shape, plan.work, plan.devices.train):
-        console.print(paper_table(plan.config, plan.shape, plan.devices, plan.work))
+        console.print(paper_table(plan.config, plan.shape, plan.devices, plan.work, algorithm))
         console.print(PAPER_DIFFERENCE, highlight=False)
 
 
-def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any]:
+def as_json(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Planned) -> dict[str, Any]:
     """Returns the plan in seconds, bytes, tokens and FLOPs; raises as ``predict``."""
-    plan = predict(config, cluster, given)
+    plan = predict(config, cluster, given, algorithm)
     return {
         "seconds": plan.seconds,
         "phases": [asdict(phase) | {"seconds": phase.seconds} for phase in plan.phases],
@@ -264,14 +266,14 @@ def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any
     }
 
 
-def predict(config: SpinConfig, cluster: Cluster, given: Given) -> Plan:
+def predict(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Planned) -> Plan:
     """Returns the plan of a recipe.
 
     Raises:
         UserError: an option is missing, or a stage does not fit.
     """
-    if config.algorithm != "spin":
-        raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")
+    if not algorithm.costs_are_known:
+        raise ConfigError(f"algorithm: plan does not know what {config.algorithm} costs")
     devices_of(config, cluster)  # refuses before anything is read
     config = with_precision(config)
     shape = read_shape(config)
@@ -279,8 +281,8 @@ def predict(config: SpinConfig, cluster: Cluster, given: Given) -> Plan:
         refuse_unknown_layers(config.train.lora, shape)
     work = read_work(config, given)
     settled = config.settle_sizes(rows=work.rows)
-    phases = check_memory(settled, shape, cluster, work)
+    phases = check_memory(settled, shape, cluster, work, algorithm)
     return Plan(
         config=settled, cluster=cluster, devices=devices_of(settled, cluster), shape=shape, work=work, phases=phases,
-        scaling=scaling_of(config, shape, cluster, work),
+        scaling=scaling_of(config, shape, cluster, work, algorithm),
     )  # fmt: skip

@@ -13,18 +13,18 @@ from spin_ray.planning.generation_cost import engine_bytes
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.run_cost import plan_run
-from spin_ray.planning.work import Work
+from spin_ray.planning.work import Planned, Work
 
 
 def remedies(
-    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, least_pack: int
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, algorithm: Planned
 ) -> list[str]:
     """Returns each change that suffices alone; else one combination, or nothing."""
 
     def words(changes: dict[str, Any]) -> str | None:
-        return _if_it_fits(config, shape, cluster, work, stage, changes)
+        return _if_it_fits(config, shape, cluster, work, stage, changes, algorithm)
 
-    candidates = list(_changes(config, shape, stage, least_pack))
+    candidates = list(_changes(config, shape, stage, algorithm.least_pack(config)))
     alone: dict[frozenset[str], str] = {}
     for changes in candidates:
         if frozenset(changes) not in alone and (shown := words(changes)):
@@ -43,7 +43,13 @@ def remedies(
 
 
 def _if_it_fits(
-    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, changes: dict[str, Any]
+    config: SpinConfig,
+    shape: ModelShape,
+    cluster: Cluster,
+    work: Work,
+    stage: str,
+    changes: dict[str, Any],
+    algorithm: Planned,
 ) -> str | None:
     try:
         tried = _changed(config, changes)
@@ -51,7 +57,7 @@ def _if_it_fits(
         devices = devices_of(tried, replace(cluster, nodes=nodes))
     except UserError:  # a combination that no run can have
         return None
-    costs = [cost for phase in plan_run(tried, shape, devices, work) for cost in phase.stages]
+    costs = [cost for phase in plan_run(tried, shape, devices, work, algorithm) for cost in phase.stages]
     if not all(cost.fits for cost in costs if cost.name == stage):
         return None
     words = [f"--{key}={str(value).lower()}" for key, value in changes.items()]

@@ -1,5 +1,6 @@
 """Time and memory of a whole run, without reading data, checkpoints and export."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -7,11 +8,12 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.planning.cluster import Devices
 from spin_ray.planning.generation_cost import generation_cost
 from spin_ray.planning.groups import Ranks
+from spin_ray.planning.hardware import Hardware
 from spin_ray.planning.learner_cost import evaluation_cost, scoring_cost, training_cost
 from spin_ray.planning.mesh import Choice, Placing, choose_mesh
 from spin_ray.planning.model_shape import ModelShape
-from spin_ray.planning.stage_cost import StageCost
-from spin_ray.planning.work import Work, pair_packs, played_rows, sft_packs
+from spin_ray.planning.stage_cost import StageCost, summed
+from spin_ray.planning.work import IterationWork, Planned, Work, epoch_packs, sft_packs
 from spin_ray.run_dir.names import iteration_name
 
 
@@ -33,7 +35,7 @@ class Phase:
         return self.count * sum(stage.seconds for stage in self.stages)
 
 
-def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work) -> list[Phase]:
+def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, algorithm: Planned) -> list[Phase]:
     """Returns the phases of a run."""
     phases: list[Phase] = []
     if config.sft:
@@ -43,7 +45,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
         warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)
         phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
     for iteration in range(config.iterations + 1):
-        stages = iteration_costs(config, shape, devices, work, iteration)
+        stages = iteration_costs(config, shape, devices, work, iteration, algorithm)
         name = iteration_name(iteration) if iteration < config.iterations else "last iterate"
         if phases and phases[-1].stages == stages:
             phases[-1] = replace(phases[-1], last=name, count=phases[-1].count + 1)
@@ -63,12 +65,12 @@ def ranks_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Ranks:
 
 
 def iteration_costs(
-    config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, iteration: int
+    config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, iteration: int, algorithm: Planned
 ) -> tuple[StageCost, ...]:
     """Returns the stages of one iteration. The last iterate is only evaluated."""
     ranks = ranks_of(config, shape, devices)
-    trained = iteration < config.iterations
-    played = played_rows(config, work) if trained else 0
+    own = algorithm.costs(config, work, iteration) if iteration < config.iterations else None
+    played = own.answered if own else 0
     heldout = ceil(work.heldout_rows * config.evaluation.samples / config.generation.samples_per_prompt)
     jobs = tuple(count for count in (heldout, played) if count)
     stages = []
@@ -76,8 +78,17 @@ def iteration_costs(
         stages.append(generation_cost(config, shape, devices.generation, work, jobs))
     if work.heldout_rows and iteration:
         stages.append(evaluation_cost(config, shape, devices.train, work, iteration, ranks))
-    if trained:
-        packs, epochs = pair_packs(config, work, iteration, ranks.mesh.data_ranks), config.at(iteration).epochs
-        stages.append(scoring_cost(config, shape, devices.train, packs, ranks))
-        stages.append(training_cost(config, shape, devices.train, packs, epochs, config.train.optimizer, ranks))
+    if own:
+        stages += _learning(config, shape, devices.train, own, config.at(iteration).epochs, ranks)
     return tuple(stages)
+
+
+def _learning(
+    config: SpinConfig, shape: ModelShape, device: Hardware, own: IterationWork, epochs: int, ranks: Ranks
+) -> Iterator[StageCost]:
+    readers = ranks.mesh.data_ranks
+    passes = [scoring_cost(config, shape, device, epoch_packs(config, trees, readers), ranks) for trees in own.scored]
+    if passes:
+        yield summed(passes)
+    packs = epoch_packs(config, own.trained, readers)
+    yield training_cost(config, shape, device, packs, epochs, config.train.optimizer, ranks)

@@ -10,7 +10,7 @@ from spin_ray.errors import UserError
 from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.run_cost import plan_run, planned_mesh
-from spin_ray.planning.work import Work
+from spin_ray.planning.work import Planned, Work
 
 BATCHES = tuple(2**power for power in range(7))
 """Tried factors of the recipe's batch."""
@@ -83,7 +83,9 @@ class Scaling:
         }
 
 
-def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Scaling | None:
+def scaling_of(
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, algorithm: Planned
+) -> Scaling | None:
     """Returns times on fewer nodes and with larger batches; None for one node, CPUs or a mesh of fixed sizes.
 
     Args:
@@ -94,7 +96,7 @@ def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wo
     counts = sorted({2**power for power in range(cluster.nodes.bit_length())} | {cluster.nodes})
 
     def sizes(batch: int) -> tuple[Size, ...]:
-        found = (_size(config, shape, replace(cluster, nodes=nodes), work, batch) for nodes in counts)
+        found = (_size(config, shape, replace(cluster, nodes=nodes), work, batch, algorithm) for nodes in counts)
         return tuple(size for size in found if size)
 
     own = config.train.global_batch_pairs
@@ -117,13 +119,15 @@ def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
     return config.model_copy(update={"generation": generation})
 
 
-def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, batch: int) -> Size | None:
+def _size(
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, batch: int, algorithm: Planned
+) -> Size | None:
     changed = on_all_gpus(config, cluster, batch).settle_sizes(rows=work.rows)
     try:
         devices = devices_of(changed, cluster)
     except UserError:
         return None
-    phases = plan_run(changed, shape, devices, work)
+    phases = plan_run(changed, shape, devices, work, algorithm)
     if not all(stage.fits for phase in phases for stage in phase.stages):
         return None
     return Size(

@@ -1,4 +1,5 @@
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from spin_ray.planning.hardware import GB
 
@@ -34,3 +35,14 @@ class StageCost:
     @property
     def fits(self) -> bool:
         return self.needed <= self.room
+
+
+def summed(passes: Sequence[StageCost]) -> StageCost:
+    """Returns the cost of passes one after the other; memory and bound are those of the one that needs most."""
+    return replace(
+        max(passes, key=lambda cost: cost.needed),
+        tokens=sum(cost.tokens for cost in passes),
+        flops=sum(cost.flops for cost in passes),
+        seconds=sum(cost.seconds for cost in passes),
+        sent={kind: sum(cost.sent.get(kind, 0.0) for cost in passes) for cost in passes for kind in cost.sent},
+    )

@@ -73,9 +73,10 @@ def network_note(cluster: Cluster, devices: Devices) -> str:
 
 def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Iterator[str]:
     """Yields the assumptions, and the costs that the tables leave out."""
+    rejected = f", rejected responses of {work.rejected:.0f}" if work.rejected else ""
     yield (
         f"Model: {shape.parameters / 1e9:.2f}B parameters. Data: {work.rows} rows of {work.prompt:.0f} + "
-        f"{work.real:.0f} tokens; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
+        f"{work.real:.0f} tokens{rejected}; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
         f"{work.heldout_rows} held-out rows."
     )
     if cluster.gpu:

@@ -1,9 +1,10 @@
-"""The rows of a run, and the optimizer steps and packs that they fill."""
+"""The rows of a run, what an iteration computes on them, and the optimizer steps and packs that they fill."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from statistics import NormalDist
+from typing import ClassVar, Protocol
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.sizes import LENGTHS_OF_A_PACK
@@ -27,6 +28,41 @@ class Work:
     generated: float
     """Mean tokens of y′, assumed as long as y, cut at ``max_tokens``."""
     heldout_rows: int = 0
+    rejected: float | None = None
+    """Mean tokens of DPO's rejected responses. None: as long as y."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trees:
+    """Prompts with their responses."""
+
+    count: int
+    prompt: float
+    """Mean tokens of a prompt."""
+    responses: tuple[float, ...]
+    """Mean tokens of each response of a prompt."""
+    rows: int = 1
+    """Rows of a step's batch in a tree: its pairs, or its responses if there are no pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationWork:
+    answered: int
+    """Prompts that θ_t answers, each ``generation.samples_per_prompt`` times."""
+    trained: Trees
+    """Trees of an epoch."""
+    scored: tuple[Trees, ...]
+    """Trees of each forward pass before training."""
+
+
+class Planned(Protocol):
+    """What the plan asks of an algorithm."""
+
+    costs_are_known: ClassVar[bool]
+
+    def least_pack(self, config: SpinConfig) -> int: ...
+
+    def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,25 +142,35 @@ def played_rows(config: SpinConfig, work: Work) -> int:
     return min(config.data.prompts_per_iteration or work.rows, work.rows)
 
 
-def pair_packs(config: SpinConfig, work: Work, iteration: int, readers: int | None = None) -> Packs:
-    """Returns the packs of an epoch of SPIN. A tree holds y once and every y′.
-
-    Args:
-        readers: groups of ranks that read their own packs. Default: every worker.
-    """
+def played_pairs(config: SpinConfig, work: Work, iteration: int) -> Trees:
+    """Returns the trees of SPIN's epoch. Each holds y once and every y′."""
     window = config.objective.opponents(iteration)
     played = played_rows(config, work)
     repeats, groups = (window, 1) if played == work.rows else (1, window)
     branches = config.generation.samples_per_prompt * repeats
-    trees = played * groups
+    return Trees(
+        count=played * groups,
+        prompt=work.prompt,
+        responses=(work.real, *branches * [work.generated]),
+        rows=branches,
+    )
+
+
+def epoch_packs(config: SpinConfig, trees: Trees, readers: int | None = None) -> Packs:
+    """Returns the packs of an epoch. A step holds whole trees, at least one.
+
+    Args:
+        readers: groups of ranks that read their own packs. Default: every worker.
+    """
+    targets = sum(trees.responses)
     return packs_of(
-        trees,
-        work.prompt + work.real + branches * work.generated,
-        work.real + branches * work.generated,
-        steps=trees * branches / config.train.global_batch_pairs,
+        trees.count,
+        trees.prompt + targets,
+        targets,
+        steps=trees.count / max(1, config.train.global_batch_pairs // trees.rows),
         pack_length=config.train.pack_length,
         workers=readers or config.train.workers,
-        visible=visible_pairs(work.prompt, [work.real, *branches * [work.generated]]),
+        visible=visible_pairs(trees.prompt, trees.responses),
     )
 
 

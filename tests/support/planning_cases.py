@@ -5,14 +5,16 @@ from dataclasses import replace
 from spin_ray.config.load import load_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import OptimizerConfig
+from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.planning.cluster import Devices
 from spin_ray.planning.hardware import GPUS, Hardware
 from spin_ray.planning.model_shape import ModelShape
-from spin_ray.planning.work import Packs, Work
+from spin_ray.planning.work import Packs, Work, epoch_packs
 from tests.support.fakes import config_of
 from tests.support.paths import RECIPES
 
 ZEPHYR = load_config(RECIPES / "zephyr_7b.yaml")
+SPIN = find_algorithm("spin")
 A100 = GPUS["A100-80G"]
 PAPER_WORK = Work(rows=50_000, prompt=130, real=256, generated=256, heldout_rows=500)
 TINY = ModelShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4, vocab=10)
@@ -39,3 +41,8 @@ def tiny_config(**train: object) -> SpinConfig:
 
 def devices(gpu: Hardware, config: SpinConfig = ZEPHYR) -> Devices:
     return Devices(generation=gpu.share(config.generation.resources), train=gpu.share(config.train.resources))
+
+
+def pair_packs(config: SpinConfig, work: Work, iteration: int) -> Packs:
+    """Returns the packs of SPIN's epoch."""
+    return epoch_packs(config, SPIN.costs(config, work, iteration).trained)

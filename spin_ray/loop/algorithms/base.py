@@ -17,6 +17,7 @@ from spin_ray.inputs.graders import refuse_no_answer
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
 from spin_ray.loop.stages.generation.shards import Job, prompt_slice
+from spin_ray.planning.work import IterationWork, Work, played_pairs, played_rows
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import pair_id
 from spin_ray.run_dir.run_dir import RunDir
@@ -60,6 +61,8 @@ class Algorithm(ABC):
     """Fields of ``objective`` that the recipe may give. The evaluation of any algorithm reads ``beta``."""
     backend_methods: ClassVar[tuple[str, ...]] = ()
     """Methods of a backend that other algorithms do without."""
+    costs_are_known: ClassVar[bool] = False
+    """True if ``costs`` counts all that the algorithm computes, so that ``spin-ray plan`` can tell its hours."""
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         """Yields a sentence for each unusable setting."""
@@ -68,6 +71,17 @@ class Algorithm(ABC):
     def least_pack(self, config: SpinConfig) -> int:
         """Returns the least ``train.pack_length``: the tokens of the longest prompt with its responses."""
         return config.longest_tree
+
+    def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
+        """Returns what an iteration computes. Default: answers all prompts, and scores and learns SPIN's pairs."""
+        trees = played_pairs(config, work, iteration)
+        passes = self.reference_passes(config, iteration)
+        return IterationWork(answered=played_rows(config, work), trained=trees, scored=passes * (trees,))
+
+    def reference_passes(self, config: SpinConfig, iteration: int) -> int:
+        """Returns the number of times that an iteration's rows are scored before training."""
+        loss = self.objective(config, iteration).resolve()
+        return int(loss.needs_reference or loss.needs_wins)
 
     def check_rows(self, run: RunDir, config: SpinConfig) -> None:  # noqa: B027
         """Raises DataError if the committed prompts or questions lack what the algorithm needs of them."""

@@ -4,12 +4,18 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, PlayedPrompts, Turn, pair_table
 from spin_ray.loop.stages import pairs
+from spin_ray.planning.work import IterationWork, Trees, Work, played_rows
 
 
 class ContinuedSft(Algorithm):
     """SFT on the prompts that SPIN would play. A SPIN recipe may keep its ``objective``, and is its own baseline."""
 
     objective_fields = SPIN_FIELDS
+    costs_are_known = True
+
+    def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
+        trees = Trees(count=played_rows(config, work), prompt=work.prompt, responses=(work.real,))
+        return IterationWork(answered=0, trained=trees, scored=())
 
     def make_pairs(self, turn: Turn) -> None:
         played = PlayedPrompts(turn)

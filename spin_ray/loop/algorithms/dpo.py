@@ -10,10 +10,13 @@ from spin_ray.config.sections import name_of
 from spin_ray.errors import DataError
 from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, pair_table
 from spin_ray.loop.stages import pairs
+from spin_ray.planning.work import IterationWork, Trees, Work, played_rows
 
 
 class Dpo(Algorithm):
     """DPO of ``chosen`` against ``rejected``, with θ_t as reference."""
+
+    costs_are_known = True
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         if config.train.pack_length < self.least_pack(config):
@@ -24,6 +27,11 @@ class Dpo(Algorithm):
 
     def least_pack(self, config: SpinConfig) -> int:
         return 2 * config.model.max_length - 1  # a prompt of one token, and two responses
+
+    def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
+        responses = (work.real, work.rejected or work.real)
+        trees = Trees(count=played_rows(config, work), prompt=work.prompt, responses=responses)
+        return IterationWork(answered=0, trained=trees, scored=self.reference_passes(config, iteration) * (trees,))
 
     def make_pairs(self, turn: Turn) -> None:
         """Commits the pairs.

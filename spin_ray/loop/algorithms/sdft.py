@@ -16,10 +16,14 @@ from spin_ray.inputs.rendering import ChatRenderer, RenderError, open_renderer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
+from spin_ray.planning.work import IterationWork, Trees, Work, played_rows
 from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import answer_id, part_name, prompt_of, sample_of
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, pairs_of
+
+CHARACTERS_OF_A_TOKEN = 4
+"""Characters of an English token, an assumption of the plan."""
 
 
 class Sdft(Algorithm):
@@ -28,6 +32,17 @@ class Sdft(Algorithm):
     reads = ("sdft",)
     objective_fields = ("beta",)
     backend_methods = ("read",)
+    costs_are_known = True
+
+    def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
+        played = played_rows(config, work)
+        words = re.sub(r"\{prompt\}|\{response\}", "", _settings(config).demonstration)
+        shown = work.prompt + work.real + len(words) / CHARACTERS_OF_A_TOKEN
+        own, teacher = (
+            Trees(count=played * config.generation.samples_per_prompt, prompt=prompt, responses=(work.generated,))
+            for prompt in (work.prompt, shown)
+        )
+        return IterationWork(answered=played, trained=own, scored=(teacher,))
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts

@@ -1,5 +1,6 @@
 """SPIN (Chen et al. 2024, arXiv 2401.01335), α-SPIN and fictitious play."""
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, Turn
 from spin_ray.loop.stages import base_scores, pairs
 from spin_ray.run_dir.artefact import Artefact
@@ -13,6 +14,7 @@ class Spin(Algorithm):
     """
 
     objective_fields = SPIN_FIELDS
+    costs_are_known = True
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts
@@ -21,3 +23,7 @@ class Spin(Algorithm):
         pairs.run(turn.run, turn.config, turn.iteration)
         if turn.config.objective.reference_alpha < 1 and turn.iteration > 0:
             base_scores.run(turn.run, turn.config, turn.iteration, turn.initial)
+
+    def reference_passes(self, config: SpinConfig, iteration: int) -> int:
+        scored_by_initial = config.objective.reference_alpha < 1 and iteration > 0
+        return super().reference_passes(config, iteration) + scored_by_initial

@@ -10,6 +10,7 @@ from spin_ray.errors import RunDirError
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
+from spin_ray.planning.work import IterationWork, Trees, Work
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import sample_of
 from spin_ray.run_dir.run_dir import RunDir
@@ -23,6 +24,7 @@ class Tspin(Algorithm):
     """
 
     objective_fields = ("beta", "length_normalised", "sft_weight", "keep_identical", "history_weight")
+    costs_are_known = True
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         if config.data.prompts_per_iteration is not None:
@@ -36,6 +38,12 @@ class Tspin(Algorithm):
     def least_pack(self, config: SpinConfig) -> int:
         of_initial = config.generation.sampling.max_tokens if config.iterations > 1 else 0
         return config.longest_tree + of_initial
+
+    def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
+        samples = config.generation.samples_per_prompt
+        generated = (work.generated,) * samples * (2 if iteration else 1)
+        trees = Trees(count=work.rows, prompt=work.prompt, responses=(work.real, *generated), rows=samples)
+        return IterationWork(answered=work.rows, trained=trees, scored=())
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts

@@ -11,7 +11,7 @@ from rich.markup import escape
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ModelError
-from spin_ray.loop.algorithms.table import check_packages, check_settings
+from spin_ray.loop.algorithms.table import check_packages, check_settings, find_algorithm
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_config import read_foreign
@@ -197,7 +197,7 @@ def _print_next(
 ) -> None:
     cluster, recipe = machines.cluster, shlex.quote(str(options.recipe))
     out = f"{foreign.output.rstrip('/')}-spin" if foreign and foreign.output else f"runs/{options.recipe.stem}"
-    planned = settings.get("algorithm", Setting("spin")).value == "spin"
+    planned = find_algorithm(settings.get("algorithm", Setting("spin")).value).costs_are_known
     hardware = f" --nodes {cluster.nodes} --gpu {cluster.gpu} --gpus-per-node {cluster.gpus_per_node}"
     if phases and seen.rows is not None and planned:
         total = sum(phase.seconds for phase in phases)

@@ -48,7 +48,7 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
             work = _work(seen, config)
             sized, algorithm = config.settle_sizes(rows=work.rows), find_algorithm(config.algorithm)
-            phases = check_memory(sized, seen.shape, machines.cluster, work, algorithm.least_pack)
+            phases = check_memory(sized, seen.shape, machines.cluster, work, algorithm)
         except ResourceError as error:
             misfit = misfit or str(error)
         else:

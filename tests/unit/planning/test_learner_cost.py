@@ -22,7 +22,6 @@ from spin_ray.planning.learner_cost import (
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.stage_cost import RUNTIME
 from spin_ray.planning.traffic import step_collectives
-from spin_ray.planning.work import pair_packs
 from tests.support.planning_cases import (
     A100,
     ADAMW,
@@ -32,6 +31,7 @@ from tests.support.planning_cases import (
     TINY,
     TWO_PACKS,
     ZEPHYR,
+    pair_packs,
     tiny_config,
 )
 

@@ -23,7 +23,7 @@ from spin_ray.planning.mesh import (
 )
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from tests.support.fakes import config_of
-from tests.support.planning_cases import MISTRAL, ZEPHYR
+from tests.support.planning_cases import MISTRAL, SPIN, ZEPHYR
 
 LLAMA_70B = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
 
@@ -106,20 +106,20 @@ def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):
     with pytest.raises(ResourceError, match=r"neighbours, but the ranks are on nodes \[0, 1, 0, 1\]"):
         mesh_of(given, tmp_path, (0, 1, 0, 1), 80 * GB)
     with pytest.raises(ModelError, match="16 does not divide the model's 8 key and value heads; give another size"):
-        check_mesh(ZEPHYR.with_train(mesh=Mesh(tensor=16)), tmp_path, None)
-    check_mesh(given, tmp_path, 80 * GB)
+        check_mesh(ZEPHYR.with_train(mesh=Mesh(tensor=16)), tmp_path, None, SPIN)
+    check_mesh(given, tmp_path, 80 * GB, SPIN)
 
 
 def test_prompts_too_long_for_any_mesh_are_refused_with_the_length_that_would_fit():
     """Weights and states do not count: more workers would make them small."""
     config = ZEPHYR.model_copy(update={"model": ZEPHYR.model.model_copy(update={"max_length": 400_000})})
-    assert too_long(ZEPHYR, MISTRAL_7B, 80 * GB) is None
-    found = too_long(config, MISTRAL_7B, 80 * GB)
+    assert too_long(ZEPHYR, MISTRAL_7B, 80 * GB, SPIN) is None
+    found = too_long(config, MISTRAL_7B, 80 * GB, SPIN)
     assert found is not None and "a context-parallel mesh would be needed, which spin_ray does not have" in found
     fits = int(found.rpartition("lower model.max_length to ")[2].split()[0])
     for length, refused in ((fits, False), (fits + 1, True)):
         model = config.model.model_copy(update={"max_length": length})
-        assert bool(too_long(config.model_copy(update={"model": model}), MISTRAL_7B, 80 * GB)) is refused
+        assert bool(too_long(config.model_copy(update={"model": model}), MISTRAL_7B, 80 * GB, SPIN)) is refused
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "tspin"])
@@ -132,13 +132,13 @@ def test_the_length_that_would_fit_is_that_of_the_algorithms_own_responses(algor
         generation={"sampling": {"max_tokens": 1000}},
         train={"pack_length": 900_000},
     )
-    least_pack = find_algorithm(algorithm).least_pack
-    found = too_long(config, MISTRAL_7B, 80 * GB, least_pack)
-    assert found is not None and f"up to {least_pack(config)} tokens" in found
+    own = find_algorithm(algorithm)
+    found = too_long(config, MISTRAL_7B, 80 * GB, own)
+    assert found is not None and f"up to {own.least_pack(config)} tokens" in found
     most = int(found.partition("; from ")[2].split()[0]) - 1
     lowered = int(found.rpartition("lower model.max_length to ")[2].split()[0])
     fitting, longer = (
-        least_pack(config.model_copy(update={"model": config.model.model_copy(update={"max_length": length})}))
+        own.least_pack(config.model_copy(update={"model": config.model.model_copy(update={"max_length": length})}))
         for length in (lowered, lowered + 1)
     )
     assert fitting <= most < longer

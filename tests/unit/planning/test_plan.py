@@ -190,7 +190,7 @@ def test_a_model_that_no_setting_makes_fit_is_refused_without_advice(call, tmp_p
             ],
             "generation.resources.gpus: one engine asks for 2 GPUs, a node has 1",
         ),
-        (["--gpu", "L4", "--algorithm=dpo"], "algorithm: plan knows the costs of spin, not of dpo"),
+        (["--gpu", "L4", "--algorithm=seft"], "algorithm: plan does not know what seft costs"),
         (
             ["--gpu", "L4", "--model.path=who/knows"],
             "model.path who/knows: there is no such folder, and plan asks no hub",

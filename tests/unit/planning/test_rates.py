@@ -9,9 +9,8 @@ from spin_ray.planning.hardware import COMPUTE_EFFICIENCY, DEVICE_NAMES, GPUS
 from spin_ray.planning.learner_cost import WORKERS_START_S, scoring_cost, training_cost
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.rates import MeasuredRate, rate_of
-from spin_ray.planning.work import pair_packs
 from tests.support.paths import RECIPES, ROOT
-from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, devices
+from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, devices, pair_packs
 
 MEASURED = MeasuredRate(
     card="A100-80G", stage="training", parameters=7e9, mfu=0.5, measured="2026-01-02", commit="abc1234"

@@ -9,11 +9,11 @@ from spin_ray.planning.hardware import GPUS, Hardware
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.run_cost import plan_run
 from spin_ray.planning.work import Work
-from tests.support.planning_cases import A100, PAPER_WORK, ZEPHYR, devices
+from tests.support.planning_cases import A100, PAPER_WORK, SPIN, ZEPHYR, devices
 
 
 def hours(config: SpinConfig = ZEPHYR, gpu: Hardware = A100, work: Work = PAPER_WORK) -> float:
-    return sum(phase.seconds for phase in plan_run(config, MISTRAL_7B, devices(gpu, config), work)) / 3600
+    return sum(phase.seconds for phase in plan_run(config, MISTRAL_7B, devices(gpu, config), work, SPIN)) / 3600
 
 
 @pytest.mark.parametrize("field", ["rows", "prompt", "real", "generated", "heldout_rows"])

@@ -12,14 +12,14 @@ from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.scaling import scaling_of
 from spin_ray.planning.tables import scaling_table
 from tests.support.paths import RECIPES
-from tests.support.planning_cases import PAPER_WORK, ZEPHYR
+from tests.support.planning_cases import PAPER_WORK, SPIN, ZEPHYR
 
 CONFIG = ZEPHYR.with_train(precision="bf16")
 
 
 @pytest.fixture(scope="module")
 def scaling():
-    return scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=8, gpu="H100"), PAPER_WORK)
+    return scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=8, gpu="H100"), PAPER_WORK, SPIN)
 
 
 def test_more_nodes_never_take_longer_with_the_batch_that_the_plan_names(scaling):
@@ -38,7 +38,7 @@ def test_a_batch_that_is_too_small_for_the_nodes_is_said(scaling):
 
 def test_two_nodes_with_the_batch_that_is_named_take_0_6_of_one_and_with_the_papers_no_longer(scaling):
     """On nodes of 8 adapters of 400 Gb/s."""
-    two = scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=2, gpu="H100"), PAPER_WORK)
+    two = scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=2, gpu="H100"), PAPER_WORK, SPIN)
     one = two.with_own_batch[0].hours
     assert two.with_enough[-1].hours <= 0.6 * one and two.with_own_batch[-1].hours <= one
 
@@ -46,7 +46,7 @@ def test_two_nodes_with_the_batch_that_is_named_take_0_6_of_one_and_with_the_pap
 def test_a_batch_that_one_node_cannot_hold_has_no_hours_there():
     """Several packs of a rank without a sum after each need whole gradients, 29 GB of a card's 24."""
     config = CONFIG.with_train(reduce_every_pack=False, global_batch_pairs=8)
-    found = scaling_of(config, MISTRAL_7B, Cluster(nodes=2, gpu="RTX-4090"), PAPER_WORK)
+    found = scaling_of(config, MISTRAL_7B, Cluster(nodes=2, gpu="RTX-4090"), PAPER_WORK, SPIN)
     assert [size.nodes for size in found.with_own_batch] == [1, 2]
     assert [size.nodes for size in found.with_enough] == [2] and not found.scales
     console = Console(width=200, file=StringIO())
@@ -62,7 +62,7 @@ def test_70b_takes_at_most_30_hours_on_four_nodes_and_no_longer_on_eight():
     resources = CONFIG.generation.resources.model_copy(update={"gpus": 4})
     generation = CONFIG.generation.model_copy(update={"engine": engine, "resources": resources})
     config = CONFIG.model_copy(update={"generation": generation})
-    four, eight = scaling_of(config, shape, Cluster(nodes=8, gpu="H100"), PAPER_WORK).with_own_batch
+    four, eight = scaling_of(config, shape, Cluster(nodes=8, gpu="H100"), PAPER_WORK, SPIN).with_own_batch
     assert (four.nodes, four.mesh) == (4, "{replicate: 1, shard: 32, tensor: 1}")
     assert eight.hours <= four.hours <= 30
 
@@ -70,9 +70,9 @@ def test_70b_takes_at_most_30_hours_on_four_nodes_and_no_longer_on_eight():
 def test_a_slow_network_keeps_replicas_apart_and_costs_less_than_one_flat_mesh():
     """100 Gb/s a node: a flat mesh gathers every layer over it, replicas sum gradients once a step."""
     slow = Cluster(nodes=2, gpu="H100", network=100)
-    hybrid = scaling_of(CONFIG, MISTRAL_7B, slow, PAPER_WORK).with_own_batch[-1]
+    hybrid = scaling_of(CONFIG, MISTRAL_7B, slow, PAPER_WORK, SPIN).with_own_batch[-1]
     assert hybrid.mesh == "{replicate: 2, shard: 8, tensor: 1}"
-    fast = scaling_of(CONFIG, MISTRAL_7B, replace(slow, network=3200), PAPER_WORK).with_own_batch[-1]
+    fast = scaling_of(CONFIG, MISTRAL_7B, replace(slow, network=3200), PAPER_WORK, SPIN).with_own_batch[-1]
     assert hybrid.hours > fast.hours
 
 

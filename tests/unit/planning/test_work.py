@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from spin_ray.learner.packing import PairLengths, plan_epoch
-from spin_ray.planning.work import LENGTHS_OF_A_PACK, packs_of, pair_packs
-from tests.support.planning_cases import PAPER_WORK, ZEPHYR
+from spin_ray.planning.work import LENGTHS_OF_A_PACK, packs_of
+from tests.support.planning_cases import PAPER_WORK, ZEPHYR, pair_packs
 
 
 @pytest.mark.parametrize(

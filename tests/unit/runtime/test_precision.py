@@ -25,6 +25,7 @@ from spin_ray.runtime import precision, probes
 from spin_ray.runtime.precision import faster_precision, with_precision
 from tests.support.fakes import MINIMAL, config_of
 from tests.support.paths import RECIPES, ROOT
+from tests.support.planning_cases import SPIN
 
 FACTS: dict[str, Any] = {"inputs": {}, "start_model": "m"}
 CPU, GPU = ResourcesConfig(), ResourcesConfig(gpus=1)
@@ -171,7 +172,7 @@ def test_a_plan_for_gpus_counts_in_bf16(monkeypatch, tmp_path):
         config = load_config(RECIPES / "zephyr_7b.yaml", {"train.precision": word})
         out = io.StringIO()
         given = Given(rows=50_000, prompt_tokens=130, response_tokens=256)
-        print_plan(config, Cluster(nodes=1, gpu="A100-80G"), given, Console(file=out, width=200))
+        print_plan(config, Cluster(nodes=1, gpu="A100-80G"), given, SPIN, Console(file=out, width=200))
         return out.getvalue()
 
     assert plan("auto") == plan("bf16")

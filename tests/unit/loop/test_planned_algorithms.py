@@ -1,0 +1,73 @@
+"""What the plan says of an iteration, against the tokens and steps of tiny runs."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spin_ray.loop.algorithms.table import ALGORITHMS, find_algorithm
+from spin_ray.planning.work import Work, epoch_packs
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from tests.support import small_run
+from tests.support.fakes import rows_of
+from tests.support.learner_cases import one_rank
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "spin": {},
+    "continued_sft": {},
+    "dpo": {},
+    "tspin": {"objective": {"beta": 1.0}},
+    "sdft": {"data": {"max_quarantine_fraction": 0.5}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_rank(tmp_path_factory.mktemp("group")):
+        yield
+
+
+def test_the_plan_knows_these_algorithms() -> None:
+    assert {name for name, algorithm in ALGORITHMS.items() if algorithm.costs_are_known} == set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_epoch_has_the_planned_tokens_and_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan gets the mean lengths of the committed rows, so that the tokens of an epoch are exact."""
+    small_run.in_this_process(monkeypatch)
+    content = small_run.make_inputs(tmp_path).model_dump(mode="json", exclude_unset=True)
+    (tmp_path / "train.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": f"{n} + 1 = ?", "chosen": f"{n + 1}", "rejected": f"not {n}"}) for n in range(9)
+        )
+    )
+    given = SETTINGS[name] | {"algorithm": name, "iterations": 2, "generation": {"samples_per_prompt": 2}}
+    for key, value in given.items():
+        content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
+    content["train"] |= {"global_batch_pairs": 6, "epochs": 1, "pack_length": 512}
+    content["model"]["max_length"] = 256
+    config = small_run.SpinConfig.model_validate(content)
+    small_run.run(config, tmp_path / "run")
+    run = RunDir(Storage(tmp_path / "run"))
+
+    def mean(rows: list[dict[str, Any]], column: str) -> float:
+        return sum(len(row[column]) for row in rows) / len(rows)
+
+    prompts = rows_of(run.prompts)
+    spent = [event for event in run.events() if (event["event"], event["kind"]) == ("commit", "training")]
+    for iteration, measured in enumerate(spent):
+        learnt = [iteration] if name == "sdft" else range(iteration + 1)  # of two opponents, or of θ_0 too
+        answers = [row for it in learnt if run.generations(it).is_committed for row in rows_of(run.generations(it))]
+        work = Work(
+            rows=len(prompts),
+            prompt=mean(prompts, "prompt_ids"),
+            real=mean(prompts, "real_ids"),
+            generated=mean(answers, "token_ids") if answers else 0.0,
+            rejected=mean(prompts, "rejected_ids") if name == "dpo" else None,
+        )
+        packs = epoch_packs(config, find_algorithm(name).costs(config, work, iteration).trained)
+        assert (measured["tokens"], measured["steps"]) == (pytest.approx(packs.tokens), packs.steps)
+    assert len(spent) == 2
