@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config.sections import HealthConfig, LoraConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import HealthError, RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.learner.backends.base import BackendSettings
@@ -19,6 +20,7 @@ from spin_ray.learner.step import PackShape
 from spin_ray.loop.stages.training.audit import audit_engine
 from spin_ray.run_dir.schemas import AUDIT_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
+from tests.support.fakes import config_of
 from tests.support.learner_cases import logp_alone, one_rank
 
 TINY = resolve("embedded:tiny-llama")
@@ -35,7 +37,7 @@ class Job:
     name: str = "iter_000"
     backend: BackendSettings = SETTINGS
     audit: str | None = "iter_000/engine_audit.parquet"
-    health: HealthConfig = field(default_factory=HealthConfig)
+    recipe: SpinConfig = field(default_factory=config_of)
     shape: PackShape = field(default_factory=lambda: PackShape(pack_length=64, global_batch_pairs=2, pad_id=0))
 
 
@@ -80,8 +82,8 @@ def test_an_engine_of_another_model_stops_training_before_it_begins(backend, tmp
     apart = [logp + wrong * len(tokens) for logp, (_, tokens) in zip(logps, RESPONSES, strict=True)]
     with pytest.raises(HealthError, match=r"differ by (1|nan) nats a token \(3 responses\).*max_engine_difference 0.1"):
         audit_engine(told(tmp_path, apart), backend)
-    without = HealthConfig(max_engine_difference=None)
-    noted = audit_engine(told(tmp_path, apart, health=without), backend)
+    without = config_of(health={"max_engine_difference": None})
+    noted = audit_engine(told(tmp_path, apart, recipe=without), backend)
     assert noted == ({} if math.isnan(wrong) else {"engine_difference": pytest.approx(1, abs=1e-5)})
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import HealthConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.step import Objective, PackShape
@@ -16,41 +15,45 @@ from spin_ray.run_dir.storage import Storage
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    name: str
-    """Folder of the iterate, e.g. ``iter_000``."""
     storage: Storage
     start: ModelFolder
     rows: Artefact
     """Pairs, or prompts for SFT."""
-    reference: Artefact | None
-    """Scores under ``start``, made by the job if the loss needs them."""
-    base: Artefact | None
-    """Scores under θ_0, for a geometric reference."""
-    wins: Artefact | None
-    audit: str | None
-    """File of responses with the engine's log p; None: nothing was generated."""
-    teacher_rows: Artefact | None
-    """y′ after prompts with a demonstration, if the objective has a teacher."""
-    teacher: Artefact | None
-    """The teacher's distributions of ``teacher_rows``, made by the job."""
-    reference_alpha: float
-    """Weight of ``start`` in the geometric reference."""
     target: Artefact
     objective: Objective
     shape: PackShape
     backend: BackendSettings
     recipe: SpinConfig
-    """Recipe from which workers choose mesh and gradient checkpointing."""
+    """Recipe from which workers take mesh, gradient checkpointing, checkpoints and health."""
     epochs: int
-    schedule_epochs: int | None
+    schedule_epochs: int | None = None
     """Epochs of the learning rate's schedule; None: ``epochs``."""
     seed: int
-    checkpoint_every_steps: int
-    health: HealthConfig
-    elastic: bool
-    """True if checkpoints of another number of workers are accepted."""
     chat_template: str | None
     """Chat template to export with the weights."""
+    reference: Artefact | None = None
+    """Scores under ``start``, made by the job if the loss needs them."""
+    base: Artefact | None = None
+    """Scores under θ_0, for a geometric reference."""
+    reference_alpha: float = 1.0
+    """Weight of ``start`` in the geometric reference."""
+    wins: Artefact | None = None
+    audit: str | None = None
+    """File of responses with the engine's log p; None: nothing was generated."""
+    teacher_rows: Artefact | None = None
+    """y′ after prompts with a demonstration, if the objective has a teacher."""
+    teacher: Artefact | None = None
+    """The teacher's distributions of ``teacher_rows``, made by the job."""
+
+    @property
+    def name(self) -> str:
+        """Folder of the iterate, e.g. ``iter_000``."""
+        return self.target.path.rpartition("/")[0]
+
+    @property
+    def elastic(self) -> bool:
+        """True if checkpoints of another number of workers are accepted."""
+        return self.recipe.train.min_workers is not None
 
     def inputs(self) -> dict[str, str]:
         inputs = {"rows": self.rows.manifest().digest, "start_model": self.start.digest}

@@ -35,7 +35,6 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     lora, loss = config.train.lora, objective.resolve()
     target = run_dir.adapter(iteration + 1) if config.commits_adapters else run_dir.whole_model(iteration + 1)
     job = TrainJob(
-        name=target.path.rpartition("/")[0],
         storage=run_dir.storage,
         start=opponent,
         rows=run_dir.pairs(iteration),
@@ -62,9 +61,6 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         epochs=values.epochs,
         schedule_epochs=values.schedule_epochs,
         seed=config.seed + iteration,
-        checkpoint_every_steps=config.train.checkpoint_every_steps,
-        health=config.health,
-        elastic=config.train.min_workers is not None,
         chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
@@ -96,17 +92,9 @@ def fine_tune(
 ) -> None:
     """Fine-tunes ``start`` on prompts, or on pairs without y′, and commits ``target``."""
     job = TrainJob(
-        name=target.path.rpartition("/")[0],
         storage=run_dir.storage,
         start=start,
         rows=rows,
-        reference=None,
-        base=None,
-        wins=None,
-        audit=None,
-        teacher_rows=None,
-        teacher=None,
-        reference_alpha=1.0,
         target=target,
         objective=Objective(loss=None),
         shape=PackShape(
@@ -115,11 +103,7 @@ def fine_tune(
         backend=replace(_backend_settings(config, how.optimizer, how.learning_rate), base="bf16"),
         recipe=config.model_copy(update={"train": config.train.model_copy(update={"lora": None})}),  # all weights
         epochs=how.epochs,
-        schedule_epochs=None,
         seed=config.seed,
-        checkpoint_every_steps=config.train.checkpoint_every_steps,
-        health=config.health,
-        elastic=config.train.min_workers is not None,
         chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)

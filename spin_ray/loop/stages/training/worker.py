@@ -65,14 +65,14 @@ def work(job: TrainJob) -> dict[str, Any]:
     teacher = load_teacher(job, backend, table["pair_id"], own)
     work_s = time.monotonic() - started
     first = checkpoint.restore(job, backend)
-    log, health = TrainLog(job, first), HealthMonitor(job.health, len(steps))
+    log, health = TrainLog(job, first), HealthMonitor(job.recipe.health, len(steps))
     saved = time.monotonic()
     for number in range(first, len(steps)):
         started = time.monotonic()
         metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference, teacher)
         log.write({"step": number, **metrics, "seconds": round(time.monotonic() - started, 3), "of": len(steps)})
         health.check(number, metrics)
-        if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
+        if (number + 1) % job.recipe.train.checkpoint_every_steps == 0 and number + 1 < len(steps):
             checkpoint.save(job, backend, number + 1)
             saved = time.monotonic()
     if _on_all_ranks(lambda: time.monotonic() - saved > UNSAVED_S and _has_room(job)):
