@@ -172,7 +172,12 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     ):  # fmt: skip
         given = config.evaluation.max_rows if name == "heldout" else config.data.max_rows
         if given is not None and isinstance(sources, tuple):
-            yield f"{limit}: with several sources give data.{name} rows of their own, or weights"
+            yield f"{limit}: data.{name} is a list of sources; give them rows of their own, or weights"
+    if config.data.heldout is None:
+        for name, given in (("max_rows", config.evaluation.max_rows), ("examples", config.evaluation.examples)):
+            if given:
+                yield f"evaluation.{name}: needs data.heldout"
+    yield from _greedy_problems(config)
     if config.evaluation.samples > 1:
         if config.data.heldout is None:
             yield "evaluation.samples: needs data.heldout"
@@ -187,6 +192,19 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         for key in sorted(own & engine.extra.keys() if engine else ()):
             cure = "use the field of its own" if key in EngineConfig.model_fields else "leave it out"
             yield f"{place}.engine.extra.{key}: is set by spin_ray; {cure}"
+
+
+def _greedy_problems(config: SpinConfig) -> Iterator[str]:
+    sampling = config.generation.sampling
+    if sampling.temperature and sampling.top_k != 1:
+        return
+    name, value = ("top_k", 1) if sampling.temperature else ("temperature", 0)
+    for setting, samples in (
+        ("generation.samples_per_prompt", config.generation.samples_per_prompt),
+        ("evaluation.samples", config.evaluation.samples),
+    ):
+        if samples > 1:
+            yield f"{setting}: with generation.sampling.{name} {value} all {samples} samples are the same; give 1"
 
 
 _OWN_ARGUMENTS = {

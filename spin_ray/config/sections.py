@@ -302,13 +302,16 @@ class ObjectiveConfig(Section):
     """Weight of T-SPIN's second term, which prefers y′ to θ_0's response. T-SPIN's paper: 0.1, its β."""
     keep_identical: bool = False
     """Use of pairs with y = y′. Their margin is 0, so only ``sft_weight`` learns from them. Without them,
-    ``sft_weight`` acts mostly on prompts that the model gets wrong."""
+    ``sft_weight`` acts mostly on prompts that the model gets wrong. ``loss: space`` and ``positive_weight`` learn from
+    them, so there it is on if not given. T-SPIN always uses those whose response by θ_0 differs."""
 
     @model_validator(mode="before")
     @classmethod
-    def _space_has_no_beta(cls, given: Any) -> Any:
-        """Sets the values that the theory of ``space`` needs, if the recipe has none."""
-        return {"beta": 1.0, "window": 1} | given if isinstance(given, dict) and given.get("loss") == "space" else given
+    def _as_the_loss_needs(cls, given: Any) -> Any:
+        """Sets the values that the theory of the loss needs, if the recipe has none."""
+        if isinstance(given, dict) and given.get("loss") == "space":
+            return {"beta": 1.0, "window": 1, "keep_identical": True} | given
+        return {"keep_identical": True} | given if isinstance(given, dict) and given.get("positive_weight") else given
 
     def oldest_iteration(self, iteration: int) -> int:
         """Returns the first iteration in the window of ``iteration``; it may be negative."""
@@ -386,7 +389,7 @@ class LoraConfig(Section):
     alpha: Count = 32
     """Scale of the change, which is multiplied by alpha / rank. Adapters need 10 to 100 times the learning rate of full
     training."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
     base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
     """Number format of the frozen weights: 2 bytes a parameter, or about 0.5 (``nf4``) or 1 (``int8``), both by
@@ -451,7 +454,7 @@ class TrainConfig(Section):
     lora: LoraConfig | None = None
     """Adapters (PEFT, extra ``lora``), never in the warm-up ``sft``. Not set: all weights are trained."""
     global_batch_pairs: Count = 64
-    """Pairs per optimizer step, over all workers. Paper: 64."""
+    """Pairs per optimizer step, at most, over all workers. A prompt with more pairs makes a step alone. Paper: 64."""
     pack_length: Count = 4096
     """Tokens per pack, one micro-batch of one worker: at least ``model.max_length`` +
     ``generation.sampling.max_tokens``. Longer packs use the hardware better and need more memory."""

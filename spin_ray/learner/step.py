@@ -97,12 +97,15 @@ class ReferenceScores:
     real_win: Float32[Tensor, "rows"] | None = None
     """Estimate of P(y beats a response of the reference)."""
     generated_win: Float32[Tensor, "rows"] | None = None
+    opponent_real: Float32[Tensor, "rows"] | None = None
+    """log p_θt(y) if the reference is not θ_t itself."""
 
     def mixed_with(self, base: "ReferenceScores", alpha: float) -> "ReferenceScores":
         """Returns α-SPIN's reference; ``base`` has weight 1 − α."""
         return ReferenceScores(
             real=geometric_reference(self.real, base.real, alpha),
             generated=geometric_reference(self.generated, base.generated, alpha),
+            opponent_real=self.real,
         )
 
 
@@ -246,8 +249,9 @@ def _pack_loss(
         sums: dict[str, Tensor | int] = {"loss": total.detach(), "real_logp": logps.real.sum()}
         if loss.per == "pair":
             sums["generated_logp"] = logps.generated.sum()
-        if scores is not None:
-            sums["real_logp_drift"] = (logps.real - scores.real).sum()
+        if scores is not None and reference is not None:
+            before = reference.real if reference.opponent_real is None else reference.opponent_real
+            sums["real_logp_drift"] = (logps.real - before[batch.pair_row]).sum()
         if (margin := loss.margin(policy, against, objective.beta)) is not None:
             sums |= {"margin": margin.sum(), "correct": (margin > 0).sum()}
     return share, sums

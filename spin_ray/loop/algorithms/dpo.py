@@ -19,6 +19,8 @@ class Dpo(Algorithm):
     costs_are_known = True
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
+        if config.generation.samples_per_prompt > 1:
+            yield "generation.samples_per_prompt: dpo samples no responses to training prompts; leave it out"
         if config.train.pack_length < self.least_pack(config):
             yield (
                 f"train.pack_length: {config.train.pack_length} may not hold a prompt with both responses of its row; "

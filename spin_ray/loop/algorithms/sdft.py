@@ -106,6 +106,8 @@ def _prompts_of_teacher(
     found: dict[str, list[int] | str] = {}
     for table in run.prompts.tables():
         table = table.filter(pc.is_in(table["prompt_id"], value_set=played))
+        if not table.num_rows:  # batch_decode would return one text for no rows
+            continue
         responses = renderer.tokenizer.batch_decode(table["real_ids"].to_pylist(), skip_special_tokens=True)
         shown = [
             demonstrated(json.loads(messages), response.strip(), template)

@@ -134,6 +134,13 @@ def _loss_problems(given: ObjectiveConfig, loss: Loss, algorithm: Algorithm, nam
             f"objective.reference_alpha: {other} takes the log-ratio of y alone, in which the normaliser of the "
             "geometric reference does not cancel; leave one out"
         )
+    if given.length_normalised and isinstance(loss, SpaceLoss):
+        yield "objective.length_normalised: the loss space takes log-ratios as they are; leave it out"
+    elif given.length_normalised and given.reference_alpha < 1:
+        yield (
+            "objective.length_normalised: the normaliser of the geometric reference does not cancel between means; "
+            "leave it out, or reference_alpha"
+        )
     for field in ("sft_weight", "length_normalised") if loss.per == "token" else ():
         if getattr(given, field):
             yield f"objective.{field}: the loss {given.loss} is one of tokens; leave it out"

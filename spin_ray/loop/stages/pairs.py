@@ -110,12 +110,9 @@ def build(
         if not fresh.paired:
             write(table)
             continue
-        kept = [
-            _verdict(real, generated, keep_identical)
-            for real, generated in zip(table["real_ids"], table["generated_ids"], strict=True)
-        ]
-        counts.update(verdict for verdict in kept if verdict)
-        write(table.filter(pa.array([not verdict for verdict in kept], pa.bool_())))
+        verdicts = _verdicts(table, keep_identical)
+        counts.update(verdict for verdict in verdicts if verdict)
+        write(table.filter(pa.array([not verdict for verdict in verdicts], pa.bool_())))
     counts.update({f"dropped_{reason}": count for reason, count in fresh.dropped.items()})
     for table in earlier.tables() if earlier else ():
         still = table.filter(pc.greater_equal(table["iteration"], oldest))
@@ -139,10 +136,17 @@ def _mean_length(generations: Artefact) -> float:
     return tokens / max(generations.manifest().rows, 1)
 
 
-def _verdict(real: pa.ListScalar, generated: pa.ListScalar, keep_identical: bool) -> str:
-    if len(generated.values) == 0:
-        return "dropped_empty"
-    return "dropped_identical" if not keep_identical and real.values.equals(generated.values) else ""
+def _verdicts(table: pa.Table, keep_identical: bool) -> list[str]:
+    """Returns for each row why it is dropped, or nothing. T-SPIN learns from y = y′ if y_0 differs."""
+    names = [name for name in ("real_ids", "generated_ids", "initial_ids") if name in table.column_names]
+
+    def verdict(real: pa.ListScalar, *others: pa.ListScalar) -> str:
+        if len(others[0].values) == 0:
+            return "dropped_empty"
+        identical = all(real.values.equals(other.values) for other in others)
+        return "dropped_identical" if identical and not keep_identical else ""
+
+    return [verdict(*row) for row in zip(*(table[name] for name in names), strict=True)]
 
 
 def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:

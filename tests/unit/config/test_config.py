@@ -182,6 +182,17 @@ def test_long_values_are_cut_in_the_error():
         ({"train": {"resources": {"gpus": 0.5}}}, "train.resources.gpus: 0.5; a train worker drives exactly one GPU"),
         ({"evaluation": {"answer_extractor": "equals"}}, "evaluation.answer_extractor: needs data.heldout"),
         ({"evaluation": {"samples": 2}}, "evaluation.samples: needs data.heldout"),
+        ({"evaluation": {"max_rows": 2}}, "evaluation.max_rows: needs data.heldout"),
+        ({"evaluation": {"examples": 2}}, "evaluation.examples: needs data.heldout"),
+        (
+            {"generation": {"samples_per_prompt": 4, "sampling": {"temperature": 0}}},
+            "generation.samples_per_prompt: with generation.sampling.temperature 0 all 4 samples are the same; give 1",
+        ),
+        (
+            {"evaluation": {"samples": 4}, "generation": {"sampling": {"top_k": 1}}},
+            "evaluation.samples: with generation.sampling.top_k 1 all 4 samples are the same; give 1",
+        ),
+        ({"train": {"lora": {"rank": 4, "target_modules": []}}}, "train.lora.target_modules"),
         (
             {"data": {"train": "d", "heldout": "h"}, "evaluation": {"samples": 2}},
             "evaluation.samples: only grading reads more than one",
@@ -305,6 +316,8 @@ def test_space_takes_log_ratios_as_they_are_and_fresh_samples():
     objective = parse(objective={"loss": "space"}).objective
     assert (objective.beta, objective.window) == (1.0, 1)
     assert parse(objective={"loss": "space", "window": 2}).objective.window == 2
+    assert objective.keep_identical and parse(objective={"positive_weight": 5}).objective.keep_identical
+    assert not parse(objective={"loss": "space", "keep_identical": False}).objective.keep_identical
     with pytest.raises(ConfigError, match=r"objective.beta: the loss space takes log-ratios as they are; give 1"):
         parse(objective={"loss": "space", "beta": [1.0, 0.1]}, iterations=2)
 

@@ -68,11 +68,11 @@ def test_a_path_is_one_source_and_its_identity_is_the_text():
     ("data", "message"),
     [
         ({"train": [{"path": "d", "weight": 1, "rows": 1}]}, "d has both weight and rows"),
-        ({"train": [{"path": "d"}], "max_rows": 5}, "data.max_rows: with several sources"),
+        ({"train": [{"path": "d"}], "max_rows": 5}, "data.max_rows: data.train is a list of sources"),
         ({"train": [{"path": "d"}, {"path": "s3://id:key@b/d"}]}, "data.train: holds credentials"),
         ({"train": []}, "at least 1 item"),
         ({"train": "d", "questions": [{"path": "s3://id:key@b/d"}]}, "data.questions: holds credentials"),
-        ({"train": "d", "questions": [{"path": "q"}], "max_rows": 5}, "give data.questions rows"),
+        ({"train": "d", "questions": [{"path": "q"}], "max_rows": 5}, "data.questions is a list of sources"),
     ],
 )
 def test_sources_that_make_no_sense_are_refused(data, message):
@@ -110,7 +110,7 @@ def test_held_out_rows_may_come_from_several_sources_too(tmp_path):
     assert _heldout_rows(config) == 3
     with pytest.raises(DataError, match=r"none\.jsonl: no such data"):
         check_recipe(config_for(data={"train": [a], "heldout": [b, {"path": str(tmp_path / "none.jsonl")}]}))
-    with pytest.raises(ValueError, match=r"evaluation\.max_rows: .*give data\.heldout rows"):
+    with pytest.raises(ValueError, match=r"evaluation\.max_rows: data\.heldout is a list of sources"):
         config_of(data={"train": "d", "heldout": [b]}, evaluation={"max_rows": 3})
 
 

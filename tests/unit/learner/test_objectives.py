@@ -102,6 +102,13 @@ def test_mixing_with_the_base_gives_the_margin_of_alpha_spin() -> None:
     assert loss_of(objective, LOGPS, mixed).item() != loss_of(objective, LOGPS).item()
 
 
+def test_the_drift_of_log_p_is_since_the_iteration_began_whatever_the_reference() -> None:
+    """θ is θ_t itself: no drift, though the reference is half θ_0."""
+    base = ReferenceScores(real=double(-4, -4, -5), generated=double(-1, -2, -3))
+    mixed = ReferenceScores(real=LOGPS[[0, 0, 3]], generated=LOGPS[[1, 2, 4]]).mixed_with(base, 0.5)
+    assert pack_loss(Objective(loss="logistic"), LOGPS, mixed)[1]["real_logp_drift"] == 0
+
+
 def test_the_square_loss_by_hand() -> None:
     """β 0.5: targets are 2(0.9 − 0.5) = 0.8 and 2(0.2 − 0.5) = −0.6; ½[(0.3 − 0.8)² + (0.4 + 0.6)²] = 0.625."""
     assert square_loss(double(0.3), double(0.4), double(0.9), double(0.2), 0.5).item() == pytest.approx(0.625)

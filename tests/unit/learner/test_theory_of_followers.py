@@ -15,8 +15,16 @@ REAL, GENERATED = (index.flatten() for index in torch.meshgrid(torch.arange(K), 
 ZERO = torch.zeros(1, dtype=torch.float64)
 
 
-def expected(loss: Loss, logits: Tensor, better: Tensor, worse: Tensor, reference: Tensor, beta: float = 1.0) -> Tensor:
-    """E of a loss over y ~ ``better``, y' ~ ``worse``, all log-probabilities."""
+def expected(
+    loss: Loss,
+    logits: Tensor,
+    better: Tensor,
+    worse: Tensor,
+    reference: Tensor,
+    beta: float = 1.0,
+    counted: Tensor | float = 1.0,
+) -> Tensor:
+    """E of a loss over y ~ ``better``, y' ~ ``worse``, all log-probabilities; ``counted`` weighs the pairs."""
     policy = logits.log_softmax(0)
     losses = torch.stack(
         [
@@ -24,7 +32,7 @@ def expected(loss: Loss, logits: Tensor, better: Tensor, worse: Tensor, referenc
             for i, j in zip(REAL.tolist(), GENERATED.tolist(), strict=True)
         ]
     )
-    return ((better[REAL] + worse[GENERATED]).exp() * losses).sum()
+    return ((better[REAL] + worse[GENERATED]).exp() * counted * losses).sum()
 
 
 def gradient(loss: Loss, real_ratio: float, generated_ratio: float) -> list[float]:
@@ -44,6 +52,14 @@ def test_the_optimum_of_space_is_the_data_for_every_mu(mu: float) -> None:
     loss = SpaceLoss(mu=mu)
     found = minimise(lambda x: expected(loss, x, data, opponent, opponent), opponent)
     torch.testing.assert_close(found, data, rtol=0, atol=1e-5)
+
+
+def test_space_without_pairs_of_equal_responses_ends_elsewhere() -> None:
+    """They are part of both expectations: ``objective.keep_identical`` is on for ``space``."""
+    data, opponent = distribution(0), distribution(1)
+    differs = (REAL != GENERATED).to(torch.float64)
+    found = minimise(lambda x: expected(SpaceLoss(), x, data, opponent, opponent, counted=differs), opponent)
+    assert (found - data).abs().max() > 0.01
 
 
 def test_the_minimum_of_space_is_what_a_classifier_of_single_responses_cannot_tell() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, RunDirError
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import TOKEN_IDS, TRIPLET_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import config_of, rows_of, write_answers, write_prompts
 
@@ -115,6 +117,17 @@ def test_pairs_of_equal_responses_stay_where_the_recipe_says_so(run):
     pairs.run(run, config, 0)
     assert [row["prompt_id"] for row in rows_of(run.pairs(0))] == ["p000", "p002"]
     assert run.pairs(0).manifest().counts["dropped_empty"] == 1
+
+
+def test_t_spin_keeps_pairs_of_equal_responses_if_the_first_model_said_something_else(run):
+    """p000's and p001's responses are [10, 2] and [11, 2]; θ_0 answered p000 otherwise."""
+    answers = [("p000", 1, [10, 2]), ("p001", 1, [11, 2])]
+    write_answers(run.generations(0), answers, 2)
+    (table,) = pairs.joined(run.prompts, run.generations(0), 1)
+    triplets = table.append_column(TRIPLET_SCHEMA.field("initial_ids"), pa.array([[5, 2], [11, 2]], TOKEN_IDS))
+    fresh = pairs.Fresh([triplets], {}, {})
+    _, counts = pairs.build(fresh, None, run.pairs(1), oldest=1)
+    assert (counts["rows"], counts["dropped_identical"]) == (1, 1)
 
 
 def test_too_few_pairs_are_an_error_that_says_how_many_and_why(run):

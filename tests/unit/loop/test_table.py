@@ -88,6 +88,18 @@ def problems(**sections: Any) -> str:
             "train.pack_length: 4095 cannot hold a prompt with three responses; raise it to 4096",
         ),
         ({"objective": {"history_weight": 1}}, "objective.history_weight: is for algorithm tspin, not for spin"),
+        (
+            {"objective": {"loss": "space", "length_normalised": True}},
+            "objective.length_normalised: the loss space takes log-ratios as they are",
+        ),
+        (
+            {"objective": {"reference_alpha": 0.5, "length_normalised": True}},
+            "objective.length_normalised: the normaliser of the geometric reference does not cancel between means",
+        ),
+        (
+            {"algorithm": "dpo", "generation": {"samples_per_prompt": 2}},
+            "generation.samples_per_prompt: dpo samples no responses to training prompts",
+        ),
         ({"objective": {"mu": 2}}, "objective.mu: is for the loss space, not for logistic"),
         ({"algorithm": "continued_sft", "objective": {"mu": 2}}, "objective.mu: is for the loss space"),
         ({"algorithm": "continued_sft", "objective": {"history_weight": 1}}, "objective.history_weight: is for algori"),

@@ -109,6 +109,17 @@ def test_sdft_learns_from_its_own_answers_what_it_would_say_with_the_human_one_i
     assert committed(tmp_path / "run") == before
 
 
+def test_sdft_plays_prompts_of_some_parts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of twelve prompts, which are stored two a part."""
+    run, _ = run_with(
+        tmp_path, monkeypatch,
+        {"algorithm": "sdft", "generation": {"shard_rows": 2}, "train": {"global_batch_pairs": 1, "pack_length": 512},
+         "model": {"max_length": 256}, "data": {"max_quarantine_fraction": 0.5, "prompts_per_iteration": 3}},
+    )  # fmt: skip
+    assert len(run.prompts.part_names()) == ROWS // 2
+    assert run.teacher_rows(0).manifest().rows == run.pairs(0).manifest().rows == 3
+
+
 def logps_at(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
