@@ -39,7 +39,7 @@ class RunResult:
 
     @classmethod
     def of(cls, run: RunDir, config: SpinConfig, inputs: Inputs) -> Self:
-        latest = run.model(iterate_number(run.latest() or "sft"))
+        latest = run.model(min(iterate_number(run.latest() or "sft"), config.iterations))
         model = latest.local_folder() if latest.is_committed else inputs.model.path
         return cls(run, model, read_evaluations(run, config))
 

@@ -79,7 +79,8 @@ def print_status(run: RunDir, console: Console) -> None:
     config = run.config()
     events = run.events()
     evaluations = read_evaluations(run, config)
-    console.print(_measures(evaluations))
+    if evaluations:
+        console.print(_measures(evaluations))
     for iterate, text in all_warnings(evaluations):
         console.print(f"[yellow]Warning[/] {iterate}:", end=" ")
         console.print(text, markup=False)

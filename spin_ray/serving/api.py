@@ -24,7 +24,7 @@ from spin_ray.serving.errors import Refusal, from_engine, from_validation
 from spin_ray.serving.events import END, HeldStream, event
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
-from spin_ray.serving.names import UnknownModel
+from spin_ray.serving.names import ModelStarts, UnknownModel
 
 DIGEST_HEADER, ITERATE_HEADER = "x-spin-ray-digest", "x-spin-ray-iterate"
 
@@ -34,6 +34,7 @@ _ERROR = {
 }
 _UNREADABLE = "body: is not JSON that can be read: is it UTF-8, not compressed, and not nested thousands deep?"
 """Message for the 400 that FastAPI itself raises."""
+_START_RETRY_S = 5
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
 }
@@ -88,10 +89,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         """Describes one model: its iterate now, and the digest of its checkpoint."""
-        name = api_spelling(name)
-        if name not in _served(engines):
-            raise Refusal(404, f"The model {name!r} does not exist or does not serve", code="model_not_found")
-        return _card(engines, name)
+        return _card(engines, api_spelling(name))
 
     @router.get("/-/healthz", include_in_schema=False)  # the path that Ray Serve's proxies answer themselves
     @router.get("/healthz")
@@ -106,7 +104,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
         served = [name for name in known if engines.names.resolve(name) not in engines.down]
         status = "ready" if served else "down" if down else "starting"
         told = {"status": status, "models": served} | ({"down": down} if down else {})
-        return JSONResponse(told, 200 if served else 503, {} if served else {"Retry-After": "5"})
+        return JSONResponse(told, 200 if served else 503, {} if served else {"Retry-After": f"{_START_RETRY_S}"})
 
     return router
 
@@ -203,6 +201,10 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
     async def refused(_: HttpRequest, refusal: Refusal) -> Response:
         return refusal.response()
+
+    @app.exception_handler(ModelStarts)
+    async def starts(_: HttpRequest, error: ModelStarts) -> Response:
+        return Refusal(503, str(error), code="model_starts", retry_s=_START_RETRY_S).response()
 
     @app.exception_handler(UnknownModel)
     async def unknown(_: HttpRequest, error: UnknownModel) -> Response:

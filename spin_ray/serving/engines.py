@@ -112,7 +112,8 @@ class ServeEngines:
         running = apps if table["running"] is None else table["running"]
         gone = {name for name, engine in self._kept.items() if engine["app"] not in running}
         self._reported = set(table["down"]) | gone - table["engines"].keys()
-        self.names.serve_now(engines, self._newest)
+        settled = table["settled"] or bool(table["problems"])
+        self.names.serve_now(engines, self._newest, table["starting"], settled=settled)
 
     def digest(self, iterate: str) -> str:
         return self._engines[iterate]["digest"]

@@ -233,8 +233,12 @@ def test_not_ready_before_a_model_serves() -> None:
     async def check() -> None:
         server = Server()
         assert (await server.client.get("/readyz")).status_code == 200
-        server.engines.names.serve_now([], None)
+        server.engines.names.serve_now([], None, settled=False)
         assert (await server.client.get("/readyz")).status_code == 503
+        early = await server.post(CHAT, HELLO | {"model": "latest"})
+        assert (early.status_code, early.headers["retry-after"]) == (503, "5")
+        assert early.json()["error"]["code"] == "model_starts"
+        refused(await server.post(CHAT, HELLO | {"model": "gpt-4"}), 404)
         assert (await server.client.get("/healthz")).status_code == 200
 
     run(check())

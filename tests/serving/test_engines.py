@@ -41,7 +41,7 @@ class Handle:
 
 TABLE: dict[str, Any] = {
     "keeper": "first", "version": 7, "newest": "iter-0", "problems": {}, "down": [], "running": ["app"],
-    "settled": True, "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")},
+    "settled": True, "starting": {}, "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")},
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from spin_ray.run_dir.names import api_name, iterate_number, read_iterate
-from spin_ray.serving.names import Names, UnknownModel
+from spin_ray.serving.names import ModelStarts, Names, UnknownModel
 
 
 @pytest.fixture
@@ -28,10 +28,25 @@ def test_an_unknown_name_says_which_are_known(names: Names) -> None:
         names.resolve("iter-3")
 
 
-def test_before_anything_serves_every_name_is_unknown() -> None:
-    for name in ("latest", "sft"):
-        with pytest.raises(UnknownModel):
-            Names().resolve(name)
+def test_before_anything_serves_a_name_starts_unless_no_iterate_can_have_it() -> None:
+    names = Names()
+    for name in ("latest", "sft", "iter-3"):
+        with pytest.raises(ModelStarts):
+            names.resolve(name)
+    with pytest.raises(UnknownModel, match="'gpt-4' does not exist") as unknown:
+        names.resolve("gpt-4")
+    assert not isinstance(unknown.value, ModelStarts)
+
+
+def test_what_starts_is_no_unknown_model(names: Names) -> None:
+    names.serve_now(["sft"], newest="sft", starting=["iter-0"], settled=False)
+    with pytest.raises(ModelStarts, match="'iter-0' starts"):
+        names.resolve("0")
+    for settled, name in ((False, "iter-1"), (True, "latest")):
+        names.serve_now(["sft"], newest=None, settled=settled)
+        with pytest.raises(UnknownModel) as unknown:
+            names.resolve(name)
+        assert not isinstance(unknown.value, ModelStarts)
 
 
 def test_numbers_and_names_are_inverse() -> None:

@@ -118,7 +118,7 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
         if given is not None:
             settings[place] = Setting(given)
         elif place not in settings:
-            settings[place] = Setting(_asked(place, question, ask))
+            settings[place] = Setting(_asked(place, question, ask, foreign))
     train = settings["data.train"].value
     heldout = options.heldout or (heldout_beside(train) if isinstance(train, str) else None)
     if options.heldout is None and "data.heldout" not in settings and ask:
@@ -150,10 +150,12 @@ def _with_warm_up(settings: Settings, options: Options, foreign: Foreign | None,
     return settings
 
 
-def _asked(place: str, question: str, ask: Ask | None) -> str:
+def _asked(place: str, question: str, ask: Ask | None, foreign: Foreign | None) -> str:
+    option, fact = ("--model", "model") if place == "model.path" else ("--data", "train")
+    reason = foreign.reason(fact) if foreign else ""
     if ask is None:
-        raise ConfigError(f"{place}: is not given; add --{'model' if place == 'model.path' else 'data'}")
-    return ask(question, None)
+        raise ConfigError(f"{place}: is not given{f' ({reason})' if reason else ''}; add {option}")
+    return ask(f"{reason}. {question}" if reason else question, None)
 
 
 def _head(foreign: Foreign | None, machines: Machines) -> list[str]:

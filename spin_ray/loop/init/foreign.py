@@ -87,6 +87,10 @@ class Foreign:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.file}: {self.given[name][0]} is {value!r}, which is no such value") from error
 
+    def reason(self, name: str) -> str:
+        """Returns why a fact is not carried over; empty if it is, or is not given."""
+        return self.left.get(self.given[name][0], "") if name in self.given else ""
+
     def leave(self, name: str, reason: str) -> None:
         if name in self.given:
             self.left[self.given[name][0]] = reason

@@ -70,13 +70,14 @@ def _paths(found: Foreign, name: str) -> list[str]:
 
 def _registered(found: Foreign, name: str, wanted: list[str]) -> list[dict[str, Any]]:
     given = Path(found.fact("folder")).expanduser()
-    folder = given if (given / "dataset_info.json").is_file() else found.file.parent / given
+    places = [given, found.file.parent / given, found.file.parent]
+    folder = next((place for place in places if (place / "dataset_info.json").is_file()), given)
     try:
         known = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     if missing := [each for each in wanted if each not in known]:
-        found.leave(name, f"{missing[0]} is not in {given / 'dataset_info.json'}; give the file itself")
+        found.leave(name, f"{missing[0]} is not in {folder / 'dataset_info.json'}; give the file itself")
         return []
     return [
         known[each] | ({"path": str(folder / known[each]["file_name"])} if "file_name" in known[each] else {})

@@ -55,7 +55,7 @@ AXOLOTL = Tool(
     | {
         "base_model": "model", "revision_of_model": "revision", "datasets": "train", "test_datasets": "heldout",
         "sequence_len": "max_length", "micro_batch_size": "micro_batch", "num_epochs": "epochs",
-        "optimizer": "optimizer", "lr_scheduler": "schedule", "rl": "method", "rl_beta": "beta",
+        "optimizer": "optimizer", "lr_scheduler": "schedule", "rl": "method", "rl_beta": "beta", "dpo_beta": "beta",
         "dpo_loss_type": "loss", "adapter": "lora", "lora_r": "rank", "lora_alpha": "alpha",
         "lora_target_modules": "targets", "lora_target_linear": "all_linear",
         "chat_template_kwargs": "template_variables", "peft_use_rslora": "rslora", "load_in_4bit": "four_bits",

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from spin_ray.config.load import parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.survey import Survey
 from spin_ray.loop.algorithms.table import check_settings
+from spin_ray.loop.init.command import Options, init
 from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_config import read_foreign
 from spin_ray.loop.init.foreign_steps import by_rows
@@ -104,6 +106,20 @@ def test_an_sft_config_of_axolotl(tmp_path):
         "datasets.0.split", "warmup_steps",
     }  # fmt: skip
     check(found)
+
+
+def test_a_data_set_that_is_in_no_registry_is_named_with_the_place_that_was_searched(tmp_path, monkeypatch):
+    """LLaMA-Factory's own registry is in its repository, not beside a config."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sft.yaml"
+    file.write_text("model_name_or_path: org/base\nstage: sft\ndataset: identity\ntemplate: llama3\n")
+    options = Options(recipe=tmp_path / "my.yaml", source=file, gpu="none")
+    with pytest.raises(
+        ConfigError, match=r"data.train: is not given \(identity is not in data/dataset_info.json; give"
+    ):
+        init(options, None, Console())
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"identity": {"file_name": "identity.json"}}))
+    assert values(read_foreign(file, 1))["data.train"] == str(tmp_path / "identity.json")
 
 
 def test_configs_of_llama_factory_name_rows_in_its_registry(tmp_path):

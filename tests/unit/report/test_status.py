@@ -227,7 +227,9 @@ def test_answers_for_people_are_shown_with_their_temperature_cut_where_they_are_
 ):
     run = RunDir(Storage(tmp_path / "run"))
     run.begin(
-        config_of(iterations=1, evaluation={"examples": 2, "examples_temperature": 0.5}),
+        config_of(
+            iterations=1, data={"train": "d", "heldout": "h"}, evaluation={"examples": 2, "examples_temperature": 0.5}
+        ),
         {"inputs": {}, "start_model": TINY},
     )
     write_evaluation(run, 0)
