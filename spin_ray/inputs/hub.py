@@ -62,6 +62,26 @@ def fetch_model(name: str, setting: str, *, with_code: bool = False) -> Path:
         raise ModelError(f"{setting} {name}: no such folder, and the hub did not give it ({reason})") from error
 
 
+def download_command(name: str) -> str:
+    """Returns the command that fetches ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    owner_and_name, _, revision = name.partition("@")
+    return _Repository("model", owner_and_name, revision or None, "").command
+
+
+def cached_model(name: str) -> Path | None:
+    """Returns the cached folder of a model with its tokenizer, named as for ``fetch_model``, or None; asks no hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
+
+    owner_and_name, _, revision = name.partition("@")
+    try:
+        found = try_to_load_from_cache(owner_and_name, "config.json", revision=revision or None)
+    except HFValidationError:
+        return None
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder and any(folder.glob("tokenizer*")) else None
+
+
 def hub_filesystem(path: str) -> pyarrow.fs.FileSystem:
     """Returns the file system of data on the hub; raises DataError if ``path`` (without ``hf://``) names none."""
     repository = _repository(path)

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError
-from spin_ray.inputs.hub import fetch_model
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.hub import cached_model, fetch_model
 from spin_ray.learner.weights import find_packed, missing_shards, tensor_shapes, weight_files
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
@@ -150,6 +151,28 @@ def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelF
     return ModelFolder(folder, digest, name, initial.pad_id, source=artefact, base=base)
 
 
+def folder_here(path: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of ``model.path`` if it is on this machine or in the hub's cache; asks no hub.
+
+    Raises:
+        ModelError: the path is no name of a hub's model, and there is no such folder.
+    """
+    folder = Path(resolve(path)).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _is_hub_name(path):
+        raise ModelError(f"model.path {path}: no such folder")
+    return cached_model(_pinned(path, revision))
+
+
+def _is_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def _pinned(path: str, revision: str | None) -> str:
+    return f"{path.partition('@')[0]}@{revision}" if revision else path
+
+
 def find_folder(
     path: str, setting: str = "model.path", revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Path:
@@ -162,10 +185,9 @@ def find_folder(
     folder = Path(path).expanduser().absolute()  # Ray workers run in other folders
     if folder.exists():
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not _is_hub_name(path):
         raise ModelError(f"{setting} {path}: no such folder")
-    name = f"{path.partition('@')[0]}@{revision}" if revision else path
-    return fetch_model(name, setting, with_code=trust_remote_code)
+    return fetch_model(_pinned(path, revision), setting, with_code=trust_remote_code)
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:

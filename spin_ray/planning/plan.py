@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +12,8 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.hub import download_command
+from spin_ray.inputs.model_folder import folder_here
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.mesh import Choice, too_long
@@ -55,11 +56,11 @@ def read_shape(config: SpinConfig) -> ModelShape:
     path = config.model.path
     if path in KNOWN_SHAPES:
         return KNOWN_SHAPES[path]
-    folder = Path(resolve(path)).expanduser()
-    if not folder.is_dir():
+    folder = folder_here(path, config.model.revision)
+    if folder is None:
         raise ModelError(
-            f"model.path {path}: there is no such folder, and plan asks no hub; put the model's config.json into a "
-            f"folder and give --model.path=FOLDER (known by name: {', '.join(KNOWN_SHAPES)})"
+            f"model.path {path}: is not on this machine, and plan asks no hub; `{download_command(path)}`, or put the "
+            f"model's config.json into a folder and give --model.path=FOLDER (known by name: {', '.join(KNOWN_SHAPES)})"
         )
     return ModelShape.from_folder(folder)
 
@@ -88,8 +89,8 @@ def read_work(config: SpinConfig, given: Given) -> Work:
 
 
 def _sample(config: SpinConfig, given: Given) -> Work:
-    train, model = name_of(config.data.train), Path(resolve(config.model.path)).expanduser()
-    if "://" in train or not model.is_dir():
+    train, model = name_of(config.data.train), folder_here(config.model.path, config.model.revision)
+    if "://" in train or model is None:
         missing = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is None]
         what = f"data.train {train}" if "://" in train else f"model.path {config.model.path}"
         raise DataError(f"{what}: is not on this machine, so plan cannot measure its rows; give {', '.join(missing)}")

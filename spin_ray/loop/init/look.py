@@ -10,7 +10,15 @@ from spin_ray.config.sections import name_of, sources_of
 from spin_ray.errors import ConfigError, ModelError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.files import SUFFIXES
-from spin_ray.inputs.model_folder import is_adapter, positions_of, read_config, refuse_no_model, refuse_untrainable
+from spin_ray.inputs.hub import download_command
+from spin_ray.inputs.model_folder import (
+    folder_here,
+    is_adapter,
+    positions_of,
+    read_config,
+    refuse_no_model,
+    refuse_untrainable,
+)
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.sources import find_files
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
@@ -113,12 +121,12 @@ def look(settings: Settings) -> Look:
     open_length = {place: setting for place, setting in settings.items() if place != "model.max_length"}
     config = parse_config(tree_of(open_length), source="the settings given")
     path = config.model.path
-    folder = Path(resolve(path)).expanduser()
-    if not folder.is_dir():
-        if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise ModelError(f"model.path {path}: no such folder")
-        note = f"{path} is not on this machine; lengths and batches are not fitted to it"
-        return Look(shape=KNOWN_SHAPES.get(path), notes=(note,))
+    folder = folder_here(path, config.model.revision)
+    if folder is None:
+        shape = KNOWN_SHAPES.get(path)
+        fitted = "lengths and batches are" if shape else "lengths, batches and memory are"
+        note = f"{path} is not on this machine; {fitted} not fitted to it; `{download_command(path)}` and init again"
+        return Look(shape=shape, notes=(note,))
     if is_adapter(folder):
         return Look(notes=(f"{path} is an adapter; lengths and batches are not fitted to it and the model below it",))
     refuse_no_model(folder)

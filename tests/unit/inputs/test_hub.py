@@ -13,7 +13,7 @@ from spin_ray.errors import DataError, ModelError, UserError
 from spin_ray.inputs.check import _open_scorer, check_recipe
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import _base_of, find_model
-from spin_ray.inputs.model_folder import find_folder
+from spin_ray.inputs.model_folder import find_folder, folder_here
 from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
 from tests.support.hub import Hub, hub_here
 
@@ -58,6 +58,20 @@ def test_a_model_is_fetched_once_without_what_nothing_opens_and_found_offline(hu
     asked = len(hub.asked)
     assert find_folder("o/tiny") == folder and find_folder(f"o/tiny@{old}").name == old
     assert len(hub.asked) == asked
+
+
+def test_what_was_downloaded_is_on_this_machine_for_commands_that_ask_no_hub(hub):
+    """init and plan read it; a config alone, as AutoConfig leaves it, is no model of which rows could be measured."""
+    old = hub.add("models/o/tiny", MODEL)
+    find_folder("o/tiny")
+    assert folder_here("o/tiny") is None, "it has no tokenizer"
+    commit = hub.add("models/o/tiny", MODEL | {"tokenizer.json": b"{}"})
+    folder, asked = find_folder("o/tiny"), len(hub.asked)
+    assert folder_here("o/tiny") == folder_here(f"o/tiny@{commit}") == folder_here("o/tiny@v9", commit) == folder
+    assert folder_here("o/tiny", old) is folder_here("o/other") is folder_here("no..name/of a model") is None
+    assert len(hub.asked) == asked
+    with pytest.raises(ModelError, match="no such folder"):
+        folder_here("./o/tiny")
 
 
 def test_a_revision_is_of_the_model_that_it_is_said_of(hub, tmp_path):

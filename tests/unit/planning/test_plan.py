@@ -193,7 +193,7 @@ def test_a_model_that_no_setting_makes_fit_is_refused_without_advice(call, tmp_p
         (["--gpu", "L4", "--algorithm=seft"], "algorithm: plan does not know what seft costs"),
         (
             ["--gpu", "L4", "--model.path=who/knows"],
-            "model.path who/knows: there is no such folder, and plan asks no hub",
+            "model.path who/knows: is not on this machine, and plan asks no hub; `hf download who/knows`",
         ),
     ],
 )
