@@ -13,7 +13,7 @@ from typing import IO, Any
 import click
 from rich.console import Console
 
-from spin_ray.config.load import load_config, override, parse_overrides
+from spin_ray.config.load import load_config, override, parse_overrides, values_of
 from spin_ray.errors import OtherRunError, StageError, UserError
 from spin_ray.runtime.garbage import collect_rarely
 
@@ -29,7 +29,7 @@ def cli() -> None:
     """Self-play fine-tuning (SPIN) on Ray."""
 
 
-@cli.command()
+@cli.command(context_settings=_OVERRIDES)
 @click.argument("recipe", type=click.Path(path_type=Path), default="recipe.yaml")
 @click.option("--model", default=None, help="Model folder, or owner/name of a hub.")
 @click.option("--data", default=None, help="Training rows: a file, folder, glob or URI.")
@@ -43,13 +43,20 @@ def cli() -> None:
     help="SFT or DPO config of TRL, axolotl or LLaMA-Factory to start from.",
 )  # fmt: skip
 @click.option("--yes", is_flag=True, help="Ask nothing: take what is given or found. So without a terminal.")
-def init(yes: bool, **options: Any) -> None:
-    """Look at model, data and hardware, write RECIPE to fit them, and say what to run next."""
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def init(recipe: Path, yes: bool, overrides: tuple[str, ...], **options: Any) -> None:
+    """Look at model, data and hardware, write RECIPE to fit them, and say what to run next.
+
+    OVERRIDES are values of the recipe that are kept: --data.columns='{prompt: question}'
+    """
+    if str(recipe).startswith("--"):
+        recipe, overrides = Path("recipe.yaml"), (str(recipe), *overrides)
     from spin_ray.loop.init.command import Options
     from spin_ray.loop.init.command import init as write_recipe
 
     ask = None if yes or not sys.stdin.isatty() else lambda question, default: click.prompt(question, default=default)
-    write_recipe(Options(**options), ask, Console(soft_wrap=True))
+    given = Options(recipe=recipe, values=values_of(parse_overrides(overrides)), **options)
+    write_recipe(given, ask, Console(soft_wrap=True))
 
 
 @cli.command()

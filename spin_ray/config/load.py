@@ -43,8 +43,8 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {found}")
-    for key, text in (overrides or {}).items():
-        put(content, key, _parse_yaml(text, source=f"--{key}={text}"))
+    for key, value in values_of(overrides or {}).items():
+        put(content, key, value)
     return parse_config(content, source=str(recipe))
 
 
@@ -55,8 +55,8 @@ def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
         ConfigError: values are wrong. Problems of ``config`` itself, which an older version allowed, are overlooked.
     """
     content = config.model_dump(mode="json")
-    for key, text in overrides.items():
-        put(content, key, _parse_yaml(text, source=f"--{key}={text}"))
+    for key, value in values_of(overrides).items():
+        put(content, key, value)
     return parse_config(content, source="the settings given", overlooks=config.problems().__contains__)
 
 
@@ -89,6 +89,11 @@ def parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
             raise ConfigError(f"{word}: unknown argument; values of the recipe are changed by --section.field=value")
         overrides[key] = value
     return overrides
+
+
+def values_of(overrides: dict[str, str]) -> dict[str, Any]:
+    """Returns ``{"section.field": value}`` for YAML values; raises ConfigError if one is no YAML."""
+    return {key: _parse_yaml(text, source=f"--{key}={text}") for key, text in overrides.items()}
 
 
 _REASONS = {

@@ -2,8 +2,9 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -41,6 +42,8 @@ class Options:
     sft: bool | None = None
     source: Path | None = None
     """Config of another trainer."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Values by place that the recipe gets as they are, e.g. of ``train.workers``."""
 
 
 def init(options: Options, ask: Ask | None, console: Console) -> None:
@@ -61,7 +64,7 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
     settings = _answers(options, foreign, ask)
     seen = look(settings)
     settings = by_rows(foreign, settings, seen) if foreign else settings
-    fitted, phases, misfit = fit(settings, seen, machines)
+    fitted, phases, misfit = fit(settings, seen, machines, options.values)
     config = parse_config(tree_of(fitted), source=str(options.recipe))
     check_settings(config)
     options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
@@ -126,7 +129,8 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
         heldout = None if said == "none" else said
     if heldout and (options.heldout or "data.heldout" not in settings):
         settings["data.heldout"] = Setting(heldout, "" if options.heldout else "found beside the training rows")
-    return _with_warm_up(settings, options, foreign, ask)
+    kept = {place: Setting(value, "given") for place, value in options.values.items()}
+    return _with_warm_up(settings, options, foreign, ask) | kept
 
 
 def _after_sft(settings: Settings, foreign: Foreign) -> Settings:

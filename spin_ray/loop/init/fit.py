@@ -1,7 +1,7 @@
 """Settings that fit the model's positions, the rows' lengths and the machines' memory."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import product
 from math import ceil
 
@@ -31,9 +31,12 @@ _ROUND = 64
 _ROUND_RESPONSE = 32
 
 
-def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list[Phase], str]:
+def fit(
+    given: Settings, seen: Look, machines: Machines, kept: Container[str] = ()
+) -> tuple[Settings, list[Phase], str]:
     """Returns the given and fitted settings, the run's phases, and the reason if nothing fits in memory.
 
+    Settings whose places are ``kept`` stay as given.
     Phases and reason are empty if the model's shape is unknown. The first change that fits is taken: none, smaller
     packs, adapters, adapters on 4 bits, weights in the CPU's memory. All are tried with one GPU per engine, then more.
     """
@@ -43,7 +46,7 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
         return base, [], ""
     misfit = ""
     for changes in _ladder(base, machines):
-        settings = base | changes
+        settings = base | {place: setting for place, setting in changes.items() if place not in kept}
         try:
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
             work = _work(seen, config)

@@ -111,6 +111,19 @@ def test_a_person_is_asked_for_what_is_not_given_and_enter_takes_what_was_found(
         write_recipe(Options(recipe=tmp_path / "no.yaml"), lambda *_: "many", Console(quiet=True))
 
 
+def test_values_given_to_init_are_in_the_recipe_and_are_not_fitted(tmp_path):
+    """Columns of another name are read under the given ones; the smallest pack that a card holds is not taken."""
+    rows, recipe = tmp_path / "rows.csv", tmp_path / "mine.yaml"
+    rows.write_text("query,solution\n" + "".join(f"what is {n}?,it is {n}\n" for n in range(40)))
+    words = ["--model", "embedded:tiny-llama", "--data", rows, "--gpu", "none", "--yes"]
+    assert "data.columns" in str(init(recipe, *words).exception)
+    result = init(recipe, *words, "--data.columns={prompt: query, response: solution}", "--train.pack_length=4096")
+    assert result.exit_code == 0, result.output
+    config = load_config(recipe)
+    assert config.data.columns == {"prompt": "query", "response": "solution"} and config.train.pack_length == 4096
+    assert "pack_length: 4096" in recipe.read_text() and "# given" in recipe.read_text()
+
+
 def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):
     recipe = tmp_path / "mine.yaml"
     result = init(recipe, "--model", "org/model", "--data", "rows.jsonl", "--gpu", "A100-80G", "--yes")
