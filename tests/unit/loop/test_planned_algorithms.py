@@ -44,7 +44,8 @@ def test_an_epoch_has_the_planned_tokens_and_steps(name: str, tmp_path: Path, mo
             json.dumps({"prompt": f"{n} + 1 = ?", "chosen": f"{n + 1}", "rejected": f"not {n}"}) for n in range(9)
         )
     )
-    given = SETTINGS[name] | {"algorithm": name, "iterations": 2, "generation": {"samples_per_prompt": 2}}
+    samples = 1 if name == "dpo" else 2
+    given = SETTINGS[name] | {"algorithm": name, "iterations": 2, "generation": {"samples_per_prompt": samples}}
     for key, value in given.items():
         content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
     content["train"] |= {"global_batch_pairs": 6, "epochs": 1, "pack_length": 512}
