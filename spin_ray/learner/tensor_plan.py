@@ -19,11 +19,12 @@ MODULES = frozenset(
     | {f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj")}
 )
 """Layer modules known to compute the same on one rank's heads and columns."""
-_DIVIDED = {
+DIVIDED = {
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key and value heads",
     "intermediate_size": "columns of the feed-forward network",
 }
+"""Sizes of a layer that a tensor group shares, by transformers' names."""
 
 
 def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
@@ -42,8 +43,12 @@ def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
         return f"transformers' tensor plan for a model of type {text.model_type} uses {', '.join(unknown)}"
     if unknown := sorted({name.removeprefix("layers.*.") for name in plan} - MODULES):
         return f"transformers' tensor plan for a model of type {text.model_type} splits {', '.join(unknown)}"
-    for name, what in _DIVIDED.items():
-        count = getattr(text, name, None)
+    return why_not_divided({what: getattr(text, name, None) for name, what in DIVIDED.items()}, tensor)
+
+
+def why_not_divided(sizes: Mapping[str, int | None], tensor: int) -> str | None:
+    """Returns which of a layer's sizes ``tensor`` does not divide, or None. Sizes that are not known pass."""
+    for what, count in sizes.items():
         if count and count % tensor:
             return f"{tensor} does not divide the model's {count} {what}"
     return None

@@ -1,12 +1,14 @@
 """The shape of a decoder. ``h`` is the hidden width; a multiply-add is 2 FLOPs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.errors import ModelError
 from spin_ray.inputs.model_folder import read_config
+from spin_ray.learner.tensor_plan import DIVIDED, why_not_divided, why_not_split
 from spin_ray.learner.weights import count_matrices
 
 _TOLERANCE = 0.02
@@ -48,6 +50,8 @@ class ModelShape:
     """Width of the shared expert."""
     linear: tuple[str, ...] = LLAMA_LAYERS
     """Names of a layer's linear layers."""
+    tensor_plan: Callable[[int], str | None] | None = field(default=None, compare=False, repr=False)
+    """Function from a number of ranks to transformers' reason not to split layers over them. None: sizes decide."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
@@ -108,6 +112,7 @@ class ModelShape:
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
             linear=_LAYERS.get(config.get("model_type", ""), LLAMA_LAYERS),
+            tensor_plan=cache(partial(why_not_split, config)),
         )  # fmt: skip
 
     @property
@@ -137,6 +142,13 @@ class ModelShape:
     def matrices(self) -> int:
         """Matrices of a feed-forward network: 3 with a gate, else 2."""
         return 3 if {"gate_proj", "gate_up_proj"} & set(self.linear) else 2
+
+    def why_not_split(self, tensor: int) -> str | None:
+        """Returns why layers cannot be split over ``tensor`` ranks, or None."""
+        if self.tensor_plan:
+            return self.tensor_plan(tensor)
+        sizes = (self.heads, self.kv_heads, self.intermediate)
+        return why_not_divided(dict(zip(DIVIDED.values(), sizes, strict=True)), tensor)
 
     def split(self, tensor: int) -> Self:
         """Returns one rank's shape in a tensor group, with whole embeddings, head and norms."""

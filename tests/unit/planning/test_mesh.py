@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from spin_ray.config.sections import LoraConfig, Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
@@ -94,6 +96,49 @@ def test_the_plan_names_the_mesh_of_its_cluster():
     config = ZEPHYR.with_train(workers=16)
     devices = devices_of(config, Cluster(nodes=2, gpu="H100-80G"))
     assert run_cost.planned_mesh(config, MISTRAL_7B, devices).mesh == Mesh(replicate=2, shard=8)
+
+
+SIZES = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits"),
+    [
+        ("mistral", True), ("qwen3", True), ("phi3", True), ("mixtral", False), ("qwen3_moe", False),
+        ("gpt_oss", False), ("gpt_neox", False), ("granite_swa", False),
+    ],
+)  # fmt: skip
+def test_the_plan_chooses_the_mesh_of_the_run(tmp_path, kind, splits):
+    """Both ask transformers' tensor plan, by the model's config.json."""
+    config, folder = ZEPHYR.with_train(workers=16, global_batch_pairs=2), saved_config(tmp_path, kind)
+    cluster = Cluster(nodes=2, gpu="A100-40G")
+    shape, devices = ModelShape.from_folder(folder), devices_of(config, cluster)
+    planned = run_cost.planned_mesh(config, shape, devices)
+    assert planned == mesh_of(config, folder, (0,) * 8 + (1,) * 8, devices.train.memory)
+    assert (planned.mesh.tensor > 1) is splits
+    given = config.with_train(mesh=Mesh(shard=8, tensor=2))
+    if splits:
+        assert run_cost.planned_mesh(given, shape, devices).mesh.tensor == 2
+    else:
+        with pytest.raises(ModelError, match=r"train\.mesh\.tensor: transformers.* plan for a model of type"):
+            run_cost.planned_mesh(given, shape, devices)
+
+
+def saved_config(folder: Path, kind: str) -> Path:
+    AutoConfig.for_model(kind, **SIZES).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("tensor", "divides"), [(2, True), (8, True), (3, False), (16, False)])
+def test_a_model_known_by_name_is_split_as_its_config_json(tmp_path, tensor, divides):
+    """Zephyr's sizes are known without a folder."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    folder = ModelShape.from_folder(tmp_path)
+    assert folder == MISTRAL_7B and MISTRAL_7B.why_not_split(tensor) == folder.why_not_split(tensor)
+    assert (MISTRAL_7B.why_not_split(tensor) is None) is divides
 
 
 def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):
