@@ -29,13 +29,10 @@ DIVIDED = {
 
 def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
     """Returns why a model of this config.json cannot be split over ``tensor`` ranks, or None."""
-    from transformers import AutoConfig  # slow
-
-    kind = config.get("model_type", "")
-    try:
-        text = AutoConfig.for_model(**config).get_text_config()
-    except (TypeError, ValueError):
-        return f"transformers knows no model of type {kind!r}, and so no plan to split it"
+    text = text_config_of(config)
+    if text is None:
+        kind = config.get("model_type", "")
+        return f"transformers does not take this config.json of type {kind!r}, and so has no plan to split the model"
     plan = layer_plan(text)
     if not plan:
         return f"transformers has no tensor plan for a model of type {text.model_type}"
@@ -44,6 +41,16 @@ def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
     if unknown := sorted({name.removeprefix("layers.*.") for name in plan} - MODULES):
         return f"transformers' tensor plan for a model of type {text.model_type} splits {', '.join(unknown)}"
     return why_not_divided({what: getattr(text, name, None) for name, what in DIVIDED.items()}, tensor)
+
+
+def text_config_of(config: Mapping[str, Any]) -> Any | None:
+    """Returns transformers' config of the language model in a config.json; None if transformers does not take it."""
+    from transformers import AutoConfig  # slow
+
+    try:
+        return AutoConfig.for_model(**config).get_text_config()
+    except Exception:  # an unknown type, or a value that its class refuses; a start says which
+        return None
 
 
 def why_not_divided(sizes: Mapping[str, int | None], tensor: int) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.errors import ModelError
+from spin_ray.inputs.engine_sizes import EngineSizes
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.tensor_plan import DIVIDED, why_not_divided, why_not_split
 from spin_ray.learner.weights import count_matrices
@@ -149,6 +150,12 @@ class ModelShape:
             return self.tensor_plan(tensor)
         sizes = (self.heads, self.kv_heads, self.intermediate)
         return why_not_divided(dict(zip(DIVIDED.values(), sizes, strict=True)), tensor)
+
+    @property
+    def engine_sizes(self) -> EngineSizes:
+        """Sizes that vLLM divides."""
+        columns = 0 if self.experts else self.intermediate
+        return EngineSizes(heads=self.heads, kv_heads=self.kv_heads, columns=columns)
 
     def split(self, tensor: int) -> Self:
         """Returns one rank's shape in a tensor group, with whole embeddings, head and norms."""

@@ -13,6 +13,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.engine_sizes import check_engines
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.mesh import Choice, too_long
@@ -277,6 +278,7 @@ def predict(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Plann
     devices_of(config, cluster)  # refuses before anything is read
     config = with_precision(config)
     shape = read_shape(config)
+    check_engines(config, shape.engine_sizes)
     if config.train.lora:
         refuse_unknown_layers(config.train.lora, shape)
     work = read_work(config, given)

@@ -147,10 +147,21 @@ def test_packs_of_every_rung_hold_what_the_algorithm_needs(algorithm, least, gpu
     look = seen(50_000, 2000, 1020, shape=MISTRAL_7B, positions=32768)
     machines = find_machines(gpu, 1, 1)
     base, _, _ = fit(given, look, machines)
-    for rung in _ladder(base, machines):
+    for rung in _ladder(base, machines, MISTRAL_7B):
         config = parse_config(tree_of(base | rung), source="init")
         check_settings(config)
         assert least <= config.train.pack_length <= 4096
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sizes"), [(32, 8, {1, 2, 4, 8}), (28, 4, {1, 2, 4}), (40, 10, {1, 2}), (9, 3, {1})]
+)
+def test_engines_of_every_rung_have_sizes_that_vllm_takes(heads, kv_heads, sizes):
+    machines = find_machines("A100-80G", 8, 1)
+    base, _, _ = fit(GIVEN, seen(50_000, 2000, 1020, shape=MISTRAL_7B), machines)
+    shape = replace(MISTRAL_7B, heads=heads, kv_heads=kv_heads)
+    rungs = [parse_config(tree_of(base | rung), source="init") for rung in _ladder(base, machines, shape)]
+    assert {config.generation.engine.tensor_parallel_size for config in rungs} == sizes
 
 
 @pytest.mark.parametrize(("algorithm", "least"), [("spin", 5120), ("dpo", 8191)])
