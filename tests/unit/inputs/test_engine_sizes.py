@@ -53,7 +53,8 @@ def test_vllm_makes_layers_of_just_these_sizes(monkeypatch):
                 )
                 linear.MergedColumnParallelLinear(64, [sizes.columns, sizes.columns])
         except AssertionError as error:
-            assert "not initialized" not in str(error), "the group is patched incompletely"
+            if "not initialized" in str(error):  # the group is patched incompletely
+                raise
             return True
         return False
 

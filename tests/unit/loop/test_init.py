@@ -116,6 +116,9 @@ def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):
     result = init(recipe, "--model", "org/model", "--data", "rows.jsonl", "--gpu", "A100-80G", "--yes")
     assert "org/model is not on this machine" in result.output and load_config(recipe).generation.resources.gpus == 1
     assert "By arithmetic" not in result.output, "hours of rows that nobody has seen would be made up"
+    assert "spin-ray plan" not in result.output, "it would refuse a model whose sizes it does not know"
+    known = init(tmp_path / "known.yaml", "--model", "mistralai/Mistral-7B-v0.1", *HERE[2:], "--gpu", "A100-80G")
+    assert f"Hours: spin-ray plan {tmp_path / 'known.yaml'} --nodes 1 --gpu A100-80G" in known.output
 
 
 def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_adapters_on_a_small_one():
