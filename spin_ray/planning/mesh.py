@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Mesh
+from spin_ray.config.sections import LoraConfig, Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.tensor_plan import why_not_split
@@ -185,7 +185,10 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None, algorithm: 
 
 
 def too_long(config: SpinConfig, shape: ModelShape, room: float, algorithm: Planned) -> str | None:
-    """Returns an error text if the longest prompt with its responses alone overfills a GPU on every mesh; else None."""
+    """Returns an error text if the longest prompt with its responses alone overfills a GPU on every mesh; else None.
+
+    A shorter length is proposed unless the model leaves less of the GPU to tokens than ``FILLED`` of it.
+    """
     longest = algorithm.least_pack(config)
     if _beside_shards(config, shape, longest) <= room:
         return None
@@ -193,9 +196,14 @@ def too_long(config: SpinConfig, shape: ModelShape, room: float, algorithm: Plan
     needed = partial(_beside_shards, config, shape, tensor=max([1, *sizes]))
     if needed(longest) <= room:
         return None
+    if (alone := needed(0)) > FILLED * room:
+        return (
+            f"training: a prompt with its responses, up to {longest} tokens, takes {needed(longest) / GB:.0f} GB on a "
+            f"device of {room / GB:.0f} GB, however many workers share the weights; {alone / GB:.0f} GB of them are "
+            "needed at any length, for embedding, head and two layers, which each GPU gathers, and for buffers of "
+            f"gradients; {_larger(config, shape, longest, room)}"
+        )
     fits = bisect_left(range(1, longest), True, key=lambda length: needed(length) > room)
-    if not fits:  # two layers alone are too large
-        return None
     return (
         f"model.max_length: a prompt with its responses, up to {longest} tokens, takes {needed(longest) / GB:.0f} "
         f"GB beside the weights on a device of {room / GB:.0f} GB; from {fits + 1} tokens on a context-parallel mesh "
@@ -208,6 +216,13 @@ def _beside_shards(config: SpinConfig, shape: ModelShape, length: int, tensor: i
     alone = config.with_train(pack_length=length, gradient_checkpointing=True, sharding="full")
     memory = full_memory(alone, shape, config.train.optimizer, Mesh(shard=2, tensor=tensor))
     return sum(size for purpose, size in memory.items() if purpose not in SHARDED)
+
+
+def _larger(config: SpinConfig, shape: ModelShape, longest: int, room: float) -> str:
+    """Returns what to change if the model leaves no room: the GPUs, or to adapters if they would fit."""
+    adapted = config.with_train(lora=LoraConfig())
+    fits = config.train.lora is None and _beside_shards(adapted, shape, longest) <= room
+    return "take GPUs with more memory" + (", or train adapters (train.lora: {rank: 16})" if fits else "")
 
 
 def _shorter(config: SpinConfig, fits: int, algorithm: Planned) -> str:

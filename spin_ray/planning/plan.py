@@ -192,10 +192,11 @@ def check_memory(
         ResourceError: a stage does not fit in memory; the message names settings that would.
     """
     devices = devices_of(config, cluster)
-    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory, algorithm)):
-        raise ResourceError(reason)
     phases = plan_run(config, shape, devices, work, algorithm)
     failing = next((stage for phase in phases for stage in phase.stages if not stage.fits), None)
+    learns = config.train.resources.gpus and (failing is None or failing.name != "generation")
+    if learns and (reason := too_long(config, shape, devices.train.memory, algorithm)):
+        raise ResourceError(reason)
     if failing is None:
         return phases
     where = cluster.gpu or "the CPU's share of memory"

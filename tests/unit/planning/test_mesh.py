@@ -167,6 +167,20 @@ def test_prompts_too_long_for_any_mesh_are_refused_with_the_length_that_would_fi
         assert bool(too_long(config.model_copy(update={"model": model}), MISTRAL_7B, 80 * GB, SPIN)) is refused
 
 
+def test_a_model_that_fills_a_card_at_any_length_is_named_in_place_of_a_length():
+    """70B: embedding and head of 2.1B take 4 GB in bf16 and 17 GB in two buffers of fp32, on cards of 24 GB."""
+    found = too_long(ZEPHYR, LLAMA_70B, 24 * GB, SPIN)
+    assert found is not None and "23 GB of them are needed at any length, for embedding, head" in found
+    assert found.endswith("take GPUs with more memory, or train adapters (train.lora: {rank: 16})")
+    adapters = ZEPHYR.with_train(lora=LoraConfig())
+    assert too_long(adapters, LLAMA_70B, 24 * GB, SPIN) is None
+    longer = ZEPHYR.model_copy(update={"model": ZEPHYR.model.model_copy(update={"max_length": 32_768})})
+    assert str(too_long(longer, LLAMA_70B, 24 * GB, SPIN)).endswith("take GPUs with more memory")
+    assert "lower model.max_length" in str(too_long(longer, LLAMA_70B, 40 * GB, SPIN))
+    wide = replace(LLAMA_70B, vocab=1_000_000)
+    assert "take GPUs with more memory" in str(too_long(ZEPHYR, wide, 24 * GB, SPIN)), "not even a token fits"
+
+
 @pytest.mark.parametrize("algorithm", ["dpo", "tspin"])
 def test_the_length_that_would_fit_is_that_of_the_algorithms_own_responses(algorithm):
     """DPO's responses are rows of the data; T-SPIN has one more."""
