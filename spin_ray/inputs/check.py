@@ -17,6 +17,7 @@ from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Unusable, question_of, read_row
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
+from spin_ray.inputs.engine_sizes import EngineSizes, check_engines
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
 from spin_ray.inputs.graders import refuse_no_pattern
@@ -27,6 +28,7 @@ from spin_ray.inputs.model_folder import (
     ModelFolder,
     find_folder,
     open_model,
+    read_config,
     refuse_unsafe,
     refuse_untrainable,
 )
@@ -106,6 +108,8 @@ def find_inputs(config: SpinConfig) -> Inputs:
     refuse_damaged(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)
+    if sizes := EngineSizes.of(read_config(path)):
+        check_engines(config, sizes)
     if config.commits_adapters and config.train.lora:
         refuse_unapplied(path, config.train.lora)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)

@@ -19,22 +19,20 @@ MODULES = frozenset(
     | {f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj")}
 )
 """Layer modules known to compute the same on one rank's heads and columns."""
-_DIVIDED = {
+DIVIDED = {
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key and value heads",
     "intermediate_size": "columns of the feed-forward network",
 }
+"""Sizes of a layer that a tensor group shares, by transformers' names."""
 
 
 def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
     """Returns why a model of this config.json cannot be split over ``tensor`` ranks, or None."""
-    from transformers import AutoConfig  # slow
-
-    kind = config.get("model_type", "")
-    try:
-        text = AutoConfig.for_model(**config).get_text_config()
-    except (TypeError, ValueError):
-        return f"transformers knows no model of type {kind!r}, and so no plan to split it"
+    text = text_config_of(config)
+    if text is None:
+        kind = config.get("model_type", "")
+        return f"transformers does not take this config.json of type {kind!r}, and so has no plan to split the model"
     plan = layer_plan(text)
     if not plan:
         return f"transformers has no tensor plan for a model of type {text.model_type}"
@@ -42,8 +40,22 @@ def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
         return f"transformers' tensor plan for a model of type {text.model_type} uses {', '.join(unknown)}"
     if unknown := sorted({name.removeprefix("layers.*.") for name in plan} - MODULES):
         return f"transformers' tensor plan for a model of type {text.model_type} splits {', '.join(unknown)}"
-    for name, what in _DIVIDED.items():
-        count = getattr(text, name, None)
+    return why_not_divided({what: getattr(text, name, None) for name, what in DIVIDED.items()}, tensor)
+
+
+def text_config_of(config: Mapping[str, Any]) -> Any | None:
+    """Returns transformers' config of the language model in a config.json; None if transformers does not take it."""
+    from transformers import AutoConfig  # slow
+
+    try:
+        return AutoConfig.for_model(**config).get_text_config()
+    except Exception:  # an unknown type, or a value that its class refuses; a start says which
+        return None
+
+
+def why_not_divided(sizes: Mapping[str, int | None], tensor: int) -> str | None:
+    """Returns which of a layer's sizes ``tensor`` does not divide, or None. Sizes that are not known pass."""
+    for what, count in sizes.items():
         if count and count % tensor:
             return f"{tensor} does not divide the model's {count} {what}"
     return None

@@ -1,14 +1,14 @@
 """The choice of the train workers' mesh."""
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Mesh
+from spin_ray.config.sections import LoraConfig, Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.tensor_plan import why_not_split
@@ -56,10 +56,6 @@ class Choice:
         return f"train.mesh: {self.mesh}: {self.reason}"
 
 
-WhyNotSplit = Callable[[int], str | None]
-"""Function from a number of ranks to the reason why layers cannot be split over them, or None."""
-
-
 def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], room: float | None) -> Choice:
     """Returns the mesh for the model in ``folder``; raises as ``choose_mesh``.
 
@@ -69,31 +65,26 @@ def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], roo
     placing = Placing(node_of_rank=node_of_rank, room=room or CPU.share(config.train.resources).memory)
     if placing.workers == 1 and config.train.mesh == "auto":
         return Choice(mesh=Mesh(), reason="there is one worker")
-    described = read_config(folder)
     try:
         shape = ModelShape.from_folder(folder)
     except ModelError:
         shape = None
-    return choose_mesh(config, shape, placing, partial(why_not_split, described))
+    return choose_mesh(config, shape, placing)
 
 
-def choose_mesh(
-    config: SpinConfig, shape: ModelShape | None, placing: Placing, why_not: WhyNotSplit | None = None
-) -> Choice:
+def choose_mesh(config: SpinConfig, shape: ModelShape | None, placing: Placing) -> Choice:
     """Returns the recipe's mesh, or chooses one for ``auto``.
 
     Args:
-        shape: None if the model's sizes are unknown.
-        why_not: answer of transformers' tensor plan. Default: what ``shape`` alone says.
+        shape: None if the model's sizes are unknown. ``check_mesh`` then has tried the recipe's mesh.
 
     Raises:
         ConfigError: the recipe's mesh has another number of ranks.
         ModelError: the model cannot be split as the recipe says.
         ResourceError: the recipe's mesh needs neighbours, and a node's workers are scattered over the ranks.
     """
-    why_not = why_not or (partial(_undivided, shape) if shape else lambda _: "its shape is not known")
     if isinstance(config.train.mesh, Mesh):
-        return _given(config.train.mesh, placing, why_not)
+        return _given(config.train.mesh, shape, placing)
     workers, each = placing.workers, placing.per_node
     flat = Mesh(shard=workers)
     if config.train.backend != "fsdp2":
@@ -104,7 +95,7 @@ def choose_mesh(
         return Choice(mesh=flat, reason="the workers of a node are no neighbours in rank, so one copy is over all")
     if len(set(each)) > 1:
         return Choice(mesh=flat, reason=f"the nodes have unequal numbers of workers {each}, so one copy is over all")
-    tensor, because = _tensor(config, shape, placing, why_not) if shape else (1, "")
+    tensor, because = _tensor(config, shape, placing) if shape else (1, "")
     if len(each) == 1:
         reason = because or f"the {workers} workers are on one node and share one copy of the weights"
         return Choice(mesh=Mesh(shard=workers // tensor, tensor=tensor), reason=reason)
@@ -120,13 +111,13 @@ def choose_mesh(
     return Choice(mesh=mesh, reason="; ".join(filter(None, (because, reason))))
 
 
-def _given(mesh: Mesh, placing: Placing, why_not: WhyNotSplit) -> Choice:
+def _given(mesh: Mesh, shape: ModelShape | None, placing: Placing) -> Choice:
     if mesh.ranks != placing.workers:
         raise ConfigError(
             f"train.mesh: {mesh} is for {mesh.ranks} workers and there are {placing.workers}; "
             "change its sizes or use train.mesh: auto"
         )
-    if mesh.tensor > 1 and (reason := why_not(mesh.tensor)):
+    if shape and mesh.tensor > 1 and (reason := shape.why_not_split(mesh.tensor)):
         raise ModelError(f"train.mesh.tensor: {reason}; give another size, or 1")
     if (mesh.replicate > 1 or mesh.tensor > 1) and not placing.neighbours:
         raise ResourceError(
@@ -136,29 +127,25 @@ def _given(mesh: Mesh, placing: Placing, why_not: WhyNotSplit) -> Choice:
     return Choice(mesh=mesh, reason="the recipe says so")
 
 
-def _tensor(config: SpinConfig, shape: ModelShape, placing: Placing, why_not: WhyNotSplit) -> tuple[int, str]:
+def _tensor(config: SpinConfig, shape: ModelShape, placing: Placing) -> tuple[int, str]:
     train, workers = config.train, placing.workers
     if not train.resources.gpus or train.lora is not None or train.compile is True:
         return 1, ""
-    sizes = [size for size in TENSOR_SIZES if placing.per_node[0] % size == 0 and not why_not(size)]
     needed = memory_of(config, shape, Mesh(shard=workers), placing.room)
     if needed > placing.room:
-        for size in sizes:
+        for size in _tensor_sizes(shape, placing):
             if memory_of(config, shape, Mesh(shard=workers // size, tensor=size), placing.room) <= placing.room:
                 lacks = f"a pack and a layer take {needed / GB:.0f} GB on a device of {placing.room / GB:.0f}"
                 return size, f"{lacks}, so {size} workers split each layer"
-    if sizes and train.global_batch_pairs < workers:
+    if train.global_batch_pairs < workers and (sizes := [*_tensor_sizes(shape, placing)]):
         size = next((size for size in sizes if workers // size <= train.global_batch_pairs), sizes[-1])
         lacks = f"a step's {train.global_batch_pairs} pairs are too few for {workers} workers"
         return size, f"{lacks}, so {size} workers split each layer"
     return 1, ""
 
 
-def _undivided(shape: ModelShape, tensor: int) -> str | None:
-    for count, what in ((shape.kv_heads, "key and value heads"), (shape.intermediate, "columns")):
-        if count % tensor:
-            return f"{tensor} does not divide the model's {count} {what}"
-    return None
+def _tensor_sizes(shape: ModelShape, placing: Placing) -> Iterator[int]:
+    return (size for size in TENSOR_SIZES if placing.per_node[0] % size == 0 and not shape.why_not_split(size))
 
 
 # Memory
@@ -184,9 +171,8 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None, algorithm: 
         ModelError: the model cannot be split as the recipe says.
         ResourceError: prompts are too long for every mesh.
     """
-    described = read_config(folder)
     mesh = config.train.mesh
-    if isinstance(mesh, Mesh) and mesh.tensor > 1 and (reason := why_not_split(described, mesh.tensor)):
+    if isinstance(mesh, Mesh) and mesh.tensor > 1 and (reason := why_not_split(read_config(folder), mesh.tensor)):
         raise ModelError(f"train.mesh.tensor: {reason}; give another size, or 1")
     if room is None or not config.train.resources.gpus:
         return
@@ -194,38 +180,49 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None, algorithm: 
         shape = ModelShape.from_folder(folder)
     except ModelError:
         return
-    if reason := too_long(config, shape, room, algorithm, partial(why_not_split, described)):
+    if reason := too_long(config, shape, room, algorithm):
         raise ResourceError(reason)
 
 
-def too_long(
-    config: SpinConfig,
-    shape: ModelShape,
-    room: float,
-    algorithm: Planned,
-    why_not: WhyNotSplit | None = None,
-) -> str | None:
-    """Returns an error text if the longest prompt with its responses alone overfills a GPU on every mesh; else None."""
+def too_long(config: SpinConfig, shape: ModelShape, room: float, algorithm: Planned) -> str | None:
+    """Returns an error text if the longest prompt with its responses alone overfills a GPU on every mesh; else None.
+
+    A shorter length is proposed unless the model leaves less of the GPU to tokens than ``FILLED`` of it.
+    """
     longest = algorithm.least_pack(config)
-    why_not = why_not or partial(_undivided, shape)
-    sizes = [size for size in TENSOR_SIZES if config.train.lora is None and not why_not(size)]
-    mesh = Mesh(shard=2, tensor=max([1, *sizes]))
-
-    def needed(length: int) -> float:
-        alone = config.with_train(pack_length=length, gradient_checkpointing=True, sharding="full")
-        memory = full_memory(alone, shape, config.train.optimizer, mesh)
-        return sum(size for purpose, size in memory.items() if purpose not in SHARDED)
-
+    if _beside_shards(config, shape, longest) <= room:
+        return None
+    sizes = [size for size in TENSOR_SIZES if config.train.lora is None and not shape.why_not_split(size)]
+    needed = partial(_beside_shards, config, shape, tensor=max([1, *sizes]))
     if needed(longest) <= room:
         return None
+    if (alone := needed(0)) > FILLED * room:
+        return (
+            f"training: a prompt with its responses, up to {longest} tokens, takes {needed(longest) / GB:.0f} GB on a "
+            f"device of {room / GB:.0f} GB, however many workers share the weights; {alone / GB:.0f} GB of them are "
+            "needed at any length, for embedding, head and two layers, which each GPU gathers, and for buffers of "
+            f"gradients; {_larger(config, shape, longest, room)}"
+        )
     fits = bisect_left(range(1, longest), True, key=lambda length: needed(length) > room)
-    if not fits:  # two layers alone are too large
-        return None
     return (
         f"model.max_length: a prompt with its responses, up to {longest} tokens, takes {needed(longest) / GB:.0f} "
         f"GB beside the weights on a device of {room / GB:.0f} GB; from {fits + 1} tokens on a context-parallel mesh "
         f"would be needed, which spin_ray does not have; lower {_shorter(config, fits, algorithm)}"
     )
+
+
+def _beside_shards(config: SpinConfig, shape: ModelShape, length: int, tensor: int = 1) -> float:
+    """Returns the bytes of a rank for a pack of ``length`` tokens, without what more workers would make smaller."""
+    alone = config.with_train(pack_length=length, gradient_checkpointing=True, sharding="full")
+    memory = full_memory(alone, shape, config.train.optimizer, Mesh(shard=2, tensor=tensor))
+    return sum(size for purpose, size in memory.items() if purpose not in SHARDED)
+
+
+def _larger(config: SpinConfig, shape: ModelShape, longest: int, room: float) -> str:
+    """Returns what to change if the model leaves no room: the GPUs, or to adapters if they would fit."""
+    adapted = config.with_train(lora=LoraConfig())
+    fits = config.train.lora is None and _beside_shards(adapted, shape, longest) <= room
+    return "take GPUs with more memory" + (", or train adapters (train.lora: {rank: 16})" if fits else "")
 
 
 def _shorter(config: SpinConfig, fits: int, algorithm: Planned) -> str:

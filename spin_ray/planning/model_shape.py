@@ -1,12 +1,15 @@
 """The shape of a decoder. ``h`` is the hidden width; a multiply-add is 2 FLOPs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.errors import ModelError
+from spin_ray.inputs.engine_sizes import EngineSizes
 from spin_ray.inputs.model_folder import read_config
+from spin_ray.learner.tensor_plan import DIVIDED, why_not_divided, why_not_split
 from spin_ray.learner.weights import count_matrices
 
 _TOLERANCE = 0.02
@@ -46,8 +49,12 @@ class ModelShape:
     """Experts per token."""
     shared: int = 0
     """Width of the shared expert."""
+    beside: int = 0
+    """Parameters that are loaded and trained with the decoder and that text does not use, e.g. a vision tower."""
     linear: tuple[str, ...] = LLAMA_LAYERS
     """Names of a layer's linear layers."""
+    tensor_plan: Callable[[int], str | None] | None = field(default=None, compare=False, repr=False)
+    """Function from a number of ranks to transformers' reason not to split layers over them. None: sizes decide."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
@@ -56,9 +63,15 @@ class ModelShape:
         Raises:
             ModelError: a size is missing, or the formulas do not describe the layers.
         """
-        if (kind := config.get("model_type")) not in _FAMILIES:
+        if config.get("model_type") in _FAMILIES:
+            return cls._from_sizes(config, source)
+        whole, text = _multimodal(config) if config.get("text_config") else (None, {})
+        loaded = _loaded_parameters(whole) if text.get("model_type") in _FAMILIES else None
+        if loaded is None:
+            kind = config.get("model_type")
             raise ModelError(f"{source}: is of the family {kind}, whose weights and cost plan does not know")
-        return cls._from_sizes(config, source)
+        shape = cls._from_sizes(text, source)
+        return replace(shape, beside=loaded - shape.parameters)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -70,7 +83,8 @@ class ModelShape:
             ModelError: a size is missing, or the formulas do not describe the layers.
         """
         config, source = read_config(folder), str(folder / "config.json")
-        found = None if config.get("quantization_config") else count_matrices(folder)
+        as_configured = config.get("quantization_config") or config.get("text_config")
+        found = None if as_configured else count_matrices(folder)
         if found is None:
             return cls.from_config(config, source)
         shape = cls._from_sizes(config, source)
@@ -108,6 +122,7 @@ class ModelShape:
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
             linear=_LAYERS.get(config.get("model_type", ""), LLAMA_LAYERS),
+            tensor_plan=cache(partial(why_not_split, config)),
         )  # fmt: skip
 
     @property
@@ -138,6 +153,19 @@ class ModelShape:
         """Matrices of a feed-forward network: 3 with a gate, else 2."""
         return 3 if {"gate_proj", "gate_up_proj"} & set(self.linear) else 2
 
+    def why_not_split(self, tensor: int) -> str | None:
+        """Returns why layers cannot be split over ``tensor`` ranks, or None."""
+        if self.tensor_plan:
+            return self.tensor_plan(tensor)
+        sizes = (self.heads, self.kv_heads, self.intermediate)
+        return why_not_divided(dict(zip(DIVIDED.values(), sizes, strict=True)), tensor)
+
+    @property
+    def engine_sizes(self) -> EngineSizes:
+        """Sizes that vLLM divides."""
+        columns = 0 if self.experts else self.intermediate
+        return EngineSizes(heads=self.heads, kv_heads=self.kv_heads, columns=columns)
+
     def split(self, tensor: int) -> Self:
         """Returns one rank's shape in a tensor group, with whole embeddings, head and norms."""
         return replace(
@@ -152,8 +180,8 @@ class ModelShape:
 
     @property
     def root(self) -> int:
-        """Parameters outside the layers: embedding, untied head, last norm."""
-        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+        """Parameters outside the layers: embedding, untied head, last norm, and those beside the decoder."""
+        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden + self.beside
 
     @property
     def parameters(self) -> int:
@@ -170,10 +198,11 @@ class ModelShape:
 
     def read(self, tokens: float) -> float:
         """Returns the parameters that a pass over ``tokens`` tokens reads, with balanced routers."""
+        used = self.parameters - self.beside
         if not self.experts:
-            return self.parameters
+            return used
         idle = (1 - self.active / self.experts) ** tokens
-        return self.parameters - self.layers * idle * self.matrices * self.hidden * self.intermediate * self.experts
+        return used - self.layers * idle * self.matrices * self.hidden * self.intermediate * self.experts
 
     def kv_bytes(self, dtype_bytes: int) -> int:
         """Returns the bytes of one token's keys and values."""
@@ -203,6 +232,30 @@ _TIED = {
     "granite_swa", "modernbert-decoder", "smollm3", "starcoder2", "vaultgemma",
 }  # fmt: skip
 """Those of them whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
+
+
+def _multimodal(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns transformers' config of a multimodal model and its language model's whole config, or (None, {}).
+
+    Published folders leave out what transformers' classes have as defaults.
+    """
+    from transformers import AutoConfig  # slow
+
+    try:
+        whole = AutoConfig.for_model(**config)
+    except Exception:  # transformers does not take it; a start says why
+        return None, {}
+    return whole, whole.get_text_config().to_dict() | {"tie_word_embeddings": whole.tie_word_embeddings}
+
+
+def _loaded_parameters(whole: Any) -> int | None:
+    """Returns the parameters that a run loads of a multimodal model; None if it is no causal language model."""
+    from spin_ray.learner.loading import without_weights  # slow
+
+    try:
+        return sum(parameter.numel() for parameter in without_weights(whole).parameters())
+    except ValueError:
+        return None
 
 
 def _active_experts(config: Mapping[str, Any], source: str) -> int:

@@ -12,6 +12,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.engine_sizes import check_engines
 from spin_ray.inputs.hub import download_command
 from spin_ray.inputs.model_folder import folder_here
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
@@ -192,10 +193,11 @@ def check_memory(
         ResourceError: a stage does not fit in memory; the message names settings that would.
     """
     devices = devices_of(config, cluster)
-    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory, algorithm)):
-        raise ResourceError(reason)
     phases = plan_run(config, shape, devices, work, algorithm)
     failing = next((stage for phase in phases for stage in phase.stages if not stage.fits), None)
+    learns = config.train.resources.gpus and (failing is None or failing.name != "generation")
+    if learns and (reason := too_long(config, shape, devices.train.memory, algorithm)):
+        raise ResourceError(reason)
     if failing is None:
         return phases
     where = cluster.gpu or "the CPU's share of memory"
@@ -278,6 +280,7 @@ def predict(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Plann
     devices_of(config, cluster)  # refuses before anything is read
     config = with_precision(config)
     shape = read_shape(config)
+    check_engines(config, shape.engine_sizes)
     if config.train.lora:
         refuse_unknown_layers(config.train.lora, shape)
     work = read_work(config, given)

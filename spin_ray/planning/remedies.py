@@ -72,7 +72,7 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str, least_pack: int)
             longest = config.model.max_length * shape.kv_bytes(engine_bytes(config))
             yield {"generation.engine.cpu_kv_cache_gib": ceil(longest / GIB)}
             return
-        for parallel in (2, 4, 8):
+        for parallel in (size for size in (2, 4, 8) if not shape.engine_sizes.why_not(size)):
             yield {
                 "generation.engine.tensor_parallel_size": parallel,
                 "generation.resources.gpus": parallel,

@@ -203,7 +203,8 @@ def _print_next(
 ) -> None:
     cluster, recipe = machines.cluster, shlex.quote(str(options.recipe))
     out = f"{foreign.output.rstrip('/')}-spin" if foreign and foreign.output else f"runs/{options.recipe.stem}"
-    planned = find_algorithm(settings.get("algorithm", Setting("spin")).value).costs_are_known
+    algorithm = find_algorithm(settings.get("algorithm", Setting("spin")).value)
+    planned = seen.shape is not None and algorithm.costs_are_known
     hardware = f" --nodes {cluster.nodes} --gpu {cluster.gpu} --gpus-per-node {cluster.gpus_per_node}"
     if phases and seen.rows is not None and planned:
         total = sum(phase.seconds for phase in phases)

@@ -11,6 +11,7 @@ from spin_ray.errors import ResourceError
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
+from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.plan import check_memory
 from spin_ray.planning.run_cost import Phase
 from spin_ray.planning.work import Work
@@ -45,7 +46,7 @@ def fit(
     if seen.shape is None:
         return base, [], ""
     misfit = ""
-    for changes in _ladder(base, machines):
+    for changes in _ladder(base, machines, seen.shape):
         settings = base | {place: setting for place, setting in changes.items() if place not in kept}
         try:
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
@@ -145,7 +146,7 @@ def _batch(given: Settings, seen: Look) -> Settings:
     return batches
 
 
-def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
+def _ladder(base: Settings, machines: Machines, shape: ModelShape) -> Iterator[Settings]:
     """Yields changes of settings, the least harmful first."""
     config = parse_config(tree_of(base), source="the settings given")
     least = find_algorithm(config.algorithm).least_pack(config)
@@ -174,8 +175,9 @@ def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
     offload = {"train.offload": Setting(True, "weights stay in the CPU's memory: they do not fit the card")}
     lean = small | adapters
     rungs: list[Settings] = [{}, small, adapters, lean, lean | quantised, lean | offload, small | offload]
+    most, sizes = machines.cluster.gpus_per_node, shape.engine_sizes
     for parallel, rung in product((1, 2, 4, 8), rungs):
-        if parallel <= machines.cluster.gpus_per_node:
+        if parallel <= most and not sizes.why_not(parallel):
             yield rung | (_shared_by(parallel, machines) if parallel > 1 else {})
 
 

@@ -18,7 +18,8 @@ from tests.support.planning_cases import MISTRAL
         ({"model_type": "gpt2"}, "transformers has no tensor plan for a model of type gpt2"),
         ({"model_type": "mixtral"}, "tensor plan for a model of type mixtral uses moe_tp_experts, packed_colwise"),
         ({"model_type": "granite_swa"}, "tensor plan for a model of type granite_swa splits self_attn.sinks"),
-        ({"model_type": "mine"}, "transformers knows no model of type 'mine'"),
+        ({"model_type": "mine"}, "transformers does not take this config.json of type 'mine'"),
+        (MISTRAL | {"hidden_size": "wide"}, "transformers does not take this config.json of type 'mistral'"),
     ],
 )
 def test_models_that_cannot_be_split_are_named_with_the_reason(config, reason):

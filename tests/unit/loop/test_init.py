@@ -129,6 +129,9 @@ def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):
     result = init(recipe, "--model", "org/model", "--data", "rows.jsonl", "--gpu", "A100-80G", "--yes")
     assert "org/model is not on this machine" in result.output and load_config(recipe).generation.resources.gpus == 1
     assert "By arithmetic" not in result.output, "hours of rows that nobody has seen would be made up"
+    assert "spin-ray plan" not in result.output, "it would refuse a model whose sizes it does not know"
+    known = init(tmp_path / "known.yaml", "--model", "mistralai/Mistral-7B-v0.1", *HERE[2:], "--gpu", "A100-80G")
+    assert f"Hours: spin-ray plan {tmp_path / 'known.yaml'} --nodes 1 --gpu A100-80G" in known.output
 
 
 def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_adapters_on_a_small_one():
@@ -160,10 +163,21 @@ def test_packs_of_every_rung_hold_what_the_algorithm_needs(algorithm, least, gpu
     look = seen(50_000, 2000, 1020, shape=MISTRAL_7B, positions=32768)
     machines = find_machines(gpu, 1, 1)
     base, _, _ = fit(given, look, machines)
-    for rung in _ladder(base, machines):
+    for rung in _ladder(base, machines, MISTRAL_7B):
         config = parse_config(tree_of(base | rung), source="init")
         check_settings(config)
         assert least <= config.train.pack_length <= 4096
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sizes"), [(32, 8, {1, 2, 4, 8}), (28, 4, {1, 2, 4}), (40, 10, {1, 2}), (9, 3, {1})]
+)
+def test_engines_of_every_rung_have_sizes_that_vllm_takes(heads, kv_heads, sizes):
+    machines = find_machines("A100-80G", 8, 1)
+    base, _, _ = fit(GIVEN, seen(50_000, 2000, 1020, shape=MISTRAL_7B), machines)
+    shape = replace(MISTRAL_7B, heads=heads, kv_heads=kv_heads)
+    rungs = [parse_config(tree_of(base | rung), source="init") for rung in _ladder(base, machines, shape)]
+    assert {config.generation.engine.tensor_parallel_size for config in rungs} == sizes
 
 
 @pytest.mark.parametrize(("algorithm", "least"), [("spin", 5120), ("dpo", 8191)])

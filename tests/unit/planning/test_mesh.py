@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from spin_ray.config.sections import LoraConfig, Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
@@ -96,6 +98,49 @@ def test_the_plan_names_the_mesh_of_its_cluster():
     assert run_cost.planned_mesh(config, MISTRAL_7B, devices).mesh == Mesh(replicate=2, shard=8)
 
 
+SIZES = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits"),
+    [
+        ("mistral", True), ("qwen3", True), ("phi3", True), ("mixtral", False), ("qwen3_moe", False),
+        ("gpt_oss", False), ("gpt_neox", False), ("granite_swa", False),
+    ],
+)  # fmt: skip
+def test_the_plan_chooses_the_mesh_of_the_run(tmp_path, kind, splits):
+    """Both ask transformers' tensor plan, by the model's config.json."""
+    config, folder = ZEPHYR.with_train(workers=16, global_batch_pairs=2), saved_config(tmp_path, kind)
+    cluster = Cluster(nodes=2, gpu="A100-40G")
+    shape, devices = ModelShape.from_folder(folder), devices_of(config, cluster)
+    planned = run_cost.planned_mesh(config, shape, devices)
+    assert planned == mesh_of(config, folder, (0,) * 8 + (1,) * 8, devices.train.memory)
+    assert (planned.mesh.tensor > 1) is splits
+    given = config.with_train(mesh=Mesh(shard=8, tensor=2))
+    if splits:
+        assert run_cost.planned_mesh(given, shape, devices).mesh.tensor == 2
+    else:
+        with pytest.raises(ModelError, match=r"train\.mesh\.tensor: transformers.* plan for a model of type"):
+            run_cost.planned_mesh(given, shape, devices)
+
+
+def saved_config(folder: Path, kind: str) -> Path:
+    AutoConfig.for_model(kind, **SIZES).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("tensor", "divides"), [(2, True), (8, True), (3, False), (16, False)])
+def test_a_model_known_by_name_is_split_as_its_config_json(tmp_path, tensor, divides):
+    """Zephyr's sizes are known without a folder."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    folder = ModelShape.from_folder(tmp_path)
+    assert folder == MISTRAL_7B and MISTRAL_7B.why_not_split(tensor) == folder.why_not_split(tensor)
+    assert (MISTRAL_7B.why_not_split(tensor) is None) is divides
+
+
 def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
     two, four = (0, 0), (0, 0, 1, 1)
@@ -120,6 +165,20 @@ def test_prompts_too_long_for_any_mesh_are_refused_with_the_length_that_would_fi
     for length, refused in ((fits, False), (fits + 1, True)):
         model = config.model.model_copy(update={"max_length": length})
         assert bool(too_long(config.model_copy(update={"model": model}), MISTRAL_7B, 80 * GB, SPIN)) is refused
+
+
+def test_a_model_that_fills_a_card_at_any_length_is_named_in_place_of_a_length():
+    """70B: embedding and head of 2.1B take 4 GB in bf16 and 17 GB in two buffers of fp32, on cards of 24 GB."""
+    found = too_long(ZEPHYR, LLAMA_70B, 24 * GB, SPIN)
+    assert found is not None and "23 GB of them are needed at any length, for embedding, head" in found
+    assert found.endswith("take GPUs with more memory, or train adapters (train.lora: {rank: 16})")
+    adapters = ZEPHYR.with_train(lora=LoraConfig())
+    assert too_long(adapters, LLAMA_70B, 24 * GB, SPIN) is None
+    longer = ZEPHYR.model_copy(update={"model": ZEPHYR.model.model_copy(update={"max_length": 32_768})})
+    assert str(too_long(longer, LLAMA_70B, 24 * GB, SPIN)).endswith("take GPUs with more memory")
+    assert "lower model.max_length" in str(too_long(longer, LLAMA_70B, 40 * GB, SPIN))
+    wide = replace(LLAMA_70B, vocab=1_000_000)
+    assert "take GPUs with more memory" in str(too_long(ZEPHYR, wide, 24 * GB, SPIN)), "not even a token fits"
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "tspin"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spin_ray.config.sections import LoraConfig
@@ -243,12 +243,51 @@ def test_without_weights_or_with_quantised_ones_the_family_must_be_known(tmp_pat
     ("kind", "message"),
     [
         ("lfm2", "the family lfm2"), ("falcon_h1", "the family falcon_h1"), ("qwen3_next", "the family qwen3_next"),
-        ("gemma3", "the family gemma3"), ("qwen3_5_moe_text", "the family qwen3_5_moe_text"),
+        ("gemma3n", "the family gemma3n"), ("qwen3_5_moe_text", "the family qwen3_5_moe_text"),
+        ("llama4", "the family llama4"), ("mistral3", "the family mistral3"), ("qwen2_5_vl", "the family qwen2_5_vl"),
     ],
 )  # fmt: skip
 def test_a_family_whose_weights_the_formulas_miss_is_refused(kind, message):
     with pytest.raises(ModelError, match=f"m: .*{message}, whose .*cost plan does not know"):
         ModelShape.from_config(CONFIG_MAPPING[kind]().to_dict(), "m")
+
+
+_GEMMA_3_4B: dict[str, Any] = {
+    "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 256,
+    "text_config": {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304,
+        "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+    },
+}  # fmt: skip
+"""The published config.json, which leaves out heads and vocabulary."""
+
+
+def test_a_model_of_text_and_images_that_is_trained_whole_is_counted_whole():
+    """Hugging Face gives Gemma 3 4B 4,300,079,472 parameters."""
+    shape = ModelShape.from_config(_GEMMA_3_4B, "m")
+    with torch.device("meta"):
+        whole = Gemma3ForConditionalGeneration(AutoConfig.for_model(**_GEMMA_3_4B))
+    assert shape.parameters == sum(it.numel() for it in whole.parameters()) == 4_300_079_472
+    tower = (whole.model.vision_tower, whole.model.multi_modal_projector)
+    # Norms within the attention of the text are counted beside the decoder, too.
+    assert shape.beside == pytest.approx(sum(it.numel() for part in tower for it in part.parameters()), rel=0.001)
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.vocab, shape.tied) == (8, 4, 256, 262_208, True)
+    assert shape.read(1) == shape.parameters - shape.beside, "text is not read through the tower"
+    assert shape.split(2).beside == shape.beside
+    assert shape.why_not_split(2) is None and "does not divide" in str(shape.why_not_split(8))
+
+
+def test_a_folder_of_text_and_images_has_the_weights_of_its_config(tmp_path):
+    text = _SIZES | {"head_dim": 8, "model_type": "gemma3_text"}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    assert ModelShape.from_folder(tmp_path).parameters == sum(it.numel() for it in model.parameters())
 
 
 def test_embeddings_are_tied_where_the_config_does_not_say_as_in_transformers():

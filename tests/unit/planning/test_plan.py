@@ -173,6 +173,38 @@ def test_a_model_that_no_setting_makes_fit_is_refused_without_advice(call, tmp_p
     assert line.endswith("no setting tried makes it fit")
 
 
+def test_the_first_stage_that_does_not_fit_is_told_first(call, tmp_path):
+    """70B of weights fill eight cards of 24 GB; training it whole takes more of each, whatever the prompts."""
+    sizes = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    sizes |= {"num_key_value_heads": 8, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
+    words = ("--gpu", "RTX-4090", "--nodes=8", "--rows", "100", f"--model.path={tmp_path}", "--train.workers=64")
+    assert refused(call(*words)).startswith("error: generation does not fit on RTX-4090: needs 14")
+    engine = ("--generation.engine.tensor_parallel_size=8", "--generation.resources.gpus=8")
+    assert refused(call(*words, *engine)).startswith("error: training: a prompt with its responses, up to ")
+
+
+PHI_4: dict[str, Any] = {
+    "model_type": "phi3", "num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 17920,
+    "num_attention_heads": 40, "num_key_value_heads": 10, "vocab_size": 100352,
+}  # fmt: skip
+
+
+def test_engines_are_split_over_the_gpus_that_vllm_takes(call, tmp_path):
+    """Ten heads of keys and values are on 2 GPUs or on 5, never on 4 or 8."""
+    (tmp_path / "config.json").write_text(json.dumps(PHI_4))
+    words = ("--gpu", "RTX-4090", "--rows", "100", f"--model.path={tmp_path}", "--train.lora={rank: 8}")
+    advice = refused(call(*words)).partition("generation does not fit")[2]
+    assert "tensor_parallel_size=2" in advice
+    assert not {"tensor_parallel_size=4", "tensor_parallel_size=8"} & set(
+        advice.replace("--generation.engine.", "").split()
+    )
+    engine = (f"--generation.{name}" for name in ("engine.tensor_parallel_size=4", "resources.gpus=4", "replicas=2"))
+    assert "neither 4 nor the model's 10 key and value heads divides the other, as vLLM needs; give 1, 2, 5" in refused(
+        call(*words, *engine)
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
