@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import EngineConfig
 from spin_ray.planning.groups import Group
 from spin_ray.planning.hardware import GIB, Hardware
 from spin_ray.planning.model_shape import ModelShape
@@ -64,6 +65,13 @@ def engine_bytes(config: SpinConfig) -> int:
     return 4 if config.resolve_dtype(config.generation.engine).dtype == "float32" else 2
 
 
+def _kv_heads(shape: ModelShape, engine: EngineConfig) -> int:
+    """Returns the key and value heads of a device. Where the model has fewer than a tensor group has devices, vLLM
+    gives each device a copy of one.
+    """
+    return max(1, shape.kv_heads // engine.tensor_parallel_size)
+
+
 def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: float, passes: float) -> float:
     size = config.generation.engine.tensor_parallel_size
     width = shape.hidden * engine_bytes(config)
@@ -95,7 +103,7 @@ def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, 
     engine, on_gpu = config.generation.engine, bool(config.generation.resources.gpus)
     dtype_bytes = engine_bytes(config)
     weights = dtype_bytes * shape.parameters / engine.devices
-    kv = shape.kv_bytes(dtype_bytes) / engine.devices
+    kv = shape.kv_bytes(dtype_bytes) / shape.kv_heads * _kv_heads(shape, engine) / engine.pipeline_parallel_size
     room = device.memory * (engine.gpu_memory_utilization if on_gpu else 1)
     cache = room - weights - RUNTIME if on_gpu else engine.cpu_kv_cache_gib * GIB
     response, longest = (work.prompt + work.generated) * kv, config.model.max_length * kv
