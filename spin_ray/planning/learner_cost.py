@@ -21,6 +21,8 @@ FILLED = 0.75
 prediction (``benchmarks/plan_check.py``)."""
 MOMENTS_OF_8_BIT = 2 / 4
 """Fp32 numbers per parameter that AdamW's two moments take in 8 bits."""
+ZERO_3_BUCKET = 4 * 500_000_000
+"""Bytes of the buffer that ZeRO-3 allocates for gradients of any model: ``reduce_bucket_size`` fp32 numbers."""
 
 
 # Stages
@@ -207,8 +209,9 @@ def learner_memory(
 ) -> dict[str, float]:
     """Returns the bytes of one rank by purpose.
 
-    States are fp32 and sharded: weight, gradient and moments of each trained parameter. A rank with several packs a
-    step also keeps whole gradients, unless it reduces them with every pack.
+    States are fp32 and sharded: weight, gradient and moments of each trained parameter. ZeRO-3 also keeps the shard in
+    the format of the computation. A rank with several packs a step also keeps whole gradients, unless it reduces them
+    with every pack.
 
     Args:
         shape: the whole model's, also with a tensor group.
@@ -221,7 +224,10 @@ def learner_memory(
     trained = 0.0 if on_host else weights.trained / mesh.shard
     moments = moments_of(optimizer) if optimizer else 0
     frozen = weights.whole + (0.0 if on_host else weights.frozen / mesh.shard)
-    memory = {"weights": 4 * trained + frozen, "optimizer": 4 * moments * trained}
+    zero_3 = bool(optimizer) and config.train.backend == "deepspeed" and config.train.sharding == "full"
+    copied = dtype_bytes(config) * trained if zero_3 else 0.0
+    memory = {"weights": 4 * trained + copied + frozen, "optimizer": 4 * moments * trained}
+    memory |= {"gradient bucket": float(ZERO_3_BUCKET) if zero_3 else 0.0}
     if backward:
         memory |= {"gradients": 4 * trained}
         accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack

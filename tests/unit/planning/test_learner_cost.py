@@ -1,12 +1,18 @@
 """FLOPs, traffic and memory of scoring and training: by hand on a tiny decoder, and which change makes them grow."""
 
+import gc
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import spawn
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
+from spin_ray.learner.backends import make_backend
+from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.planning.groups import flat
 from spin_ray.planning.hardware import GB
@@ -19,9 +25,10 @@ from spin_ray.planning.learner_cost import (
     settle_checkpointing,
     training_cost,
 )
-from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.stage_cost import RUNTIME
 from spin_ray.planning.traffic import step_collectives
+from tests.support.learner_cases import batches_of, one_rank, random_rows, save_model, tiny_llama
 from tests.support.planning_cases import (
     A100,
     ADAMW,
@@ -116,6 +123,57 @@ def test_states_are_12_bytes_per_parameter_with_rmsprop_and_16_with_adamw():
 
 def test_a_rank_with_one_pack_a_step_keeps_no_whole_gradients():
     assert "whole gradients" not in learner_memory(tiny_config(), TINY, ONE_PACK, optimizer=RMSPROP, backward=True)
+
+
+def _count_zero_bytes(rank: int, folder: Path, precision: str, sharding: str) -> None:
+    """Writes the bytes of all tensors after a step of DeepSpeed and a second backward pass."""
+    settings = BackendSettings(
+        kind="deepspeed", max_length=48, precision=precision, sharding=sharding, optimizer=RMSPROP,
+        learning_rate=1e-5, total_steps=2, reduce_every_pack=True,
+    )  # fmt: skip
+    with one_rank(folder), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LOCAL_RANK", "0")
+        backend = make_backend(folder / "model", settings, torch.device("cpu"))
+        batch = batches_of(random_rows(0, trees=2))[0]
+        for _ in range(2):
+            backend.backward(backend.logps(batch).sum(), last_microbatch=True)
+            held = _bytes_of_tensors()
+            backend.step()
+    (folder / "bytes.json").write_text(json.dumps(held))
+
+
+def _bytes_of_tensors() -> int:
+    gc.collect()
+    tensors = [it for it in gc.get_objects() if type(it) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({it.untyped_storage().data_ptr(): it.untyped_storage().nbytes() for it in tensors}.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharding", "precision"), [("full", "bf16"), ("full", "fp32"), ("shard_grad_op", "bf16")])
+def test_zero_keeps_the_bytes_of_the_plan(sharding: str, precision: str, tmp_path: Path):
+    """One rank: 12 bytes a parameter of fp32 states and the weights to compute with, and ZeRO-3's bucket."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    model = tiny_llama(tied=False, layers=8, hidden=256)
+    folder = save_model(tmp_path / "model", model)
+    spawn(_count_zero_bytes, args=(tmp_path, precision, sharding), nprocs=1)
+    found = json.loads((tmp_path / "bytes.json").read_text())
+    config = tiny_config(backend="deepspeed", precision=precision, sharding=sharding)
+    shape = ModelShape.from_folder(folder)
+    memory = learner_memory(config, shape, ONE_PACK, optimizer=RMSPROP, backward=True)
+    bucket = memory.get("gradient bucket", 0.0)
+    states = sum(memory[name] for name in ("weights", "optimizer", "gradients"))
+    computed = 0.0 if sharding == "full" else memory["gathered weights"]
+    assert found - bucket == pytest.approx(states + computed, rel=0.02)
+
+
+def test_zero_3_keeps_its_copy_in_the_cpus_memory_when_offloaded():
+    settings = {"backend": "deepspeed", "resources": {"gpus": 1}, "compile": False}
+    there, away = (
+        learner_memory(tiny_config(**settings, offload=off), TINY, ONE_PACK, optimizer=RMSPROP, backward=True)
+        for off in (False, True)
+    )
+    assert there["weights"] == (4 + 2) * 1352 and "weights" not in away
+    assert there["gradient bucket"] == away["gradient bucket"] == 2e9
 
 
 def test_evaluation_holds_neither_gradients_nor_optimizer():
