@@ -40,14 +40,14 @@ def evaluation_cost(
 ) -> StageCost:
     """Returns the cost of scoring samples of θ_iterate and its opponent under both, and the former under θ_0.
 
-    θ_0 is the opponent of θ_1 itself.
+    θ_0 is the opponent of θ_1 itself. Iterates are whole models, or adapters on the base in its number format.
     """
     readers = ranks.mesh.data_ranks if ranks else None
-    whole = config.with_train(lora=None)  # iterates are merged
+    scoring = config if config.commits_adapters else config.with_train(lora=None)
 
     def scored(samples: int, passes: int) -> StageCost:
         packs = heldout_packs(config, work, samples, readers)
-        return _learner_cost("evaluation", whole, shape, device, packs, ranks, passes=passes, optimizer=None)
+        return _learner_cost("evaluation", scoring, shape, device, packs, ranks, passes=passes, optimizer=None)
 
     under_both = scored(samples=2, passes=2)
     return _with_start(summed([under_both, scored(samples=1, passes=1)]) if iterate > 1 else under_both)
@@ -101,13 +101,15 @@ def _learner_cost(
     step = step_time(collectives, device, {"forward": computing(forward), "backward": computing(each - forward)})
     host = _host_step_s(config, mine, ranks, optimizer) if backward and optimizer else 0.0
     useful = count(config, shape, packs, backward=backward)
+    working = learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, mesh=ranks.mesh)
+    loading = _loading_memory(config, shape, trains=optimizer is not None)
     return StageCost(
         name=name,
         tokens=passes * packs.tokens,
         flops=passes * packs.steps * packs.per_step * useful,
         seconds=passes * packs.steps * (step.seconds + host),
         bound="optimizer on CPUs" if host > step.seconds else step.bound,
-        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, mesh=ranks.mesh),
+        memory=max(working, loading, key=lambda memory: sum(memory.values())),
         room=device.memory,
         sent={kind: passes * packs.steps * sent for kind, sent in step.sent.items()},
     )
@@ -240,16 +242,29 @@ def learner_memory(
     return {purpose: count for purpose, count in memory.items() if count}
 
 
+def _loading_memory(config: SpinConfig, shape: ModelShape, *, trains: bool) -> dict[str, float]:
+    """Returns the bytes by purpose of a rank that loads a quantised base; nothing for others, which load shards.
+
+    ``learner.quantised`` puts the whole model onto each device. What is not quantised is sharded after that.
+    """
+    lora = config.train.lora
+    if lora is None or lora.base == "bf16":
+        return {}
+    weights = weights_of(config, shape, trains=trains)
+    return {"whole base while loading": weights.whole + weights.frozen, "runtime": RUNTIME}
+
+
 def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
     """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
 
-    Resharding keeps the root and two layers at once. A single worker also copies its weights to compute.
+    Resharding keeps the root and two layers at once. A single worker also copies its weights to compute. Products
+    dequantise their own weights, here those of one layer at once.
     """
     weights = weights_of(config, shape, trains=trains)
     frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)
     resharded = config.train.sharding == "full" and (mesh.shard > 1 or frozen)
     layers = 2 if resharded else weights.layers
-    gathered = weights.root.computed + layers * weights.layer.computed
+    gathered = weights.root.gathered + layers * weights.layer.gathered + weights.layer.dequantised
     summed = 2 * 4 * max(weights.root.trained, weights.layer.trained) if backward and mesh.ranks > 1 else 0.0
     return gathered + summed
 
