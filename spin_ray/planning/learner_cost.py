@@ -136,13 +136,18 @@ def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer:
 # FLOPs and traffic
 
 
-def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
+def pack_flops(
+    config: SpinConfig, shape: ModelShape, length: float, targets: float, attended: float, *, backward: bool
+) -> float:
     """Returns the FLOPs of a pack of ``length`` tokens with ``targets`` response tokens.
 
-    Attention counts all length² pairs, as the dense mask does. Backward costs 2 forward passes, or 1 if the weights are
-    frozen. Checkpointing costs 1 more; the head is always recomputed.
+    Backward costs 2 forward passes, or 1 if the weights are frozen. Checkpointing costs 1 more; the head is always
+    recomputed.
+
+    Args:
+        attended: pairs of tokens that attention multiplies.
     """
-    trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
+    trunk, head = shape.trunk_flops(length, attended), shape.head_flops(targets)
     if not backward:
         return trunk + head
     passes = 2 if config.train.lora else 3
@@ -150,7 +155,13 @@ def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: fl
 
 
 def _computed_by_pack(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
-    return pack_flops(config, shape, packs.length, packs.targets, backward=backward)
+    """Returns the FLOPs of a pack with those of its padding.
+
+    Kernels on GPUs skip pairs of tokens that do not see each other, but for some in blocks at the border. On CPUs each
+    tree is a whole product (``learner.attention``).
+    """
+    attended = packs.visible if config.train.resources.gpus else packs.together
+    return pack_flops(config, shape, packs.length, packs.targets, attended, backward=backward)
 
 
 def _needed_by_pack(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:

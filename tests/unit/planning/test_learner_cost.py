@@ -3,17 +3,22 @@
 import gc
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.multiprocessing import spawn
+from torch.utils.flop_counter import FlopCounterMode
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
+from spin_ray.learner.attention.rule import visible
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.optimizers import make_optimizer
+from spin_ray.learner.packing import build_pack, plan_epoch
+from spin_ray.learner.scoring import ResponseScorer
 from spin_ray.planning.groups import flat
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import (
@@ -22,13 +27,23 @@ from spin_ray.planning.learner_cost import (
     learner_memory,
     moments_of,
     pack_flops,
+    scoring_cost,
     settle_checkpointing,
     training_cost,
 )
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.stage_cost import RUNTIME
 from spin_ray.planning.traffic import step_collectives
-from tests.support.learner_cases import batches_of, one_rank, random_rows, save_model, tiny_llama
+from spin_ray.planning.work import Trees, epoch_packs
+from tests.support.learner_cases import (
+    batches_of,
+    lengths_of,
+    one_rank,
+    random_rows,
+    save_model,
+    table_of,
+    tiny_llama,
+)
 from tests.support.planning_cases import (
     A100,
     ADAMW,
@@ -46,22 +61,68 @@ from tests.support.planning_cases import (
 
 
 def test_flops_of_a_pack_by_hand():
-    """Below the head 2 layers · (2·576·3 tokens + 4·8·3² pairs) = 7488; the head 2·8·10·2 targets = 320.
+    """Below the head 2 layers · (2·576·3 tokens + 4·8·9 pairs) = 7488; the head 2·8·10·2 targets = 320.
 
     Backward doubles the forward pass, checkpointing repeats it, and the head is always computed again.
     """
     plain, repeated = tiny_config(), tiny_config(gradient_checkpointing=True)
-    assert pack_flops(plain, TINY, 3, 2, backward=False) == 7488 + 320
-    assert pack_flops(plain, TINY, 3, 2, backward=True) == 3 * 7488 + 4 * 320
-    assert pack_flops(repeated, TINY, 3, 2, backward=True) == 4 * 7488 + 4 * 320
-    assert pack_flops(repeated, TINY, 3, 2, backward=False) == 7488 + 320
+    assert pack_flops(plain, TINY, 3, 2, 9, backward=False) == 7488 + 320
+    assert pack_flops(plain, TINY, 3, 2, 9, backward=True) == 3 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, 9, backward=True) == 4 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, 9, backward=False) == 7488 + 320
 
 
 def test_a_large_model_costs_about_6_flops_per_parameter_and_token():
     """6N is the usual estimate (arXiv 2001.08361); attention adds some, embeddings are not multiplied."""
     tokens = ZEPHYR.train.pack_length
-    flops = pack_flops(ZEPHYR.with_train(gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
+    plain = ZEPHYR.with_train(gradient_checkpointing=False)
+    flops = pack_flops(plain, MISTRAL_7B, tokens, tokens, tokens**2 / 2, backward=True)
     assert flops / (6 * MISTRAL_7B.parameters * tokens) == pytest.approx(1.0, abs=0.2)
+
+
+FOUR_TREES = Trees(count=4, prompt=40, responses=(30, 30))
+ALIKE = [(40 * [number], 30 * [5], 30 * [6]) for number in range(4)]
+"""Rows of ``FOUR_TREES``."""
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("pack_length", [112, 448])
+def test_the_flops_of_a_cpu_are_those_that_torch_counts(backward: bool, pack_length: int, tmp_path: Path):
+    """One tree a pack or four: attention takes 45 % below the head, and trees do not see each other."""
+    model = tiny_llama(tied=False)
+    shape = ModelShape.from_folder(save_model(tmp_path / "model", model))
+    scorer, steps = ResponseScorer(model), plan_epoch(
+        lengths_of(ALIKE), pack_length=pack_length, global_batch_pairs=4, seed=0, epoch=0
+    )  # fmt: skip
+    batches = [
+        build_pack(pack, table_of(ALIKE), pack_length=pack_length, pad_id=0) for step in steps for pack in step.packs
+    ]
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        for batch in batches:
+            logps = scorer(batch)
+            if backward:
+                logps.sum().backward()
+    config = tiny_config(pack_length=pack_length, global_batch_pairs=4)
+    packs = epoch_packs(config, FOUR_TREES)
+    price = partial(training_cost, epochs=1, optimizer=RMSPROP) if backward else scoring_cost
+    assert price(config, shape, A100, packs).flops == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+def test_gpus_multiply_the_pairs_of_tokens_that_see_each_other():
+    """Counted by the rule of visibility, which the kernels have; longer packs of the same trees see no more."""
+    batch = build_pack(((0,), (1,), (2,), (3,)), table_of(ALIKE), pack_length=448, pad_id=0)
+    seen = int(visible(batch)[: 4 * 100, : 4 * 100].sum())
+    flops = []
+    for length in (448, 4480):
+        config = tiny_config(pack_length=length, global_batch_pairs=4, resources={"gpus": 1})
+        packs = epoch_packs(config, FOUR_TREES)
+        assert packs.steps * packs.per_step * packs.visible == pytest.approx(seen, rel=0.03), "less half the diagonal"
+        padded = packs.steps * packs.per_step * packs.length
+        cost = scoring_cost(config, TINY, A100, packs).flops
+        flops.append(cost - 2 * 2 * TINY.active_matmuls * padded)
+        heads = 4 * TINY.head_flops(60)
+        assert flops[-1] == pytest.approx(2 * 4 * TINY.q * seen + heads, rel=0.03)
+    assert flops[0] == pytest.approx(flops[1])
 
 
 def test_traffic_of_a_step_by_hand():
