@@ -12,6 +12,8 @@ from spin_ray.planning.stage_cost import RUNTIME, StageCost
 from spin_ray.planning.traffic import Collective
 from spin_ray.planning.work import Work
 
+GENERATION = "generation"
+"""Name of the stage."""
 ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
 """Seconds to start vLLM 0.29 with a 135M model on two CPU cores, seen once."""
 
@@ -50,7 +52,7 @@ def generation_cost(
         + _sums_s(config, shape, device, rounds * size * work.generated, steps),
     }
     return StageCost(
-        name="generation",
+        name=GENERATION,
         tokens=sum(responses) * (work.prompt + work.generated),
         flops=sum(responses) * (prefill + work.generated * token),
         seconds=sum(spent.values()),
