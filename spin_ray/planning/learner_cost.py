@@ -11,7 +11,7 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import at_measured_rate
 from spin_ray.planning.stage_cost import RUNTIME, StageCost, summed
 from spin_ray.planning.traffic import step_collectives, step_time
-from spin_ray.planning.weights import dtype_bytes, weights_of
+from spin_ray.planning.weights import Weights, dtype_bytes, weights_of
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
@@ -193,7 +193,8 @@ def settle_checkpointing(
 ) -> SpinConfig:
     """Decides ``gradient_checkpointing: auto`` for devices of ``room`` bytes.
 
-    Counts full packs, so that the plan and the workers decide alike.
+    Counts full packs, which are known before the rows are. The plan takes the memory of a data sheet and a worker that
+    of its driver, 80.0 and 84.9 GB of an H100. Near the limit, workers may keep what the plan computes again.
     """
     if config.train.gradient_checkpointing != "auto":
         return config
@@ -237,7 +238,7 @@ def learner_memory(
     trained = 0.0 if on_host else weights.trained / mesh.shard
     moments = moments_of(optimizer) if optimizer else 0
     frozen = weights.whole + (0.0 if on_host else weights.frozen / mesh.shard)
-    zero_3 = bool(optimizer) and config.train.backend == "deepspeed" and config.train.sharding == "full"
+    zero_3 = optimizer is not None and _is_zero_3(config)
     copied = dtype_bytes(config) * trained if zero_3 else 0.0
     memory = {"weights": 4 * trained + copied + frozen, "optimizer": 4 * moments * trained}
     memory |= {"gradient bucket": float(ZERO_3_BUCKET) if zero_3 else 0.0}
@@ -253,6 +254,17 @@ def learner_memory(
     return {purpose: count for purpose, count in memory.items() if count}
 
 
+def offloaded_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, mesh: Mesh) -> float:
+    """Returns the bytes that a rank with ``train.offload`` keeps in its node's memory while it trains.
+
+    These are the fp32 states and the frozen weights of its shard, and ZeRO-3's copy to compute with. Quantised weights
+    stay on the device.
+    """
+    weights = weights_of(config, shape.split(mesh.tensor))
+    copied = dtype_bytes(config) if _is_zero_3(config) else 0
+    return ((4 * (2 + moments_of(optimizer)) + copied) * weights.trained + weights.frozen) / mesh.shard
+
+
 def _loading_memory(config: SpinConfig, shape: ModelShape, *, trains: bool) -> dict[str, float]:
     """Returns the bytes by purpose of a rank that loads a quantised base; nothing for others, which load shards.
 
@@ -266,7 +278,7 @@ def _loading_memory(config: SpinConfig, shape: ModelShape, *, trains: bool) -> d
 
 
 def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
-    """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
+    """Returns the bytes of gathered weights and of fp32 buffers for gradients.
 
     Resharding keeps the root and two layers at once. A single worker also copies its weights to compute. Products
     dequantise their own weights, here those of one layer at once.
@@ -276,8 +288,23 @@ def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains
     resharded = config.train.sharding == "full" and (mesh.shard > 1 or frozen)
     layers = 2 if resharded else weights.layers
     gathered = weights.root.gathered + layers * weights.layer.gathered + weights.layer.dequantised
-    summed = 2 * 4 * max(weights.root.trained, weights.layer.trained) if backward and mesh.ranks > 1 else 0.0
-    return gathered + summed
+    return gathered + (_summed_bytes(config, shape, weights) if backward and mesh.ranks > 1 else 0.0)
+
+
+def _summed_bytes(config: SpinConfig, shape: ModelShape, weights: Weights) -> float:
+    """Returns the bytes of fp32 buffers in which ranks sum gradients.
+
+    FSDP2 holds the largest unit twice. ZeRO-3 holds a copy of its full bucket, or of one larger matrix
+    (``coalesced_collectives``).
+    """
+    if not _is_zero_3(config):
+        return 2 * 4 * max(weights.root.trained, weights.layer.trained)
+    matrix = shape.hidden * max(shape.vocab, 2 * shape.experts * shape.intermediate) if weights.root.trained else 0
+    return max(4.0 * matrix, min(ZERO_3_BUCKET, 4.0 * weights.trained))
+
+
+def _is_zero_3(config: SpinConfig) -> bool:
+    return config.train.backend == "deepspeed" and config.train.sharding == "full"
 
 
 def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:

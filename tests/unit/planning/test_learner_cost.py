@@ -237,6 +237,25 @@ def test_zero_3_keeps_its_copy_in_the_cpus_memory_when_offloaded():
     assert there["gradient bucket"] == away["gradient bucket"] == 2e9
 
 
+def test_zero_3_sums_gradients_in_copies_of_its_bucket_and_not_of_a_unit():
+    """MISTRAL_7B's embeddings and head are 2 · 131M numbers, a layer 218M; a bucket is 500M. A vocabulary of 256,000
+    makes a matrix of 1.05 · 10⁹, reduced alone.
+    """
+    large = replace(MISTRAL_7B, vocab=256_000)
+    settings = {"workers": 8, "compile": False, "sharding": "full"}
+    fsdp2, zero_3 = (ZEPHYR.with_train(backend=kind, **settings) for kind in ("fsdp2", "deepspeed"))
+
+    def summed(config: SpinConfig, shape: ModelShape) -> float:
+        several, one = (
+            learner_memory(config, shape, ONE_PACK, optimizer=RMSPROP, backward=both)["gathered weights"]
+            for both in (True, False)
+        )
+        return several - one
+
+    assert (summed(fsdp2, MISTRAL_7B), summed(zero_3, MISTRAL_7B)) == (8 * MISTRAL_7B.root, 2e9)
+    assert (summed(fsdp2, large), summed(zero_3, large)) == (8 * large.root, 4 * 4096 * 256_000)
+
+
 def test_evaluation_holds_neither_gradients_nor_optimizer():
     memory = learner_memory(tiny_config(), TINY, TWO_PACKS, optimizer=None, backward=False)
     assert memory.keys() == {"weights", "gathered weights", "activations", "runtime"}
