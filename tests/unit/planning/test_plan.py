@@ -254,6 +254,38 @@ def test_the_plan_as_json_has_the_seconds_and_bytes_of_the_tables(call):
     assert all(sum(stage["memory"].values()) <= stage["room"] for stage in stages.values())
 
 
+LORA = "--train.lora={{rank: 16, base: {}, merge: false}}"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # 12 bytes of 7.24B weights on each of 8 workers, of a single one, with AdamW's 16; 14 with ZeRO-3
+        (["--gpus-per-node=8"], ["10.9 GB each and 87 GB per node"]),
+        (ONE_CARD, ["loads the whole model in fp32, 29.0 GB", "86.9 GB each and 87 GB per node"]),
+        (["--train.optimizer={name: adamw}"], ["14.5 GB each and 116 GB per node"]),
+        (["--train.backend=deepspeed", "--train.compile=false"], ["12.7 GB each and 101 GB per node"]),
+        # 42M in adapters: 12 bytes and 2 of the frozen rest; the warm-up trains all weights
+        ([LORA.format("bf16")], ["1.9 GB each and 15 GB per node"]),
+        ([LORA.format("nf4"), *ONE_CARD], ["1.0 GB each and 1 GB per node"]),
+        ([LORA.format("bf16"), "--sft={}"], ["14.5 GB each and 116 GB per node"]),
+    ],
+)
+def test_the_memory_of_a_node_that_offloading_takes_is_said(call, words, expected):
+    code, out, error = call("--gpu", "A100-80G", "--train.offload=true", *words, "--json")
+    assert (code, error) == (0, "")
+    said = [note for note in json.loads(out)["notes"] if note.startswith("Host memory: ")]
+    assert all(any(each in note for note in said) for each in expected)
+
+
+def test_only_a_run_that_writes_whole_models_gathers_them(call):
+    """Adapters are written alone; the warm-up's model is whole."""
+    gathers = "the first train worker gathers the model to write it, 14.5 GB"
+    for words, said in (([], True), ([LORA.format("bf16")], False), ([LORA.format("bf16"), "--sft={}"], True)):
+        _, out, _ = call("--gpu", "H200", *words, "--json")
+        assert (gathers in out) is said
+
+
 def test_held_out_rows_are_those_that_a_run_makes_of_conversations(tmp_path):
     """Ten conversations of four turns are forty rows; a row without a response is none."""
     turns = [{"role": role, "content": f"{turn}"} for turn in range(4) for role in ("user", "assistant")]
