@@ -103,7 +103,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         seconds, targets = time_packs(model, config, options, Path(folder), backward=case.kind != "scoring")
         used = peak_bytes() - before
     backward = case.kind != "scoring"
-    flops = pack_flops(config, shape, config.train.pack_length, targets, backward=backward)
+    attended = options.pack_length // sum(TREE) * sum(TREE) ** 2  # on CPUs each tree by itself
+    flops = pack_flops(config, shape, config.train.pack_length, targets, attended, backward=backward)
     predicted = CPU.share(ResourcesConfig(cpus=options.threads)).seconds(flops, config.train.precision)
     packs = Packs(
         steps=1, per_step=2, per_rank=2, length=config.train.pack_length, targets=targets, per_rank_at_most=2, tokens=0

@@ -151,9 +151,9 @@ def predicted_seconds(case: Case, model: Path) -> float:
     config, split = case.config(str(model)), shape.split(case.mesh.tensor)
     ranks = Ranks(mesh=case.mesh, per_node=case.ranks)
     each = min(1.0, (os.cpu_count() or 1) / case.ranks)
+    length, targets, rate = sum(TREE), sum(TREE[1:]), each * CPU.fp32 * CPU.efficiency
     forward, whole = (
-        PACKS * pack_flops(config, split, sum(TREE), sum(TREE[1:]), backward=both) / CPU.fp32 / CPU.efficiency / each
-        for both in (False, True)
+        PACKS * pack_flops(config, split, length, targets, length**2, backward=both) / rate for both in (False, True)
     )
     sent = step_collectives(config, shape, ranks, PACKS, sum(TREE), backward=True)
     return step_time(sent, CPU, {"forward": forward, "backward": whole - forward}).seconds

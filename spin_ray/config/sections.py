@@ -393,7 +393,8 @@ class LoraConfig(Section):
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
     base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
     """Number format of the frozen weights: 2 bytes a parameter, or about 0.5 (``nf4``) or 1 (``int8``), both by
-    bitsandbytes (extra ``quantised``). ``bf16`` is fp32 where ``train.precision`` is fp32."""
+    bitsandbytes (extra ``quantised``). The experts of a mixture keep 2 bytes. ``bf16`` is fp32 where
+    ``train.precision`` is fp32."""
     merge: Later[bool] = True
     """Commit of each iterate as a whole model, with fresh adapters for the next. Off: an iteration commits its adapter
     alone (``iter_NNN/adapter``, PEFT's layout, tens of MB), which the next trains further on the same frozen base."""

@@ -25,7 +25,10 @@ def check_installed(setting: str, extra: Literal["lora", "quantised"] = "quantis
 def load_quantised(
     source: str | Path, base: Format, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> Any:
-    """Loads the causal LM with quantised linear layers onto the device; no unquantised copy is ever whole.
+    """Loads the causal LM with quantised linear layers onto the device.
+
+    No linear layer is whole there unquantised. All other weights are, until they are sharded: embeddings, head, and the
+    experts of a mixture, which are no linear layers in transformers.
 
     Raises:
         ModelError: bitsandbytes or accelerate is missing.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import EngineConfig
 from spin_ray.planning.groups import Group
 from spin_ray.planning.hardware import GIB, Hardware
 from spin_ray.planning.model_shape import ModelShape
@@ -11,6 +12,8 @@ from spin_ray.planning.stage_cost import RUNTIME, StageCost
 from spin_ray.planning.traffic import Collective
 from spin_ray.planning.work import Work
 
+GENERATION = "generation"
+"""Name of the stage."""
 ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
 """Seconds to start vLLM 0.29 with a 135M model on two CPU cores, seen once."""
 
@@ -49,7 +52,7 @@ def generation_cost(
         + _sums_s(config, shape, device, rounds * size * work.generated, steps),
     }
     return StageCost(
-        name="generation",
+        name=GENERATION,
         tokens=sum(responses) * (work.prompt + work.generated),
         flops=sum(responses) * (prefill + work.generated * token),
         seconds=sum(spent.values()),
@@ -62,6 +65,13 @@ def generation_cost(
 def engine_bytes(config: SpinConfig) -> int:
     """Returns the bytes of a number in the engine."""
     return 4 if config.resolve_dtype(config.generation.engine).dtype == "float32" else 2
+
+
+def _kv_heads(shape: ModelShape, engine: EngineConfig) -> int:
+    """Returns the key and value heads of a device. Where the model has fewer than a tensor group has devices, vLLM
+    gives each device a copy of one.
+    """
+    return max(1, shape.kv_heads // engine.tensor_parallel_size)
 
 
 def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: float, passes: float) -> float:
@@ -95,7 +105,7 @@ def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, 
     engine, on_gpu = config.generation.engine, bool(config.generation.resources.gpus)
     dtype_bytes = engine_bytes(config)
     weights = dtype_bytes * shape.parameters / engine.devices
-    kv = shape.kv_bytes(dtype_bytes) / engine.devices
+    kv = shape.kv_bytes(dtype_bytes) / shape.kv_heads * _kv_heads(shape, engine) / engine.pipeline_parallel_size
     room = device.memory * (engine.gpu_memory_utilization if on_gpu else 1)
     cache = room - weights - RUNTIME if on_gpu else engine.cpu_kv_cache_gib * GIB
     response, longest = (work.prompt + work.generated) * kv, config.model.max_length * kv

@@ -11,7 +11,7 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import at_measured_rate
 from spin_ray.planning.stage_cost import RUNTIME, StageCost, summed
 from spin_ray.planning.traffic import step_collectives, step_time
-from spin_ray.planning.weights import dtype_bytes, weights_of
+from spin_ray.planning.weights import Weights, dtype_bytes, weights_of
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
@@ -21,6 +21,8 @@ FILLED = 0.75
 prediction (``benchmarks/plan_check.py``)."""
 MOMENTS_OF_8_BIT = 2 / 4
 """Fp32 numbers per parameter that AdamW's two moments take in 8 bits."""
+ZERO_3_BUCKET = 4 * 500_000_000
+"""Bytes of the buffer that ZeRO-3 allocates for gradients of any model: ``reduce_bucket_size`` fp32 numbers."""
 
 
 # Stages
@@ -38,14 +40,14 @@ def evaluation_cost(
 ) -> StageCost:
     """Returns the cost of scoring samples of θ_iterate and its opponent under both, and the former under θ_0.
 
-    θ_0 is the opponent of θ_1 itself.
+    θ_0 is the opponent of θ_1 itself. Iterates are whole models, or adapters on the base in its number format.
     """
     readers = ranks.mesh.data_ranks if ranks else None
-    whole = config.with_train(lora=None)  # iterates are merged
+    scoring = config if config.commits_adapters else config.with_train(lora=None)
 
     def scored(samples: int, passes: int) -> StageCost:
         packs = heldout_packs(config, work, samples, readers)
-        return _learner_cost("evaluation", whole, shape, device, packs, ranks, passes=passes, optimizer=None)
+        return _learner_cost("evaluation", scoring, shape, device, packs, ranks, passes=passes, optimizer=None)
 
     under_both = scored(samples=2, passes=2)
     return _with_start(summed([under_both, scored(samples=1, passes=1)]) if iterate > 1 else under_both)
@@ -99,13 +101,15 @@ def _learner_cost(
     step = step_time(collectives, device, {"forward": computing(forward), "backward": computing(each - forward)})
     host = _host_step_s(config, mine, ranks, optimizer) if backward and optimizer else 0.0
     useful = count(config, shape, packs, backward=backward)
+    working = learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, mesh=ranks.mesh)
+    loading = _loading_memory(config, shape, trains=optimizer is not None)
     return StageCost(
         name=name,
         tokens=passes * packs.tokens,
         flops=passes * packs.steps * packs.per_step * useful,
         seconds=passes * packs.steps * (step.seconds + host),
         bound="optimizer on CPUs" if host > step.seconds else step.bound,
-        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, mesh=ranks.mesh),
+        memory=max(working, loading, key=lambda memory: sum(memory.values())),
         room=device.memory,
         sent={kind: passes * packs.steps * sent for kind, sent in step.sent.items()},
     )
@@ -132,13 +136,18 @@ def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer:
 # FLOPs and traffic
 
 
-def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
+def pack_flops(
+    config: SpinConfig, shape: ModelShape, length: float, targets: float, attended: float, *, backward: bool
+) -> float:
     """Returns the FLOPs of a pack of ``length`` tokens with ``targets`` response tokens.
 
-    Attention counts all length² pairs, as the dense mask does. Backward costs 2 forward passes, or 1 if the weights are
-    frozen. Checkpointing costs 1 more; the head is always recomputed.
+    Backward costs 2 forward passes, or 1 if the weights are frozen. Checkpointing costs 1 more; the head is always
+    recomputed.
+
+    Args:
+        attended: pairs of tokens that attention multiplies.
     """
-    trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
+    trunk, head = shape.trunk_flops(length, attended), shape.head_flops(targets)
     if not backward:
         return trunk + head
     passes = 2 if config.train.lora else 3
@@ -146,7 +155,13 @@ def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: fl
 
 
 def _computed_by_pack(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
-    return pack_flops(config, shape, packs.length, packs.targets, backward=backward)
+    """Returns the FLOPs of a pack with those of its padding.
+
+    Kernels on GPUs skip pairs of tokens that do not see each other, but for some in blocks at the border. On CPUs each
+    tree is a whole product (``learner.attention``).
+    """
+    attended = packs.visible if config.train.resources.gpus else packs.together
+    return pack_flops(config, shape, packs.length, packs.targets, attended, backward=backward)
 
 
 def _needed_by_pack(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
@@ -178,7 +193,8 @@ def settle_checkpointing(
 ) -> SpinConfig:
     """Decides ``gradient_checkpointing: auto`` for devices of ``room`` bytes.
 
-    Counts full packs, so that the plan and the workers decide alike.
+    Counts full packs, which are known before the rows are. The plan takes the memory of a data sheet and a worker that
+    of its driver, 80.0 and 84.9 GB of an H100. Near the limit, workers may keep what the plan computes again.
     """
     if config.train.gradient_checkpointing != "auto":
         return config
@@ -207,8 +223,9 @@ def learner_memory(
 ) -> dict[str, float]:
     """Returns the bytes of one rank by purpose.
 
-    States are fp32 and sharded: weight, gradient and moments of each trained parameter. A rank with several packs a
-    step also keeps whole gradients, unless it reduces them with every pack.
+    States are fp32 and sharded: weight, gradient and moments of each trained parameter. ZeRO-3 also keeps the shard in
+    the format of the computation. A rank with several packs a step also keeps whole gradients, unless it reduces them
+    with every pack.
 
     Args:
         shape: the whole model's, also with a tensor group.
@@ -221,7 +238,10 @@ def learner_memory(
     trained = 0.0 if on_host else weights.trained / mesh.shard
     moments = moments_of(optimizer) if optimizer else 0
     frozen = weights.whole + (0.0 if on_host else weights.frozen / mesh.shard)
-    memory = {"weights": 4 * trained + frozen, "optimizer": 4 * moments * trained}
+    zero_3 = optimizer is not None and _is_zero_3(config)
+    copied = dtype_bytes(config) * trained if zero_3 else 0.0
+    memory = {"weights": 4 * trained + copied + frozen, "optimizer": 4 * moments * trained}
+    memory |= {"gradient bucket": float(ZERO_3_BUCKET) if zero_3 else 0.0}
     if backward:
         memory |= {"gradients": 4 * trained}
         accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack
@@ -234,18 +254,57 @@ def learner_memory(
     return {purpose: count for purpose, count in memory.items() if count}
 
 
-def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
-    """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
+def offloaded_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, mesh: Mesh) -> float:
+    """Returns the bytes that a rank with ``train.offload`` keeps in its node's memory while it trains.
 
-    Resharding keeps the root and two layers at once. A single worker also copies its weights to compute.
+    These are the fp32 states and the frozen weights of its shard, and ZeRO-3's copy to compute with. Quantised weights
+    stay on the device.
+    """
+    weights = weights_of(config, shape.split(mesh.tensor))
+    copied = dtype_bytes(config) if _is_zero_3(config) else 0
+    return ((4 * (2 + moments_of(optimizer)) + copied) * weights.trained + weights.frozen) / mesh.shard
+
+
+def _loading_memory(config: SpinConfig, shape: ModelShape, *, trains: bool) -> dict[str, float]:
+    """Returns the bytes by purpose of a rank that loads a quantised base; nothing for others, which load shards.
+
+    ``learner.quantised`` puts the whole model onto each device. What is not quantised is sharded after that.
+    """
+    lora = config.train.lora
+    if lora is None or lora.base == "bf16":
+        return {}
+    weights = weights_of(config, shape, trains=trains)
+    return {"whole base while loading": weights.whole + weights.frozen, "runtime": RUNTIME}
+
+
+def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
+    """Returns the bytes of gathered weights and of fp32 buffers for gradients.
+
+    Resharding keeps the root and two layers at once. A single worker also copies its weights to compute. Products
+    dequantise their own weights, here those of one layer at once.
     """
     weights = weights_of(config, shape, trains=trains)
     frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)
     resharded = config.train.sharding == "full" and (mesh.shard > 1 or frozen)
     layers = 2 if resharded else weights.layers
-    gathered = weights.root.computed + layers * weights.layer.computed
-    summed = 2 * 4 * max(weights.root.trained, weights.layer.trained) if backward and mesh.ranks > 1 else 0.0
-    return gathered + summed
+    gathered = weights.root.gathered + layers * weights.layer.gathered + weights.layer.dequantised
+    return gathered + (_summed_bytes(config, shape, weights) if backward and mesh.ranks > 1 else 0.0)
+
+
+def _summed_bytes(config: SpinConfig, shape: ModelShape, weights: Weights) -> float:
+    """Returns the bytes of fp32 buffers in which ranks sum gradients.
+
+    FSDP2 holds the largest unit twice. ZeRO-3 holds a copy of its full bucket, or of one larger matrix
+    (``coalesced_collectives``).
+    """
+    if not _is_zero_3(config):
+        return 2 * 4 * max(weights.root.trained, weights.layer.trained)
+    matrix = shape.hidden * max(shape.vocab, 2 * shape.experts * shape.intermediate) if weights.root.trained else 0
+    return max(4.0 * matrix, min(ZERO_3_BUCKET, 4.0 * weights.trained))
+
+
+def _is_zero_3(config: SpinConfig) -> bool:
+    return config.train.backend == "deepspeed" and config.train.sharding == "full"
 
 
 def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:

@@ -233,11 +233,12 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        found = [f"{self.mesh}."]
+        mesh = self.mesh
+        found = [f"{mesh}."]
         if self.cluster.nodes > 1:
             found.append(network_note(self.cluster, self.devices))
         found += self.scaling.sentences() if self.scaling else []
-        return [*found, *notes(self.config, self.shape, self.cluster, self.work)]
+        return [*found, *notes(self.config, self.shape, self.cluster, self.devices, mesh.mesh, self.work)]
 
 
 def print_plan(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Planned, console: Console) -> None:

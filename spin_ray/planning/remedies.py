@@ -1,4 +1,4 @@
-"""Settings that make a stage fit in memory, each tried before it is named."""
+"""Settings that make generation, or all stages of the train workers, fit in memory, each tried before it is named."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +9,7 @@ from spin_ray.config.load import parse_config, put
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import UserError
 from spin_ray.planning.cluster import Cluster, devices_of, nodes_of
-from spin_ray.planning.generation_cost import engine_bytes
+from spin_ray.planning.generation_cost import GENERATION, engine_bytes
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.run_cost import plan_run
@@ -19,7 +19,11 @@ from spin_ray.planning.work import Planned, Work
 def remedies(
     config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, algorithm: Planned
 ) -> list[str]:
-    """Returns each change that suffices alone; else one combination, or nothing."""
+    """Returns each change that suffices alone; else one combination, or nothing.
+
+    Args:
+        stage: the stage that does not fit. For generation it must then fit, else every other stage.
+    """
 
     def words(changes: dict[str, Any]) -> str | None:
         return _if_it_fits(config, shape, cluster, work, stage, changes, algorithm)
@@ -58,7 +62,8 @@ def _if_it_fits(
     except UserError:  # a combination that no run can have
         return None
     costs = [cost for phase in plan_run(tried, shape, devices, work, algorithm) for cost in phase.stages]
-    if not all(cost.fits for cost in costs if cost.name == stage):
+    generates = stage == GENERATION
+    if not all(cost.fits for cost in costs if (cost.name == GENERATION) == generates):
         return None
     words = [f"--{key}={str(value).lower()}" for key, value in changes.items()]
     return " ".join([*words, f"--nodes={nodes}"] if nodes > cluster.nodes else words)
@@ -66,29 +71,36 @@ def _if_it_fits(
 
 def _changes(config: SpinConfig, shape: ModelShape, stage: str, least_pack: int) -> Iterator[dict[str, Any]]:
     """Yields changes, the least harmful first. Objective, data and batch stay."""
-    train = config.train
-    if stage == "generation":
-        if not config.generation.resources.gpus:
-            longest = config.model.max_length * shape.kv_bytes(engine_bytes(config))
-            yield {"generation.engine.cpu_kv_cache_gib": ceil(longest / GIB)}
-            return
+    if stage != GENERATION:
+        yield from _changes_of_training(config, least_pack)
+    elif not config.generation.resources.gpus:
+        longest = config.model.max_length * shape.kv_bytes(engine_bytes(config))
+        yield {"generation.engine.cpu_kv_cache_gib": ceil(longest / GIB)}
+    else:
         for parallel in (size for size in (2, 4, 8) if not shape.engine_sizes.why_not(size)):
             yield {
                 "generation.engine.tensor_parallel_size": parallel,
                 "generation.resources.gpus": parallel,
                 "generation.replicas": max(1, config.generation.replicas // parallel),
             }
-        return
-    if stage == "training":
-        yield {"train.gradient_checkpointing": True}
+
+
+def _changes_of_training(config: SpinConfig, least_pack: int) -> Iterator[dict[str, Any]]:
+    train, lora = config.train, config.train.lora
+    yield {"train.gradient_checkpointing": True}
     yield {"train.sharding": "full"}
-    if stage == "training":
-        yield {"train.reduce_every_pack": True}
+    yield {"train.reduce_every_pack": True}
     for times in (2, 4):  # a rank with a single pack keeps no whole gradients
         yield {"train.pack_length": times * train.pack_length}
     yield {"train.pack_length": least_pack}
+    if lora and lora.base != "bf16":  # a quantised base is loaded whole
+        yield {"train.lora.base": "bf16"}
     for times in (2, 4, 8, 16):
         yield {"train.workers": times * train.workers}
+    if lora and lora.base == "bf16":
+        yield {"train.lora.base": "nf4", "train.lora.merge": False}
+    if train.resources.gpus:
+        yield {"train.offload": True}
 
 
 def _changed(config: SpinConfig, changes: dict[str, Any]) -> SpinConfig:

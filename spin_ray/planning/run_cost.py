@@ -43,7 +43,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
         ranks = ranks_of(whole, shape, devices)
         packs = sft_packs(config, work, ranks.mesh.data_ranks)
         warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)
-        phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
+        phases.append(Phase(first="sft", last="sft", count=1, stages=(replace(warm_up, name="sft training"),)))
     for iteration in range(config.iterations + 1):
         stages = iteration_costs(config, shape, devices, work, iteration, algorithm)
         name = iteration_name(iteration) if iteration < config.iterations else "last iterate"

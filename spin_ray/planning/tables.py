@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import name_of
+from spin_ray.config.sections import Mesh, name_of
 from spin_ray.planning.cluster import Cluster, Devices
-from spin_ray.planning.disk import disk_use
+from spin_ray.planning.disk import DiskUse, disk_use
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, GB
+from spin_ray.planning.learner_cost import offloaded_bytes
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import rate_of
 from spin_ray.planning.run_cost import Phase
@@ -71,7 +72,9 @@ def network_note(cluster: Cluster, devices: Devices) -> str:
     )
 
 
-def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Iterator[str]:
+def notes(
+    config: SpinConfig, shape: ModelShape, cluster: Cluster, devices: Devices, mesh: Mesh, work: Work
+) -> Iterator[str]:
     """Yields the assumptions, and the costs that the tables leave out."""
     rejected = f", rejected responses of {work.rejected:.0f}" if work.rejected else ""
     yield (
@@ -81,14 +84,8 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
     )
     if cluster.gpu:
         yield from _rates(config, shape, cluster.gpu)
-    if config.train.backend == "deepspeed":
-        loading = config.train.workers * 4 * shape.parameters / min(cluster.nodes, config.train.workers)
-        yield (
-            f"Host memory: each DeepSpeed worker first loads the whole model in fp32, "
-            f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
-        )
     use = disk_use(config, shape.parameters)
-    yield f"Host memory: the first train worker gathers the model to write it, {use.model / GB:.1f} GB."
+    yield from _host_memory(config, shape, devices, mesh, use)
     yield f"Disk of the run: {use}."
     if config.train.lora and config.train.lora.base != "bf16":
         yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."
@@ -99,6 +96,29 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
             f"Held-out rows are not counted: {name_of(config.data.heldout)} is not on this machine and "
             "evaluation.max_rows is not set."
         )
+
+
+def _host_memory(config: SpinConfig, shape: ModelShape, devices: Devices, mesh: Mesh, use: DiskUse) -> Iterator[str]:
+    whole, train = 4 * shape.parameters, config.train
+    workers = min(devices.per_node, train.workers)
+    if train.backend == "deepspeed":
+        yield (
+            f"Host memory: each DeepSpeed worker first loads the whole model in fp32, {whole / GB:.1f} GB, so "
+            f"{workers * whole / GB:.0f} GB per node."
+        )
+    elif train.workers == 1 and (train.lora is None or config.sft):
+        yield f"Host memory: the train worker first loads the whole model in fp32, {whole / GB:.1f} GB."
+    if train.offload and train.resources.gpus:
+        trainings = [(config, train.optimizer)]
+        if config.sft:
+            trainings.append((config.with_train(lora=None), config.sft.optimizer))
+        each = max(offloaded_bytes(recipe, shape, optimizer, mesh) for recipe, optimizer in trainings)
+        yield (
+            f"Host memory: train.offload keeps the train workers' weights, gradients and optimizer states there, "
+            f"{each / GB:.1f} GB each and {workers * each / GB:.0f} GB per node, which the system cannot swap out."
+        )
+    if use.models:
+        yield f"Host memory: the first train worker gathers the model to write it, {use.model / GB:.1f} GB."
 
 
 def _rates(config: SpinConfig, shape: ModelShape, gpu: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from spin_ray.errors import ConfigError
 from spin_ray.planning.model_shape import ModelShape
 
 BASE_BYTES = {"bf16": 0.0, "int8": 1.0 + 2 / 4096, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}
-"""Bytes per quantised weight of a linear layer, with scales; ``bf16`` is not quantised.
+"""Bytes per quantised weight of a linear layer, with scales. ``bf16`` is not quantised.
 
 int8: one fp16 scale per row, of 4096 (arXiv 2208.07339). nf4: an 8-bit scale per 64 weights and an fp32 scale per 256
 of those (arXiv 2305.14314, double quantisation)."""
@@ -25,9 +25,9 @@ class Unit:
     whole: float = 0.0
     """Bytes of quantised weights, which cannot be sharded."""
     gathered: float
-    """Bytes that a gather moves."""
-    computed: float
-    """Bytes in the format of the computation."""
+    """Bytes that a gather moves, in the format of the computation."""
+    dequantised: float = 0.0
+    """Bytes of quantised weights in the format of the computation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,34 +51,34 @@ class Weights:
 
 def weights_of(config: SpinConfig, shape: ModelShape, *, trains: bool = True) -> Weights:
     """Returns the weights of a stage. Without training all are frozen, in the format of the computation."""
-    size = dtype_bytes(config)
-    if not trains:
-        layer, root = (_all(count, size, trained=False) for count in (shape.layer, shape.root))
-    elif config.train.lora is None:
-        layer, root = (_all(count, size, trained=True) for count in (shape.layer, shape.root))
-    else:
-        layer, root = _with_adapters(config.train.lora, shape, size), _all(shape.root, size, trained=False)
-    return Weights(layers=shape.layers, layer=layer, root=root)
+    size, lora = dtype_bytes(config), config.train.lora
+    layer = _with_adapters(lora, shape, size, trains=trains) if lora else _all(shape.layer, size, trains=trains)
+    return Weights(layers=shape.layers, layer=layer, root=_all(shape.root, size, trains=trains and lora is None))
 
 
-def _all(count: float, size: int, *, trained: bool) -> Unit:
-    return Unit(
-        trained=count if trained else 0, frozen=0 if trained else size * count, gathered=size * count,
-        computed=size * count,
-    )  # fmt: skip
+def _all(count: float, size: int, *, trains: bool) -> Unit:
+    return Unit(trained=count if trains else 0, frozen=0 if trains else size * count, gathered=size * count)
 
 
-def _with_adapters(lora: LoraConfig, shape: ModelShape, size: int) -> Unit:
+def _with_adapters(lora: LoraConfig, shape: ModelShape, size: int, *, trains: bool) -> Unit:
     adapters = lora.rank * adapted_widths(lora, shape)
-    quantised = 0 if lora.base == "bf16" else shape.layer_matmuls
+    quantised = 0 if lora.base == "bf16" else linear_weights(shape)
     sharded = shape.layer - quantised
     return Unit(
-        trained=adapters,
-        frozen=size * sharded,
+        trained=adapters if trains else 0,
+        frozen=size * (sharded if trains else sharded + adapters),
         whole=quantised * BASE_BYTES[lora.base],
         gathered=size * (adapters + sharded),
-        computed=size * (adapters + shape.layer),
+        dequantised=size * quantised,
     )
+
+
+def linear_weights(shape: ModelShape) -> int:
+    """Returns the weights in a layer's linear layers, all that bitsandbytes quantises.
+
+    Routers and fused experts are parameters of other modules in transformers.
+    """
+    return shape.layer_matmuls - shape.experts * shape.hidden * (1 + shape.matrices * shape.intermediate)
 
 
 def adapted_widths(lora: LoraConfig, shape: ModelShape) -> int:

@@ -81,6 +81,8 @@ class Packs:
     """Tokens of the epoch, without padding."""
     visible: float = 0.0
     """Mean pairs of tokens of a pack that see each other."""
+    together: float = 0.0
+    """Mean pairs of tokens of a pack in one tree, in both orders."""
     slowest: float = 1.0
     """Longest pack of a step over the mean. All ranks wait for it."""
 
@@ -124,6 +126,7 @@ def packs_of(
         per_rank_at_most=packs(3) // workers,
         tokens=trees * tree_tokens,
         visible=per_step * visible / mean,
+        together=per_step * tree_tokens**2 / mean,
         slowest=max(1.0, longest_tree / length) if workers > 1 else 1.0,
     )
 

@@ -1,14 +1,16 @@
 """Time and memory of generation, by hand on a tiny decoder."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from transformers import Qwen3MoeConfig
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.planning.generation_cost import generation_cost
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, CPU, GIB, Hardware
-from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.stage_cost import RUNTIME
 from spin_ray.planning.work import Work
 from tests.support.fakes import config_of
@@ -92,3 +94,22 @@ def test_tensor_parallel_engines_hold_a_part_each():
     half = generation_config(engine={"tensor_parallel_size": 2}, resources={"gpus": 2})
     whole, part = (generation_cost(c, MISTRAL_7B, A100, WORK, (16,)).memory for c in (generation_config(), half))
     assert part["weights"] == whole["weights"] / 2
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (4, 4)])
+def test_the_cache_of_a_device_holds_the_heads_that_vllm_gives_it(tensor: int, pipeline: int, tmp_path: Path):
+    """Qwen3-30B-A3B has 4 key heads: from 4 devices on each holds one."""
+    from vllm.config import ModelConfig, ParallelConfig
+
+    config = Qwen3MoeConfig(num_hidden_layers=48, num_key_value_heads=4, head_dim=128, mlp_only_layers=[])
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.save_pretrained(tmp_path)
+    theirs = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
+    parallel = ParallelConfig(
+        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, distributed_executor_backend="external_launcher"
+    )
+    heads, layers = theirs.get_num_kv_heads(parallel), theirs.get_num_layers(parallel)
+    engine = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "max_num_seqs": 1}
+    whole = generation_config(engine=engine, resources={"gpus": tensor * pipeline})
+    cost = generation_cost(whole, ModelShape.from_config(config.to_dict(), "config.json"), A100, WORK, (16,))
+    assert cost.memory["KV cache"] == 20 * 2 * layers * heads * 128 * 2, "20 tokens, keys and values of 2 bytes"

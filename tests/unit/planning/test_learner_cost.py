@@ -1,13 +1,24 @@
 """FLOPs, traffic and memory of scoring and training: by hand on a tiny decoder, and which change makes them grow."""
 
+import gc
+import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import spawn
+from torch.utils.flop_counter import FlopCounterMode
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
+from spin_ray.learner.attention.rule import visible
+from spin_ray.learner.backends import make_backend
+from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.optimizers import make_optimizer
+from spin_ray.learner.packing import build_pack, plan_epoch
+from spin_ray.learner.scoring import ResponseScorer
 from spin_ray.planning.groups import flat
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import (
@@ -16,12 +27,23 @@ from spin_ray.planning.learner_cost import (
     learner_memory,
     moments_of,
     pack_flops,
+    scoring_cost,
     settle_checkpointing,
     training_cost,
 )
-from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.stage_cost import RUNTIME
 from spin_ray.planning.traffic import step_collectives
+from spin_ray.planning.work import Trees, epoch_packs
+from tests.support.learner_cases import (
+    batches_of,
+    lengths_of,
+    one_rank,
+    random_rows,
+    save_model,
+    table_of,
+    tiny_llama,
+)
 from tests.support.planning_cases import (
     A100,
     ADAMW,
@@ -39,22 +61,68 @@ from tests.support.planning_cases import (
 
 
 def test_flops_of_a_pack_by_hand():
-    """Below the head 2 layers · (2·576·3 tokens + 4·8·3² pairs) = 7488; the head 2·8·10·2 targets = 320.
+    """Below the head 2 layers · (2·576·3 tokens + 4·8·9 pairs) = 7488; the head 2·8·10·2 targets = 320.
 
     Backward doubles the forward pass, checkpointing repeats it, and the head is always computed again.
     """
     plain, repeated = tiny_config(), tiny_config(gradient_checkpointing=True)
-    assert pack_flops(plain, TINY, 3, 2, backward=False) == 7488 + 320
-    assert pack_flops(plain, TINY, 3, 2, backward=True) == 3 * 7488 + 4 * 320
-    assert pack_flops(repeated, TINY, 3, 2, backward=True) == 4 * 7488 + 4 * 320
-    assert pack_flops(repeated, TINY, 3, 2, backward=False) == 7488 + 320
+    assert pack_flops(plain, TINY, 3, 2, 9, backward=False) == 7488 + 320
+    assert pack_flops(plain, TINY, 3, 2, 9, backward=True) == 3 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, 9, backward=True) == 4 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, 9, backward=False) == 7488 + 320
 
 
 def test_a_large_model_costs_about_6_flops_per_parameter_and_token():
     """6N is the usual estimate (arXiv 2001.08361); attention adds some, embeddings are not multiplied."""
     tokens = ZEPHYR.train.pack_length
-    flops = pack_flops(ZEPHYR.with_train(gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
+    plain = ZEPHYR.with_train(gradient_checkpointing=False)
+    flops = pack_flops(plain, MISTRAL_7B, tokens, tokens, tokens**2 / 2, backward=True)
     assert flops / (6 * MISTRAL_7B.parameters * tokens) == pytest.approx(1.0, abs=0.2)
+
+
+FOUR_TREES = Trees(count=4, prompt=40, responses=(30, 30))
+ALIKE = [(40 * [number], 30 * [5], 30 * [6]) for number in range(4)]
+"""Rows of ``FOUR_TREES``."""
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("pack_length", [112, 448])
+def test_the_flops_of_a_cpu_are_those_that_torch_counts(backward: bool, pack_length: int, tmp_path: Path):
+    """One tree a pack or four: attention takes 45 % below the head, and trees do not see each other."""
+    model = tiny_llama(tied=False)
+    shape = ModelShape.from_folder(save_model(tmp_path / "model", model))
+    scorer, steps = ResponseScorer(model), plan_epoch(
+        lengths_of(ALIKE), pack_length=pack_length, global_batch_pairs=4, seed=0, epoch=0
+    )  # fmt: skip
+    batches = [
+        build_pack(pack, table_of(ALIKE), pack_length=pack_length, pad_id=0) for step in steps for pack in step.packs
+    ]
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        for batch in batches:
+            logps = scorer(batch)
+            if backward:
+                logps.sum().backward()
+    config = tiny_config(pack_length=pack_length, global_batch_pairs=4)
+    packs = epoch_packs(config, FOUR_TREES)
+    price = partial(training_cost, epochs=1, optimizer=RMSPROP) if backward else scoring_cost
+    assert price(config, shape, A100, packs).flops == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+def test_gpus_multiply_the_pairs_of_tokens_that_see_each_other():
+    """Counted by the rule of visibility, which the kernels have; longer packs of the same trees see no more."""
+    batch = build_pack(((0,), (1,), (2,), (3,)), table_of(ALIKE), pack_length=448, pad_id=0)
+    seen = int(visible(batch)[: 4 * 100, : 4 * 100].sum())
+    flops = []
+    for length in (448, 4480):
+        config = tiny_config(pack_length=length, global_batch_pairs=4, resources={"gpus": 1})
+        packs = epoch_packs(config, FOUR_TREES)
+        assert packs.steps * packs.per_step * packs.visible == pytest.approx(seen, rel=0.03), "less half the diagonal"
+        padded = packs.steps * packs.per_step * packs.length
+        cost = scoring_cost(config, TINY, A100, packs).flops
+        flops.append(cost - 2 * 2 * TINY.active_matmuls * padded)
+        heads = 4 * TINY.head_flops(60)
+        assert flops[-1] == pytest.approx(2 * 4 * TINY.q * seen + heads, rel=0.03)
+    assert flops[0] == pytest.approx(flops[1])
 
 
 def test_traffic_of_a_step_by_hand():
@@ -116,6 +184,76 @@ def test_states_are_12_bytes_per_parameter_with_rmsprop_and_16_with_adamw():
 
 def test_a_rank_with_one_pack_a_step_keeps_no_whole_gradients():
     assert "whole gradients" not in learner_memory(tiny_config(), TINY, ONE_PACK, optimizer=RMSPROP, backward=True)
+
+
+def _count_zero_bytes(rank: int, folder: Path, precision: str, sharding: str) -> None:
+    """Writes the bytes of all tensors after a step of DeepSpeed and a second backward pass."""
+    settings = BackendSettings(
+        kind="deepspeed", max_length=48, precision=precision, sharding=sharding, optimizer=RMSPROP,
+        learning_rate=1e-5, total_steps=2, reduce_every_pack=True,
+    )  # fmt: skip
+    with one_rank(folder), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("LOCAL_RANK", "0")
+        backend = make_backend(folder / "model", settings, torch.device("cpu"))
+        batch = batches_of(random_rows(0, trees=2))[0]
+        for _ in range(2):
+            backend.backward(backend.logps(batch).sum(), last_microbatch=True)
+            held = _bytes_of_tensors()
+            backend.step()
+    (folder / "bytes.json").write_text(json.dumps(held))
+
+
+def _bytes_of_tensors() -> int:
+    gc.collect()
+    tensors = [it for it in gc.get_objects() if type(it) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({it.untyped_storage().data_ptr(): it.untyped_storage().nbytes() for it in tensors}.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharding", "precision"), [("full", "bf16"), ("full", "fp32"), ("shard_grad_op", "bf16")])
+def test_zero_keeps_the_bytes_of_the_plan(sharding: str, precision: str, tmp_path: Path):
+    """One rank: 12 bytes a parameter of fp32 states and the weights to compute with, and ZeRO-3's bucket."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    model = tiny_llama(tied=False, layers=8, hidden=256)
+    folder = save_model(tmp_path / "model", model)
+    spawn(_count_zero_bytes, args=(tmp_path, precision, sharding), nprocs=1)
+    found = json.loads((tmp_path / "bytes.json").read_text())
+    config = tiny_config(backend="deepspeed", precision=precision, sharding=sharding)
+    shape = ModelShape.from_folder(folder)
+    memory = learner_memory(config, shape, ONE_PACK, optimizer=RMSPROP, backward=True)
+    bucket = memory.get("gradient bucket", 0.0)
+    states = sum(memory[name] for name in ("weights", "optimizer", "gradients"))
+    computed = 0.0 if sharding == "full" else memory["gathered weights"]
+    assert found - bucket == pytest.approx(states + computed, rel=0.02)
+
+
+def test_zero_3_keeps_its_copy_in_the_cpus_memory_when_offloaded():
+    settings = {"backend": "deepspeed", "resources": {"gpus": 1}, "compile": False}
+    there, away = (
+        learner_memory(tiny_config(**settings, offload=off), TINY, ONE_PACK, optimizer=RMSPROP, backward=True)
+        for off in (False, True)
+    )
+    assert there["weights"] == (4 + 2) * 1352 and "weights" not in away
+    assert there["gradient bucket"] == away["gradient bucket"] == 2e9
+
+
+def test_zero_3_sums_gradients_in_copies_of_its_bucket_and_not_of_a_unit():
+    """MISTRAL_7B's embeddings and head are 2 · 131M numbers, a layer 218M; a bucket is 500M. A vocabulary of 256,000
+    makes a matrix of 1.05 · 10⁹, reduced alone.
+    """
+    large = replace(MISTRAL_7B, vocab=256_000)
+    settings = {"workers": 8, "compile": False, "sharding": "full"}
+    fsdp2, zero_3 = (ZEPHYR.with_train(backend=kind, **settings) for kind in ("fsdp2", "deepspeed"))
+
+    def summed(config: SpinConfig, shape: ModelShape) -> float:
+        several, one = (
+            learner_memory(config, shape, ONE_PACK, optimizer=RMSPROP, backward=both)["gathered weights"]
+            for both in (True, False)
+        )
+        return several - one
+
+    assert (summed(fsdp2, MISTRAL_7B), summed(zero_3, MISTRAL_7B)) == (8 * MISTRAL_7B.root, 2e9)
+    assert (summed(fsdp2, large), summed(zero_3, large)) == (8 * large.root, 4 * 4096 * 256_000)
 
 
 def test_evaluation_holds_neither_gradients_nor_optimizer():
