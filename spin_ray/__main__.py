@@ -30,7 +30,6 @@ def cli() -> None:
 
 
 @cli.command(context_settings=_OVERRIDES)
-@click.argument("recipe", type=click.Path(path_type=Path), default="recipe.yaml")
 @click.option("--model", default=None, help="Model folder, or owner/name of a hub.")
 @click.option("--data", default=None, help="Training rows: a file, folder, glob or URI.")
 @click.option("--heldout", default=None, help="Rows that are never trained on. Not given: those beside the data.")
@@ -43,20 +42,19 @@ def cli() -> None:
     help="SFT or DPO config of TRL, axolotl or LLaMA-Factory to start from.",
 )  # fmt: skip
 @click.option("--yes", is_flag=True, help="Ask nothing: take what is given or found. So without a terminal.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def init(recipe: Path, yes: bool, overrides: tuple[str, ...], **options: Any) -> None:
-    """Look at model, data and hardware, write RECIPE to fit them, and say what to run next.
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[RECIPE] [OVERRIDES]...")
+def init(yes: bool, words: tuple[str, ...], **options: Any) -> None:
+    """Look at model, data and hardware, write RECIPE (recipe.yaml) to fit them, and say what to run next.
 
     OVERRIDES are values of the recipe that are kept: --data.columns='{prompt: question}'
     """
-    if str(recipe).startswith("--"):
-        recipe, overrides = Path("recipe.yaml"), (str(recipe), *overrides)
     from spin_ray.loop.init.command import Options
     from spin_ray.loop.init.command import init as write_recipe
 
     ask = None if yes or not sys.stdin.isatty() else lambda question, default: click.prompt(question, default=default)
-    given = Options(recipe=recipe, values=values_of(parse_overrides(overrides)), **options)
-    write_recipe(given, ask, Console(soft_wrap=True))
+    recipe = next((word for word in words if not word.startswith("--")), "recipe.yaml")
+    overrides = parse_overrides(tuple(word for word in words if word != recipe))
+    write_recipe(Options(recipe=Path(recipe), values=values_of(overrides), **options), ask, Console(soft_wrap=True))
 
 
 @cli.command()
@@ -237,10 +235,11 @@ def plan(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any)
     OVERRIDES change single values of the recipe: --train.workers=16
     """
     config = load_config(recipe, parse_overrides(overrides))
-    from spin_ray.loop.algorithms.table import find_algorithm
+    from spin_ray.loop.algorithms.table import check_settings, find_algorithm
     from spin_ray.planning.plan import Cluster, Given, print_plan
     from spin_ray.planning.plan import as_json as plan_as_json
 
+    check_settings(config)
     algorithm = find_algorithm(config.algorithm)
     given = Given(**{name: options.pop(name) for name in ("rows", "prompt_tokens", "response_tokens")})
     cluster = Cluster(**options)

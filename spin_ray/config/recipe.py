@@ -173,10 +173,6 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         given = config.evaluation.max_rows if name == "heldout" else config.data.max_rows
         if given is not None and isinstance(sources, tuple):
             yield f"{limit}: data.{name} is a list of sources; give them rows of their own, or weights"
-    if config.data.heldout is None:
-        for name, given in (("max_rows", config.evaluation.max_rows), ("examples", config.evaluation.examples)):
-            if given:
-                yield f"evaluation.{name}: needs data.heldout"
     yield from _greedy_problems(config)
     if config.evaluation.samples > 1:
         if config.data.heldout is None:
@@ -201,7 +197,7 @@ def _greedy_problems(config: SpinConfig) -> Iterator[str]:
     name, value = ("top_k", 1) if sampling.temperature else ("temperature", 0)
     for setting, samples in (
         ("generation.samples_per_prompt", config.generation.samples_per_prompt),
-        ("evaluation.samples", config.evaluation.samples),
+        ("evaluation.samples", config.evaluation.samples if config.data.heldout else 1),
     ):
         if samples > 1:
             yield f"{setting}: with generation.sampling.{name} {value} all {samples} samples are the same; give 1"

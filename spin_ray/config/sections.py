@@ -389,7 +389,7 @@ class LoraConfig(Section):
     alpha: Count = 32
     """Scale of the change, which is multiplied by alpha / rank. Adapters need 10 to 100 times the learning rate of full
     training."""
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
     base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
     """Number format of the frozen weights: 2 bytes a parameter, or about 0.5 (``nf4``) or 1 (``int8``), both by
@@ -398,6 +398,13 @@ class LoraConfig(Section):
     merge: Later[bool] = True
     """Commit of each iterate as a whole model, with fresh adapters for the next. Off: an iteration commits its adapter
     alone (``iter_NNN/adapter``, PEFT's layout, tens of MB), which the next trains further on the same frozen base."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_layers(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not given:
+            raise ValueError("train.lora.target_modules: names no layer; give some, e.g. [q_proj, v_proj]")
+        return given
 
 
 class Mesh(Section):

@@ -25,12 +25,12 @@ class EngineSizes:
     def of(cls, config: Mapping[str, Any]) -> Self | None:
         """Returns the sizes of a model's config.json; None if they are unknown."""
         text = text_config_of(config)
-        heads = getattr(text, "num_attention_heads", None)
-        if not isinstance(heads, int) or not heads:
+        heads = _count(text, "num_attention_heads")
+        if not heads:
             return None
-        columns = getattr(text, "intermediate_size", None)
-        dense = isinstance(columns, int) and not any(getattr(text, name, None) for name in _EXPERTS)
-        return cls(heads=heads, kv_heads=_kv_heads(text, heads), columns=columns if dense else 0)
+        experts = any(_count(text, name) for name in _EXPERTS)
+        columns = 0 if experts else _count(text, "intermediate_size")
+        return cls(heads=heads, kv_heads=_kv_heads(text, heads), columns=columns)
 
     @property
     def usable(self) -> list[int]:
@@ -59,5 +59,13 @@ def check_engines(config: SpinConfig, sizes: EngineSizes) -> None:
 def _kv_heads(text: Any, heads: int) -> int:
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         return 1
-    found = (getattr(text, name, None) for name in _KV_HEADS)
-    return next((count for count in found if isinstance(count, int) and count), heads)
+    return next(filter(None, (_count(text, name) for name in _KV_HEADS)), heads)
+
+
+def _count(text: Any, name: str) -> int:
+    """Returns a number of transformers' config; 0 if it has none, or another for each layer."""
+    try:
+        found = getattr(text, name)
+    except Exception:  # missing, or ambiguous
+        return 0
+    return found if isinstance(found, int) else 0

@@ -162,14 +162,15 @@ def folder_here(path: str, revision: str | None = None) -> Path | None:
         return folder
     if not _is_hub_name(path):
         raise ModelError(f"model.path {path}: no such folder")
-    return cached_model(_pinned(path, revision))
+    return cached_model(name_on_hub(path, revision))
 
 
 def _is_hub_name(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def _pinned(path: str, revision: str | None) -> str:
+def name_on_hub(path: str, revision: str | None) -> str:
+    """Returns ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; ``revision`` is before that of ``path``."""
     return f"{path.partition('@')[0]}@{revision}" if revision else path
 
 
@@ -187,7 +188,7 @@ def find_folder(
         return folder
     if not _is_hub_name(path):
         raise ModelError(f"{setting} {path}: no such folder")
-    return fetch_model(_pinned(path, revision), setting, with_code=trust_remote_code)
+    return fetch_model(name_on_hub(path, revision), setting, with_code=trust_remote_code)
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:

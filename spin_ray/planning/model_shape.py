@@ -1,5 +1,6 @@
 """The shape of a decoder. ``h`` is the hidden width; a multiply-add is 2 FLOPs."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -122,7 +123,7 @@ class ModelShape:
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
             linear=_LAYERS.get(config.get("model_type", ""), LLAMA_LAYERS),
-            tensor_plan=cache(partial(why_not_split, config)),
+            tensor_plan=partial(_why_not_split, json.dumps(config, default=str)),
         )  # fmt: skip
 
     @property
@@ -234,6 +235,11 @@ _TIED = {
 """Those of them whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
 
 
+@cache
+def _why_not_split(described: str, tensor: int) -> str | None:
+    return why_not_split(json.loads(described), tensor)
+
+
 def _multimodal(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns transformers' config of a multimodal model and its language model's whole config, or (None, {}).
 
@@ -245,7 +251,8 @@ def _multimodal(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         whole = AutoConfig.for_model(**config)
     except Exception:  # transformers does not take it; a start says why
         return None, {}
-    return whole, whole.get_text_config().to_dict() | {"tie_word_embeddings": whole.tie_word_embeddings}
+    text = whole.get_text_config().to_dict()
+    return whole, text | {"tie_word_embeddings": getattr(whole, "tie_word_embeddings", text.get("tie_word_embeddings"))}
 
 
 def _loaded_parameters(whole: Any) -> int | None:

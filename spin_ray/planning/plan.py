@@ -14,7 +14,7 @@ from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.engine_sizes import check_engines
 from spin_ray.inputs.hub import download_command
-from spin_ray.inputs.model_folder import folder_here
+from spin_ray.inputs.model_folder import folder_here, name_on_hub
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.mesh import Choice, too_long
@@ -59,8 +59,9 @@ def read_shape(config: SpinConfig) -> ModelShape:
         return KNOWN_SHAPES[path]
     folder = folder_here(path, config.model.revision)
     if folder is None:
+        named = name_on_hub(path, config.model.revision)
         raise ModelError(
-            f"model.path {path}: is not on this machine, and plan asks no hub; `{download_command(path)}`, or put the "
+            f"model.path {path}: is not on this machine, and plan asks no hub; `{download_command(named)}`, or put the "
             f"model's config.json into a folder and give --model.path=FOLDER (known by name: {', '.join(KNOWN_SHAPES)})"
         )
     return ModelShape.from_folder(folder)

@@ -53,8 +53,8 @@ class Names:
         return name
 
     def _missing(self, name: str) -> UnknownModel:
-        first = not self._iterates and not self._settled and (name == LATEST or read_iterate(name) is not None)
-        if name in self._starting or first:
+        may_come = name == LATEST or (not self._iterates and read_iterate(name) is not None)
+        if name in self._starting or (may_come and not self._settled):
             return ModelStarts(f"The model {name!r} starts; ask again in a moment")
         return UnknownModel(self._unknown(name))
 

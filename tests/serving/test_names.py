@@ -42,6 +42,9 @@ def test_what_starts_is_no_unknown_model(names: Names) -> None:
     names.serve_now(["sft"], newest="sft", starting=["iter-0"], settled=False)
     with pytest.raises(ModelStarts, match="'iter-0' starts"):
         names.resolve("0")
+    names.serve_now(["sft"], newest=None, starting=["iter-0"], settled=False)
+    with pytest.raises(ModelStarts, match="'latest' starts"):
+        names.resolve("latest")
     for settled, name in ((False, "iter-1"), (True, "latest")):
         names.serve_now(["sft"], newest=None, settled=settled)
         with pytest.raises(UnknownModel) as unknown:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_config import read_foreign
 from spin_ray.loop.init.foreign_steps import by_rows
 from spin_ray.loop.init.look import Look, Machines, find_machines, heldout_beside, look
-from spin_ray.loop.init.settings import Setting, Settings, tree_of
+from spin_ray.loop.init.settings import Setting, Settings, flattened, tree_of
 from spin_ray.loop.init.text import recipe_text
 from spin_ray.planning.run_cost import Phase
 from spin_ray.report.doctor import histogram
@@ -43,7 +43,7 @@ class Options:
     source: Path | None = None
     """Config of another trainer."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Values by place that the recipe gets as they are, e.g. of ``train.workers``."""
+    """Values that the recipe gets as they are, by place, e.g. ``train.workers``."""
 
 
 def init(options: Options, ask: Ask | None, console: Console) -> None:
@@ -59,6 +59,7 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
         raise ConfigError(f"{options.recipe}: exists; move it away or name another file: spin-ray init NEW.yaml")
     if not options.recipe.absolute().parent.is_dir():
         raise ConfigError(f"{options.recipe}: its folder does not exist; make it, or name another file")
+    options = replace(options, values=flattened(options.values))
     machines = find_machines(*_hardware(options, ask))
     foreign = read_foreign(options.source, machines.gpus) if options.source else None
     settings = _answers(options, foreign, ask)
@@ -110,7 +111,8 @@ def _count(answer: str) -> int:
 
 
 def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Settings:
-    settings = dict(foreign.settings) if foreign else {}
+    kept = {place: Setting(value, "given") for place, value in options.values.items()}
+    settings = (dict(foreign.settings) if foreign else {}) | kept
     settings |= {"iterations": settings.get("iterations", Setting(2, "a finished run goes on if this is raised"))}
     if foreign and foreign.method == "sft" and options.model is None:
         settings = _after_sft(settings, foreign)
@@ -129,7 +131,6 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
         heldout = None if said == "none" else said
     if heldout and (options.heldout or "data.heldout" not in settings):
         settings["data.heldout"] = Setting(heldout, "" if options.heldout else "found beside the training rows")
-    kept = {place: Setting(value, "given") for place, value in options.values.items()}
     return _with_warm_up(settings, options, foreign, ask) | kept
 
 

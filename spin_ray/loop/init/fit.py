@@ -1,7 +1,7 @@
 """Settings that fit the model's positions, the rows' lengths and the machines' memory."""
 
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 from math import ceil
 
@@ -10,7 +10,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
-from spin_ray.loop.init.settings import Setting, Settings, tree_of
+from spin_ray.loop.init.settings import Setting, Settings, is_within, tree_of
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.plan import check_memory
 from spin_ray.planning.run_cost import Phase
@@ -33,7 +33,7 @@ _ROUND_RESPONSE = 32
 
 
 def fit(
-    given: Settings, seen: Look, machines: Machines, kept: Container[str] = ()
+    given: Settings, seen: Look, machines: Machines, kept: Collection[str] = ()
 ) -> tuple[Settings, list[Phase], str]:
     """Returns the given and fitted settings, the run's phases, and the reason if nothing fits in memory.
 
@@ -43,11 +43,12 @@ def fit(
     """
     lengths = given | _lengths(given, seen)
     base = _machines(lengths, machines) | _batch(given, seen) | _evaluation(given) | _rate(given) | lengths
+    base = _without(base, kept) | {place: given[place] for place in kept}
     if seen.shape is None:
         return base, [], ""
     misfit = ""
     for changes in _ladder(base, machines, seen.shape):
-        settings = base | {place: setting for place, setting in changes.items() if place not in kept}
+        settings = base | _without(changes, kept)
         try:
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
             work = _work(seen, config)
@@ -58,6 +59,10 @@ def fit(
         else:
             return settings, phases, ""
     return base, [], misfit
+
+
+def _without(settings: Settings, kept: Collection[str]) -> Settings:
+    return {place: setting for place, setting in settings.items() if not is_within(place, kept)}
 
 
 def _lengths(given: Settings, seen: Look) -> Settings:

@@ -14,6 +14,7 @@ from spin_ray.inputs.hub import download_command
 from spin_ray.inputs.model_folder import (
     folder_here,
     is_adapter,
+    name_on_hub,
     positions_of,
     read_config,
     refuse_no_model,
@@ -22,7 +23,7 @@ from spin_ray.inputs.model_folder import (
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.sources import find_files
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
-from spin_ray.loop.init.settings import Settings, tree_of
+from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.planning.cluster import Cluster, name_of_gpu
 from spin_ray.planning.hardware import DEVICE_NAMES, GPUS
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
@@ -35,6 +36,10 @@ MOST_CPUS = 4
 _ENVIRONMENT = "torch or vLLM in this environment computes on CPUs alone; run the recipe in that of `make gpu-setup`"
 _DRIVER = "torch sees a GPU, but its driver does not tell which (NVML); name it by --gpu and --gpus-per-node"
 _HELDOUT = ("heldout", "held_out", "test", "validation", "valid", "val", "eval", "dev")
+
+
+_OPEN: Settings = {"model.max_length": Setting(2**29), "train.pack_length": Setting(2**30)}
+"""Lengths that pass every check, until the real ones are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +123,13 @@ def look(settings: Settings) -> Look:
     Raises:
         UserError: model or data cannot be used.
     """
-    open_length = {place: setting for place, setting in settings.items() if place != "model.max_length"}
-    config = parse_config(tree_of(open_length), source="the settings given")
+    config = parse_config(tree_of(settings | _OPEN), source="the settings given")
     path = config.model.path
     folder = folder_here(path, config.model.revision)
     if folder is None:
-        shape = KNOWN_SHAPES.get(path)
+        shape, named = KNOWN_SHAPES.get(path), name_on_hub(path, config.model.revision)
         fitted = "lengths and batches are" if shape else "lengths, batches and memory are"
-        note = f"{path} is not on this machine; {fitted} not fitted to it; `{download_command(path)}` and init again"
+        note = f"{path} is not on this machine; {fitted} not fitted to it; `{download_command(named)}` and init again"
         return Look(shape=shape, notes=(note,))
     if is_adapter(folder):
         return Look(notes=(f"{path} is an adapter; lengths and batches are not fitted to it and the model below it",))

@@ -182,17 +182,19 @@ def test_long_values_are_cut_in_the_error():
         ({"train": {"resources": {"gpus": 0.5}}}, "train.resources.gpus: 0.5; a train worker drives exactly one GPU"),
         ({"evaluation": {"answer_extractor": "equals"}}, "evaluation.answer_extractor: needs data.heldout"),
         ({"evaluation": {"samples": 2}}, "evaluation.samples: needs data.heldout"),
-        ({"evaluation": {"max_rows": 2}}, "evaluation.max_rows: needs data.heldout"),
-        ({"evaluation": {"examples": 2}}, "evaluation.examples: needs data.heldout"),
         (
             {"generation": {"samples_per_prompt": 4, "sampling": {"temperature": 0}}},
             "generation.samples_per_prompt: with generation.sampling.temperature 0 all 4 samples are the same; give 1",
         ),
         (
-            {"evaluation": {"samples": 4}, "generation": {"sampling": {"top_k": 1}}},
+            {
+                "data": {"train": "d", "heldout": "h"},
+                "evaluation": {"samples": 4},
+                "generation": {"sampling": {"top_k": 1}},
+            },
             "evaluation.samples: with generation.sampling.top_k 1 all 4 samples are the same; give 1",
         ),
-        ({"train": {"lora": {"rank": 4, "target_modules": []}}}, "train.lora.target_modules"),
+        ({"train": {"lora": {"rank": 4, "target_modules": []}}}, "target_modules: names no layer; give some"),
         (
             {"data": {"train": "d", "heldout": "h"}, "evaluation": {"samples": 2}},
             "evaluation.samples: only grading reads more than one",

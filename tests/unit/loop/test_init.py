@@ -111,17 +111,33 @@ def test_a_person_is_asked_for_what_is_not_given_and_enter_takes_what_was_found(
         write_recipe(Options(recipe=tmp_path / "no.yaml"), lambda *_: "many", Console(quiet=True))
 
 
-def test_values_given_to_init_are_in_the_recipe_and_are_not_fitted(tmp_path):
-    """Columns of another name are read under the given ones; the smallest pack that a card holds is not taken."""
+def test_values_given_to_init_are_in_the_recipe(tmp_path):
+    """Columns of another name are read under the given ones; the recipe's name may come later, sections be whole."""
     rows, recipe = tmp_path / "rows.csv", tmp_path / "mine.yaml"
     rows.write_text("query,solution\n" + "".join(f"what is {n}?,it is {n}\n" for n in range(40)))
     words = ["--model", "embedded:tiny-llama", "--data", rows, "--gpu", "none", "--yes"]
     assert "data.columns" in str(init(recipe, *words).exception)
-    result = init(recipe, *words, "--data.columns={prompt: query, response: solution}", "--train.pack_length=4096")
+    columns, lengths = "--data.columns={prompt: query, response: solution}", "--generation={sampling: {max_tokens: 48}}"
+    result = init(
+        columns, *words, "--model.max_length=80", recipe, lengths, "--train.pack_length=200", "--train.lora={}"
+    )
     assert result.exit_code == 0, result.output
     config = load_config(recipe)
-    assert config.data.columns == {"prompt": "query", "response": "solution"} and config.train.pack_length == 4096
-    assert "pack_length: 4096" in recipe.read_text() and "# given" in recipe.read_text()
+    assert config.data.columns == {"prompt": "query", "response": "solution"} and config.train.lora is not None
+    assert (config.model.max_length, config.generation.sampling.max_tokens, config.train.pack_length) == (80, 48, 200)
+    assert "pack_length: 200" in recipe.read_text() and "# given" in recipe.read_text()
+    whole = init(tmp_path / "b.yaml", f"--data.train={HERE[3]}", f"--model.path={HERE[1]}", "--gpu=none", "--yes")
+    assert whole.exit_code == 0, whole.output
+
+
+def test_what_is_given_stays_where_a_card_is_too_small_for_it():
+    """Of 7B on 24 GB the packs would be cut and adapters taken."""
+    large = seen(50_000, 1000, 500, shape=MISTRAL_7B, positions=32768)
+    kept = {"train.pack_length": Setting(6000), "model.max_length": Setting(4096), "train.lora": Setting(None)}
+    for given in (kept, {place: kept[place] for place in list(kept)[:2]}):
+        settings, _, misfit = fit(GIVEN | given, large, find_machines("RTX 4090", 1, 1), given)
+        assert settings == settings | given
+        assert ("train.lora.rank" in settings) == ("train.lora" not in given), misfit
 
 
 def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):

@@ -260,10 +260,10 @@ def test_engines_are_split_over_the_gpus_that_vllm_takes(call, tmp_path):
             ],
             "generation.resources.gpus: one engine asks for 2 GPUs, a node has 1",
         ),
-        (["--gpu", "L4", "--algorithm=seft"], "algorithm: plan does not know what seft costs"),
+        (["--gpu", "L4", "--algorithm=seft", "--reviser={}"], "algorithm: plan does not know what seft costs"),
         (
             ["--gpu", "L4", "--model.path=who/knows"],
-            "model.path who/knows: is not on this machine, and plan asks no hub; `hf download who/knows`",
+            "model.path who/knows: is not on this machine, and plan asks no hub; `hf download who/knows --rev",
         ),
     ],
 )
