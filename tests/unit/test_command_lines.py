@@ -88,7 +88,7 @@ def problem(command: list[str]) -> str | None:
 
 def _wrong_option(command: click.Command, words: list[str]) -> str | None:
     own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-    takes_settings = any(parameter.name == "overrides" for parameter in command.params)
+    takes_settings = any(parameter.name in ("overrides", "words") for parameter in command.params)
     for word in words:
         name, equals, _ = word.partition("=")
         if not name.startswith("--") or name in own or name == "--help":
