@@ -46,6 +46,10 @@ class LogitTransform:
         return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap) ** 2)
 
 
+HeadReader = Callable[[Head, Tensor, Tensor, Tensor, LogitTransform], Any]
+"""Function of head, hidden states, targets' places in them, targets' ids and logit transform."""
+
+
 def target_logps(
     head: Head,
     hidden: Float[Tensor, "tokens width"],

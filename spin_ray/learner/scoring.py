@@ -5,7 +5,6 @@ Padded layout, for models without such attention: each response with its prompt 
 """
 
 import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -17,12 +16,10 @@ from spin_ray.learner.attention import ATTENTIONS, IMPLEMENTATION, Attention
 from spin_ray.learner.attention.base import Window
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.decoder import decoder_of
-from spin_ray.learner.head import Head, LogitTransform, target_logps
+from spin_ray.learner.head import Head, HeadReader, LogitTransform, target_logps
 from spin_ray.learner.losses import response_logps
 
 Layout = Literal["packed", "padded"]
-HeadReader = Callable[[Head, Tensor, Tensor, Tensor, LogitTransform], Any]
-"""Function of head, hidden states, targets' places in them, targets' ids and logit transform."""
 
 PADDED_LENGTH_MULTIPLE = 64
 """Multiple to which rows are padded: oneDNN compiles kernels for each new shape."""

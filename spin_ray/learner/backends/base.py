@@ -13,7 +13,7 @@ from torch import Tensor
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import LoraConfig, Mesh, OptimizerConfig
 from spin_ray.learner.batch import PackedBatch
-from spin_ray.learner.scoring import HeadReader
+from spin_ray.learner.head import HeadReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,10 +24,11 @@ from spin_ray.learner.backends.modules import (
     trainable,
 )
 from spin_ray.learner.batch import PackedBatch
+from spin_ray.learner.head import HeadReader
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.optimizers import make_optimizer
-from spin_ray.learner.scoring import HeadReader, ResponseScorer
+from spin_ray.learner.scoring import ResponseScorer
 
 CHECKPOINT = "zero"
 

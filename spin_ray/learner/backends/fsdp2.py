@@ -40,12 +40,13 @@ from spin_ray.learner.backends.modules import (
 )
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.decoder import decoder_layers
+from spin_ray.learner.head import HeadReader
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
 from spin_ray.learner.optimizers import allocate_by_a_step, allocate_state, make_optimizer
 from spin_ray.learner.quantised import load_quantised, quantised_weights
-from spin_ray.learner.scoring import HeadReader, ResponseScorer
+from spin_ray.learner.scoring import ResponseScorer
 
 
 class Fsdp2Backend:
