@@ -56,7 +56,7 @@ class IterationWork:
 
 
 class Planned(Protocol):
-    """What the plan asks of an algorithm."""
+    """The part of an algorithm that the plan reads."""
 
     costs_are_known: ClassVar[bool]
 
