@@ -64,10 +64,11 @@ def last_line(error: BaseException) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """Skips Ray's advice and Ray Data's trailer."""
+    """Skips Ray's advice and Ray Data's trailer, whose cause is the last exception before it."""
     text = str(error)
-    if "UserCodeException" in text:
-        text = text.partition("The above exception was the direct cause")[0]
+    before, trailer, _ = text.rpartition("UserCodeException")
+    if trailer:
+        text = before.rpartition("The above exception was the direct cause")[0] or text
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("Refer to the doc")]
     return lines[-1] if lines else type(error).__name__
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from spin_ray.config.packages import check_installed
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError
 from spin_ray.learner.import_path import import_object
-from spin_ray.learner.quantised import check_installed
 from spin_ray.learner.sizes import MOMENTS
 
 MakeOptimizer = Callable[..., Optimizer]  # called as make(parameters, lr=…)
@@ -62,6 +61,8 @@ class AdamW8bit(Optimizer):
 
 
 def _local(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

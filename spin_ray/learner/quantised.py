@@ -3,23 +3,15 @@
 nf4 has double quantisation, int8 is LLM.int8(). Embeddings, norms and head keep the computation's precision.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from spin_ray.errors import ModelError
+from spin_ray.config.packages import check_installed
 
 Format = Literal["nf4", "int8"]
-
-
-def check_installed(setting: str, extra: Literal["lora", "quantised"] = "quantised") -> None:
-    """Raises ModelError if a library of an extra is missing."""
-    for package in {"lora": ["peft"], "quantised": ["bitsandbytes", "accelerate"]}[extra]:
-        if find_spec(package) is None:
-            raise ModelError(f"{setting}: needs the package {package}; pip install 'spin-ray[{extra}]'")
 
 
 def load_quantised(
@@ -31,7 +23,7 @@ def load_quantised(
     experts of a mixture, which are no linear layers in transformers.
 
     Raises:
-        ModelError: bitsandbytes or accelerate is missing.
+        ConfigError: bitsandbytes or accelerate is missing.
     """
     check_installed(f"train.lora.base: {base}")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -1,11 +1,14 @@
 """Engines: token ids in, sampled token ids out."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from spin_ray.config.packages import install
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import cpu
@@ -75,8 +78,9 @@ class VllmEngine:
         prepare_process(spec.config, spec.threads)
 
         check_platform(platform(), spec.config.devices if spec.config.pipeline_parallel_size > 1 else _given_gpus())
-        from vllm import LLM
-        from vllm.platforms import current_platform
+        with _importing():
+            from vllm import LLM
+            from vllm.platforms import current_platform
 
         skip_imports()
         self._spec = spec
@@ -147,9 +151,26 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
     cpu.allow_amx_kernels()
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Raises ConfigError if vLLM cannot be imported. Nodes of a cluster have environments of their own."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"generation: vLLM cannot be imported on {socket.gethostname()} ({error}); {install('gpu')} there, or "
+            f"{install('cpu')} on machines without GPUs"
+        ) from error
+
+
 def platform() -> str:
-    """Returns vLLM's platform, ``cpu`` or ``cuda``; empty if it found none."""
-    from vllm.platforms import current_platform
+    """Returns vLLM's platform, ``cpu`` or ``cuda``; empty if it found none.
+
+    Raises:
+        ConfigError: vLLM cannot be imported.
+    """
+    with _importing():
+        from vllm.platforms import current_platform
 
     return current_platform.device_type
 

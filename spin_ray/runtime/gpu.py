@@ -52,11 +52,16 @@ def check_serving_build(config: SpinConfig) -> None:
 def _check(section: str, gpus: float, config: SpinConfig) -> None:
     builds = cpu_builds()
     library = builds.get("torch" if section in ("train", "scorer") else "vllm")
-    if gpus and library and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    if gpus and library and not runs_elsewhere(config):
         raise ConfigError(
             f"{section}.resources.gpus: {gpus:g} are asked for, but {library} in this environment computes on CPUs "
             "alone; use the environment of `make gpu-setup`, or set 0"
         )
+
+
+def runs_elsewhere(config: SpinConfig) -> bool:
+    """Returns True if the run joins a cluster, whose nodes have environments of their own."""
+    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def cpu_builds() -> dict[str, str]:

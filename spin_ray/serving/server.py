@@ -10,11 +10,12 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from spin_ray.config.packages import check_installed
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
-from spin_ray.runtime.gpu import check_serving_build
+from spin_ray.runtime.gpu import check_serving_build, runs_elsewhere
 from spin_ray.runtime.placement import is_selected, missing
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
 from spin_ray.serving.app import APP, STOP_MARGIN_S, application, check_devices, keeper, votes_url
@@ -58,6 +59,8 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     serving = config.serving
     check_models(run, serving.models)
     check_serving_build(config)
+    if not runs_elsewhere(config):
+        check_installed("serving", "gpu" if serving.resources.gpus else "cpu")
     check_devices(config)
     if serving.keys:
         read_keys(serving.keys)

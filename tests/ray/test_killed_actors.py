@@ -74,14 +74,15 @@ def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_s
 
 
 @pytest.mark.parametrize(
-    ("raised", "told", "text"),
+    ("raised", "cause", "told", "text"),
     [
-        (ValueError("no room for the cache"), StageError, "generation failed: .*no room for the cache; committed"),
-        (ConfigError("a.setting: is wrong, mend it"), UserError, "^a.setting: is wrong, mend it$"),
+        (ValueError("no room for it"), None, StageError, "generation failed: .*no room for it; committed"),
+        (ConfigError("a.setting: is wrong, mend it"), None, UserError, "^a.setting: is wrong, mend it$"),
+        (ConfigError("a.setting: is wrong, mend it"), ImportError("b"), UserError, "^a.setting: is wrong, mend it$"),
     ],
 )
 def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(
-    tmp_path: Path, raised: Exception, told: type[Exception], text: str
+    tmp_path: Path, raised: Exception, cause: Exception | None, told: type[Exception], text: str
 ) -> None:
     """It would fail again: another process is started for one that died only."""
     tried = tmp_path / "tried"
@@ -89,7 +90,7 @@ def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(
     def refuse(spec: EngineSpec) -> FakeEngine:
         with tried.open("a") as log:
             log.write("once\n")
-        raise raised
+        raise raised from cause
 
     run, config = RunDir(Storage(tmp_path / "run")), make_config()
     make_prompts(run, config)

@@ -13,7 +13,6 @@ from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once, refuse_no_answers
 from spin_ray.loop.stages import pairs
-from spin_ray.report.grading import answers_of, grade_all
 from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
@@ -97,6 +96,8 @@ def _by_agreement(turn: Turn) -> Choose:
 
 
 def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
+    from spin_ray.report.grading import answers_of, grade_all
+
     answers, ends = answers_of(turn.run.questions), _ends(turn)
     tokenizer = load_tokenizer(str(turn.opponent.whole.path), trust_remote_code=turn.config.model.trust_remote_code)
     grade, decode = str(chosen.grade), tokenizer.decode

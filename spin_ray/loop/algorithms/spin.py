@@ -2,7 +2,7 @@
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, Turn
-from spin_ray.loop.stages import base_scores, pairs
+from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -22,6 +22,8 @@ class Spin(Algorithm):
     def make_pairs(self, turn: Turn) -> None:
         pairs.run(turn.run, turn.config, turn.iteration)
         if turn.config.objective.reference_alpha < 1 and turn.iteration > 0:
+            from spin_ray.loop.stages import base_scores
+
             base_scores.run(turn.run, turn.config, turn.iteration, turn.initial)
 
     def reference_passes(self, config: SpinConfig, iteration: int) -> int:

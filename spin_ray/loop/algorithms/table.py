@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
+from spin_ray.config.packages import check_installed
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, ObjectiveConfig
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.graders import find_grader, graders_of
-from spin_ray.learner.backends import find_backend
+from spin_ray.learner.backends import check_backend
 from spin_ray.learner.import_path import import_object
 from spin_ray.learner.losses import Loss, MarginLoss, SpaceLoss, resolve_loss
 from spin_ray.learner.optimizers import find_optimizer
-from spin_ray.learner.quantised import check_installed
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
@@ -20,6 +20,7 @@ from spin_ray.loop.algorithms.self_reinforcement import SelfReinforcement
 from spin_ray.loop.algorithms.spin import Spin
 from spin_ray.loop.algorithms.sppo.algorithm import Sppo
 from spin_ray.loop.algorithms.tspin import Tspin
+from spin_ray.runtime.gpu import runs_elsewhere
 
 ALGORITHMS: dict[str, Algorithm] = {
     "spin": Spin(),
@@ -51,15 +52,18 @@ def check_algorithm(config: SpinConfig) -> None:
     """Checks the recipe's settings, its import paths and the installed packages.
 
     Raises:
-        ConfigError: a setting is missing or unused, or an import path is wrong.
-        ModelError: a package is missing.
+        ConfigError: a setting is missing or unused, an import path is wrong, or a package is missing.
     """
     check_settings(config)
     check_packages(config)
 
 
 def check_packages(config: SpinConfig) -> None:
-    """Raises ModelError if a package that the recipe needs is not installed."""
+    """Checks the packages that the recipe needs; on a cluster, not those of the workers alone.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
     if config.train.lora:
         check_installed("train.lora", "lora")
         if config.train.lora.base != "bf16":
@@ -67,6 +71,16 @@ def check_packages(config: SpinConfig) -> None:
     for section in (config.train, config.sft, config.reviser):
         if section is not None and section.optimizer.name == "adamw_8bit":
             check_installed("optimizer.name: adamw_8bit")
+    for tracker in ("mlflow", "wandb"):
+        if getattr(config.tracking, tracker):
+            check_installed(f"tracking.{tracker}", tracker)
+    if runs_elsewhere(config):
+        return
+    if config.train.backend == "deepspeed":
+        check_installed("train.backend: deepspeed", "deepspeed")
+    plays = type(find_algorithm(config.algorithm)).plays is not Algorithm.plays
+    if plays or config.data.heldout:
+        check_installed("generation", "gpu" if config.generation.resources.gpus else "cpu")
 
 
 def check_settings(config: SpinConfig) -> None:
@@ -75,11 +89,8 @@ def check_settings(config: SpinConfig) -> None:
     problems = list(_problems(config, algorithm))
     if problems:
         raise ConfigError("; ".join(problems))
-    backend = find_backend(config.train.backend, config.train.mesh if isinstance(config.train.mesh, Mesh) else None)
-    for method in algorithm.backend_methods:
-        if not hasattr(backend, method):
-            needed = f"has no method {method}, which algorithm {config.algorithm} needs"
-            raise ConfigError(f"train.backend: {config.train.backend} {needed}")
+    mesh = config.train.mesh if isinstance(config.train.mesh, Mesh) else None
+    check_backend(config.train.backend, mesh, algorithm.backend_methods)
     for setting, grade in graders_of(config).items():
         find_grader(grade, setting)
     for section in (config.train, config.sft, config.reviser):

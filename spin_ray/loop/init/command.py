@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ConfigError, ModelError
+from spin_ray.errors import ConfigError
 from spin_ray.loop.algorithms.table import check_packages, check_settings, find_algorithm
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.foreign import Foreign
@@ -83,7 +83,7 @@ _LARGE_WARM_UP = (
 def _warn(config: SpinConfig, fitted: Settings, misfit: str, console: Console) -> None:
     try:
         check_packages(config)
-    except ModelError as error:
+    except ConfigError as error:
         said = escape(str(error))
         console.print(f"[yellow]note[/] the recipe's machine needs what is missing here: {said}", highlight=False)
     if "train.offload" in fitted and "train.lora.rank" in fitted and config.sft is not None:

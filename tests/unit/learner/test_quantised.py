@@ -14,13 +14,11 @@ import torch.multiprocessing
 from torch.distributed.tensor import distribute_tensor
 
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
-from spin_ray.errors import ModelError
 from spin_ray.learner import quantised
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import margins, pair_logps
 from spin_ray.learner.scoring import ResponseScorer
-from tests.support.fakes import config_of
 from tests.support.learner_cases import batches_of, one_rank, random_rows, save_model, tiny_llama, train
 
 torch.set_num_threads(1)
@@ -119,14 +117,3 @@ def test_adamw_of_8_bits_steps_as_in_a_plain_loop_and_resumes_bit_for_bit(model_
 
 def placed(shard: Any) -> tuple[Any, Any]:
     return shard.device_mesh, shard.placements
-
-
-def test_a_missing_library_is_told_with_its_cure_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spin_ray.loop.algorithms.table import check_algorithm
-
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None if name == "bitsandbytes" else name)
-    config = config_of(train={"lora": {"base": "nf4", "merge": False}})
-    with pytest.raises(ModelError, match=r"train\.lora\.base: nf4: needs .* pip install 'spin-ray\[quantised\]'"):
-        check_algorithm(config)
-    with pytest.raises(ModelError, match=r"optimizer\.name: adamw_8bit: needs the package bitsandbytes"):
-        check_algorithm(config_of(train={"optimizer": {"name": "adamw_8bit"}}))

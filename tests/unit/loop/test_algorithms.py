@@ -20,13 +20,13 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn, answered_once
-from spin_ray.loop.algorithms.seft import algorithm as seft
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.algorithms.self_reinforcement import commonest
-from spin_ray.loop.algorithms.sppo import algorithm as sppo
+from spin_ray.loop.algorithms.sppo import preferences
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm
 from spin_ray.loop.stages.generation.shards import Job
+from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.artefact import Artefact, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
@@ -138,7 +138,7 @@ SPPO = {"scorer": {"path": "judge"}, "generation": {"samples_per_prompt": 3}}
 @pytest.fixture
 def judged(run, monkeypatch):
     """Three samples of two prompts, judged; those of the second are all equal."""
-    monkeypatch.setattr(sppo.preferences, "run", lambda *_: None)
+    monkeypatch.setattr(preferences, "run", lambda *_: None)
     write_prompts(run.prompts, 2, 2)
     write_answers(
         run.generations(0), [("p000", i, [50 + i, 2]) for i in range(3)] + [("p001", i, [9]) for i in range(3)], 3
@@ -341,7 +341,7 @@ def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]], cut: int =
         assert (how, model) == (config.reviser, start)
         target.commit({}, {"rows": rows.manifest().digest}, {})
 
-    monkeypatch.setattr(seft.training, "fine_tune", fine_tune)
+    monkeypatch.setattr(training, "fine_tune", fine_tune)
     return make_pairs(run, config, start=SimpleNamespace(model=start), initial=start, opponent=start, play=play)
 
 

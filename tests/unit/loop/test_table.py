@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from spin_ray.config import packages
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
+from spin_ray.learner.backends import BACKENDS, find_backend
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm
 from tests.support.paths import RECIPES
@@ -168,6 +170,51 @@ def test_every_evaluation_reads_beta(algorithm):
 
 def test_any_spin_recipe_is_its_own_baseline():
     check_algorithm(parse(algorithm="continued_sft", objective={"window": "all", "reference_alpha": 0.5, "beta": 1}))
+
+
+@pytest.mark.parametrize(
+    ("missing", "sections", "told"),
+    [
+        ("bitsandbytes", {"train": {"lora": {"base": "nf4", "merge": False}}}, "train.lora.base: nf4: QUANTISED"),
+        ("bitsandbytes", {"train": {"optimizer": {"name": "adamw_8bit"}}}, "optimizer.name: adamw_8bit: QUANTISED"),
+        ("peft", {"train": {"lora": {}}}, "train.lora: LORA"),
+        ("deepspeed", {"train": {"backend": "deepspeed"}}, "train.backend: deepspeed: DEEPSPEED"),
+        ("wandb", {"tracking": {"wandb": {}}}, "tracking.wandb: WANDB"),
+        ("mlflow", {"tracking": {"mlflow": {}}}, "tracking.mlflow: MLFLOW"),
+        ("vllm", {}, "generation: CPU"),
+        ("vllm", {"generation": {"resources": {"gpus": 1}}}, "generation: GPU"),
+        ("vllm", {"algorithm": "continued_sft", "data": {"train": "d", "heldout": "h"}}, "generation: CPU"),
+        ("vllm", {"algorithm": "continued_sft"}, None),
+        ("wandb", {}, None),
+    ],
+)
+def test_a_missing_package_is_told_with_its_cure_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, missing: str, sections: dict[str, Any], told: str | None
+) -> None:
+    """DeepSpeed, vLLM and a tracker were missed hours into a run."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == missing else name)
+    if told is None:
+        check_algorithm(parse(**sections))
+        return
+    setting, _, extra = told.rpartition(": ")
+    cure = f"pip install 'spin-ray[{extra.lower()}]'"
+    assert problems(**sections) == f"{setting}: needs the package {missing}; {cure}"
+
+
+@pytest.mark.parametrize("missing", ["vllm", "deepspeed"])
+def test_what_the_nodes_of_a_cluster_have_is_not_asked_of_the_driver(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == missing else name)
+    check_algorithm(parse(train={"backend": "deepspeed"}, cluster={"address": "head:6379"}))
+
+
+def test_the_backends_by_name_have_what_any_algorithm_needs():
+    """So the check at the start imports none of them."""
+    for kind in BACKENDS:
+        for algorithm in ALGORITHMS.values():
+            assert all(hasattr(find_backend(kind), method) for method in algorithm.backend_methods)
 
 
 def test_a_mesh_is_for_backends_that_build_it():

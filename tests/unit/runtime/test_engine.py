@@ -1,6 +1,7 @@
 """What vLLM is told, and what is kept of its answer. The real one is in tests/e2e; here a module of its name acts."""
 
 import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 
 from spin_ray.config import recipe
 from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.runtime import cpu
 from spin_ray.runtime import engine as engine_module
-from spin_ray.runtime.engine import Completion, EngineSpec, VllmEngine, _completion
+from spin_ray.runtime.engine import Completion, EngineSpec, VllmEngine, _completion, platform
 from tests.support.fakes import config_of
 
 MODEL = resolve("embedded:tiny-llama")
@@ -243,3 +245,9 @@ def test_what_every_engine_is_told_is_what_a_recipes_extra_may_not_say():
         Path(MODEL), EngineConfig(), max_length=64, dtype="float32", trust_remote_code=False, on_cpu=False, own={}
     )
     assert set(arguments) == recipe._OWN_ARGUMENTS
+
+
+def test_a_vllm_that_cannot_be_imported_is_told_with_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
+    with pytest.raises(ConfigError, match=rf"vLLM cannot be imported on {socket.gethostname()} \(.*vllm.*\); pip"):
+        platform()

@@ -10,7 +10,6 @@ from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
-from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import iteration_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -52,6 +51,8 @@ def _reviser(turn: Turn, renderer: ChatRenderer) -> ModelFolder:
     assert config.reviser is not None
     target = run.artefact("reviser/model")
     if turn.iteration == 0:
+        from spin_ray.loop.stages.training import stage as training
+
         answers, rows = run.artefact("reviser/answers"), run.artefact("reviser/rows")
         turn.play(initial, [Job(run.prompts, answers, initial)])
         revision.training_rows(run, config, renderer, answers, rows)

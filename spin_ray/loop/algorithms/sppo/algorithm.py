@@ -9,7 +9,6 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers
-from spin_ray.loop.algorithms.sppo import grades, preferences
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import part_name
@@ -39,6 +38,8 @@ class Sppo(Algorithm):
         return run.prompts
 
     def make_pairs(self, turn: Turn) -> None:
+        from spin_ray.loop.algorithms.sppo import grades, preferences
+
         run, config = turn.run, turn.config
         if turn.start.scorer is None:
             grades.run(run, config, turn.iteration, turn.opponent)
