@@ -7,6 +7,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from math import ceil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig
@@ -92,8 +93,12 @@ class FirstConversation(NamedTuple):
     tools: Tools
 
 
-def find_inputs(config: SpinConfig) -> Inputs:
-    """Finds model and data; raises UserError if one is missing or refused."""
+def find_inputs(config: SpinConfig, *, check: bool = True) -> Inputs:
+    """Finds model and data; raises UserError if one is missing or refused.
+
+    Args:
+        check: False leaves out ``check_architecture``, as for a run that has begun.
+    """
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
     heldout = _resolved(config.data.heldout) if config.data.heldout else None
@@ -106,12 +111,8 @@ def find_inputs(config: SpinConfig) -> Inputs:
     refuse_untrainable(path)
     refuse_unsafe(path, trust_remote_code=config.model.trust_remote_code)
     refuse_damaged(path)
-    if not config.model.trust_remote_code:
-        refuse_architecture(path, config.model.max_length)
-    if sizes := EngineSizes.of(read_config(path)):
-        check_engines(config, sizes)
-    if config.commits_adapters and config.train.lora:
-        refuse_unapplied(path, config.train.lora)
+    if check:
+        check_architecture(config, path)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
     return Inputs(
         model=model,
@@ -123,6 +124,20 @@ def find_inputs(config: SpinConfig) -> Inputs:
         heldout_digest=files_digest(heldout_files) if heldout_files else None,
         questions_digest=files_digest(questions_files) if questions_files else None,
     )
+
+
+def check_architecture(config: SpinConfig, path: Path) -> None:
+    """Checks that training and vLLM can run the model. Reads no weights, and imports transformers, which is slow.
+
+    Raises:
+        ConfigError, ModelError: they cannot.
+    """
+    if not config.model.trust_remote_code:
+        refuse_architecture(path, config.model.max_length)
+    if sizes := EngineSizes.of(read_config(path)):
+        check_engines(config, sizes)
+    if config.commits_adapters and config.train.lora:
+        refuse_unapplied(path, config.train.lora)
 
 
 def _resolved(train: Train) -> Train:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import sources_of
-from spin_ray.inputs.check import Inputs, Start, check_recipe, find_inputs
+from spin_ray.inputs.check import Inputs, Start, check_architecture, check_recipe, find_inputs
 from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.sources import find_files
 from spin_ray.planning.disk import check_room, disk_use, parameters_of
@@ -82,7 +82,7 @@ def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = 
 def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinConfig, Inputs]]:
     storage = open_storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
-        inputs = find_inputs(config)
+        inputs = find_inputs(config, check=not storage.exists("run.json"))
         run = RunDir(lease.storage)
         yield run, _settle_sizes(with_precision(config, run), run, inputs), inputs
 
@@ -92,6 +92,8 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
 
     check_algorithm(config)
     check_builds(config)
+    if run.storage.exists("run.json"):
+        check_architecture(config, inputs.model.path)
     start = check_recipe(config, inputs, run.date())
     check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm))
     _check_room(run, config, start.model.path)

@@ -15,6 +15,8 @@ from spin_ray.errors import StageError, UserError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from tests.support.paths import RECIPES
+from tests.support.tiny_runs import make_run
 
 RECIPE = {
     "model": {"path": "embedded:tiny-llama", "max_length": 128},
@@ -61,17 +63,35 @@ def test_a_typo_in_a_recipe_is_one_line_and_exit_code_2_in_a_real_process(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_typo_in_a_recipe_is_told_without_loading_torch_or_ray(recipe):
-    recipe.write_text(yaml.safe_dump(RECIPE | {"iterations": 0}))
+def slow_imports(*arguments: object) -> list[str]:
+    """Returns the libraries that take seconds to load and that a command has loaded."""
     code = (
-        "import sys\n"
+        "import json, sys\n"
         "from spin_ray.__main__ import main\n"
         "try: main()\n"
-        "except SystemExit: print(sorted({'torch', 'ray', 'transformers', 'vllm'} & sys.modules.keys()))"
+        "except SystemExit as error: assert error.code != 1\n"
+        "finally: print('\\n' + json.dumps(sorted({'torch', 'ray', 'transformers', 'vllm'} & sys.modules.keys())))"
     )
-    command = [sys.executable, "-c", code, "run", str(recipe), "--out", "never"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert found.stdout == "[]\n"
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def test_a_typo_in_a_recipe_is_told_without_loading_torch_or_ray(recipe):
+    recipe.write_text(yaml.safe_dump(RECIPE | {"iterations": 0}))
+    assert slow_imports("run", recipe, "--out", "never") == []
+
+
+def test_a_finished_run_is_told_without_loading_torch_or_ray(tmp_path, recipe):
+    run = make_run(tmp_path / "run", iterates=4)
+    recipe.write_text(json.dumps(run.config().model_dump(mode="json")))
+    assert slow_imports("run", recipe, "--out", run.storage.root) == []
+
+
+def test_a_plan_loads_neither_transformers_nor_ray():
+    lengths = ("--rows=1000", "--prompt-tokens=100", "--response-tokens=100")
+    assert slow_imports("plan", RECIPES / "zephyr_7b.yaml", *lengths) in ([], ["torch"])
 
 
 @pytest.mark.parametrize(
