@@ -129,8 +129,8 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
         if message["role"] == "user" or (index in wanted and not message.get("tool_calls")):
             raise Unusable("empty", f"message {index} ({message['role']}) has no text")
     for end in wanted:
-        if isinstance(messages[end], Unlearnt):
-            raise Unusable("rejected", f"message {end} (assistant) is not to be learnt: its weight is 0")
+        if isinstance(unlearnt := messages[end], Unlearnt):
+            raise Unusable("rejected", f"message {end} (assistant) is not to be learnt ({unlearnt.flag})")
     return [messages[: end + 1] for end in wanted]
 
 

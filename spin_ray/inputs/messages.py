@@ -35,6 +35,9 @@ _PLAIN = ("user", "assistant", "system")
 class Unlearnt(dict[str, Any]):
     """Message that is not to be learnt, but may stand before another."""
 
+    flag: str = ""
+    """What says so, e.g. ``weight: 0``."""
+
 
 class Unusable(Exception):
     """Row for quarantine: ``reason`` is counted, ``detail`` is for the user."""
@@ -159,8 +162,11 @@ def _parse(index: int, value: Any) -> Message:
     _check_unicode(index, text)
     refuse_surrogates(message, f"message {index}")
     parsed = {"role": role, "content": text} | message
-    if any(not value.get(key, True) and _is_read(key, value[key]) for key in _LEARNT):
-        return Unlearnt(parsed)
+    for key in _LEARNT:
+        if not value.get(key, True) and _is_read(key, value[key]):
+            parsed = Unlearnt(parsed)
+            parsed.flag = f"{key}: {json.dumps(value[key])}"
+            return parsed
     return parsed
 
 

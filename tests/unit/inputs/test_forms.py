@@ -278,7 +278,7 @@ def test_a_flag_beside_a_thought_does_not_differ_from_it():
 @pytest.mark.parametrize("key", ["train", "training", "loss", "trainable", "weight"])
 def test_a_response_that_is_not_to_be_learnt_goes_to_quarantine(key):
     """``training`` is axolotl's ``message_field_training``."""
-    with pytest.raises(Unusable, match="is not to be learnt"):
+    with pytest.raises(Unusable, match=rf"message 1 \(assistant\) is not to be learnt \({key}: false\)"):
         rows_of(answer(**{key: False}))
 
 
