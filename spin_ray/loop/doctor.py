@@ -20,7 +20,7 @@ from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu import check_builds
-from spin_ray.runtime.gpu_memory import largest_card
+from spin_ray.runtime.gpu_memory import largest_card, memory_here
 from spin_ray.runtime.placement import check_fits, demands
 
 
@@ -46,7 +46,8 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
-    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm))
+    room, memory = largest_card(config), memory_here(config)
+    check_mesh(config, start.model.path, room, find_algorithm(config.algorithm), memory=memory)
     facts = template_facts(renderer.template)
     shown.print_template(facts, console)
     unopened = unopened_files(start.model.path)

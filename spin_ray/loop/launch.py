@@ -24,7 +24,7 @@ from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.engine import StartEngine, VllmEngine
 from spin_ray.runtime.gpu import check_builds
-from spin_ray.runtime.gpu_memory import largest_card
+from spin_ray.runtime.gpu_memory import largest_card, memory_here
 from spin_ray.runtime.precision import with_precision
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     if run.storage.exists("run.json"):
         check_architecture(config, inputs.model.path)
     start = check_recipe(config, inputs, run.date())
-    check_mesh(config, start.model.path, largest_card(config), find_algorithm(config.algorithm))
+    room, memory = largest_card(config), memory_here(config)
+    check_mesh(config, start.model.path, room, find_algorithm(config.algorithm), memory=memory)
     _check_room(run, config, start.model.path)
     for finding in start.findings:
         if finding.severity == "warning":

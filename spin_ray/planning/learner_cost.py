@@ -254,6 +254,14 @@ def learner_memory(
     return {purpose: count for purpose, count in memory.items() if count}
 
 
+def most_offloaded_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh) -> float:
+    """Returns ``offloaded_bytes`` of the warm-up or of SPIN, whichever keeps more."""
+    trainings = [(config, config.train.optimizer)]
+    if config.sft:
+        trainings.append((config.with_train(lora=None), config.sft.optimizer))
+    return max(offloaded_bytes(recipe, shape, optimizer, mesh) for recipe, optimizer in trainings)
+
+
 def offloaded_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, mesh: Mesh) -> float:
     """Returns the bytes that a rank with ``train.offload`` keeps in its node's memory while it trains.
 

@@ -13,7 +13,7 @@ from spin_ray.errors import ConfigError, ModelError, ResourceError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.tensor_plan import why_not_split
 from spin_ray.planning.hardware import CPU, GB
-from spin_ray.planning.learner_cost import FILLED, full_memory, settle_checkpointing
+from spin_ray.planning.learner_cost import FILLED, full_memory, most_offloaded_bytes, settle_checkpointing
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.work import Planned
 
@@ -161,15 +161,18 @@ def memory_of(config: SpinConfig, shape: ModelShape, mesh: Mesh, room: float) ->
 # Limits of every mesh
 
 
-def check_mesh(config: SpinConfig, folder: Path, room: float | None, algorithm: Planned) -> None:
+def check_mesh(
+    config: SpinConfig, folder: Path, room: float | None, algorithm: Planned, *, memory: float | None = None
+) -> None:
     """Checks the mesh before anything runs.
 
     Args:
-        room: bytes of this machine's GPU, if it has one.
+        room: bytes of this machine's GPU, if it has one and the run stays on it.
+        memory: bytes of this machine's memory, likewise.
 
     Raises:
         ModelError: the model cannot be split as the recipe says.
-        ResourceError: prompts are too long for every mesh.
+        ResourceError: prompts are too long for every mesh, or ``train.offload`` takes more memory than there is.
     """
     mesh = config.train.mesh
     if isinstance(mesh, Mesh) and mesh.tensor > 1 and (reason := why_not_split(read_config(folder), mesh.tensor)):
@@ -180,7 +183,8 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None, algorithm: 
         shape = ModelShape.from_folder(folder)
     except ModelError:
         return
-    if reason := too_long(config, shape, room, algorithm):
+    reason = too_long(config, shape, room, algorithm) or (memory and too_much_offloaded(config, shape, memory))
+    if reason:
         raise ResourceError(reason)
 
 
@@ -208,6 +212,21 @@ def too_long(config: SpinConfig, shape: ModelShape, room: float, algorithm: Plan
         f"model.max_length: a prompt with its responses, up to {longest} tokens, takes {needed(longest) / GB:.0f} "
         f"GB beside the weights on a device of {room / GB:.0f} GB; from {fits + 1} tokens on a context-parallel mesh "
         f"would be needed, which spin_ray does not have; lower {_shorter(config, fits, algorithm)}"
+    )
+
+
+def too_much_offloaded(config: SpinConfig, shape: ModelShape, memory: float) -> str | None:
+    """Returns an error text if what all workers offload overfills the memory of their only machine; else None."""
+    if not config.train.offload:
+        return None
+    needed = most_offloaded_bytes(config, shape, Mesh())  # of all workers: replicas would make it more
+    if needed <= memory:
+        return None
+    whole = config.sft is not None or config.train.lora is None
+    cure = "start from an SFT model (no sft) and train adapters (train.lora)" if whole else "take a smaller model"
+    return (
+        f"train.offload: weights, gradients and optimizer states take {needed / GB:.0f} GB of this machine's memory, "
+        f"which has {memory / GB:.0f}; {cure}, or use a machine with more"
     )
 
 

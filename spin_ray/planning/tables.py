@@ -9,7 +9,7 @@ from spin_ray.config.sections import Mesh, name_of
 from spin_ray.planning.cluster import Cluster, Devices
 from spin_ray.planning.disk import DiskUse, disk_use
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, GB
-from spin_ray.planning.learner_cost import offloaded_bytes
+from spin_ray.planning.learner_cost import most_offloaded_bytes
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import rate_of
 from spin_ray.planning.run_cost import Phase
@@ -109,10 +109,7 @@ def _host_memory(config: SpinConfig, shape: ModelShape, devices: Devices, mesh: 
     elif train.workers == 1 and (train.lora is None or config.sft):
         yield f"Host memory: the train worker first loads the whole model in fp32, {whole / GB:.1f} GB."
     if train.offload and train.resources.gpus:
-        trainings = [(config, train.optimizer)]
-        if config.sft:
-            trainings.append((config.with_train(lora=None), config.sft.optimizer))
-        each = max(offloaded_bytes(recipe, shape, optimizer, mesh) for recipe, optimizer in trainings)
+        each = most_offloaded_bytes(config, shape, mesh)
         yield (
             f"Host memory: train.offload keeps the train workers' weights, gradients and optimizer states there, "
             f"{each / GB:.1f} GB each and {workers * each / GB:.0f} GB per node, which the system cannot swap out."

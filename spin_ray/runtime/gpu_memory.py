@@ -11,6 +11,7 @@ from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError
+from spin_ray.runtime.gpu import runs_elsewhere
 
 WAIT_S = 120.0
 """Longest wait, in seconds; a killed process returns its memory within seconds."""
@@ -49,9 +50,18 @@ def wait_for_memory(
 
 def largest_card(config: SpinConfig) -> int | None:
     """Returns the bytes of this machine's largest GPU; None without one, on a cluster, or if training uses none."""
-    if not config.train.resources.gpus or config.cluster.address or os.environ.get("RAY_ADDRESS"):
+    if not config.train.resources.gpus or runs_elsewhere(config):
         return None
     return max((card.total for card in visible_cards()), default=None)
+
+
+def memory_here(config: SpinConfig) -> int | None:
+    """Returns the bytes of this machine's memory, or of its container's; None on a cluster."""
+    if runs_elsewhere(config):
+        return None
+    from ray._common.utils import get_system_memory
+
+    return get_system_memory()
 
 
 def visible_cards(count: int | None = None) -> list[Card]:

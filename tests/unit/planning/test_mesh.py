@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import LoraConfig, Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
 from spin_ray.loop.algorithms.table import find_algorithm
@@ -153,6 +154,28 @@ def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match="16 does not divide the model's 8 key and value heads; give another size"):
         check_mesh(ZEPHYR.with_train(mesh=Mesh(tensor=16)), tmp_path, None, SPIN)
     check_mesh(given, tmp_path, 80 * GB, SPIN)
+
+
+@pytest.mark.parametrize(
+    ("train", "sft", "needed", "cure"),
+    [
+        ({}, False, 87, "start from an SFT model .no sft. and train adapters"),
+        ({"lora": LoraConfig()}, True, 116, "start from an SFT model"),
+        ({"lora": LoraConfig()}, False, None, ""),
+    ],
+)
+def test_what_offloading_takes_of_a_machine_is_known_at_the_start(tmp_path, train, sft, needed, cure):
+    """Three fp32 numbers a weight with RMSProp, four with the warm-up's AdamW. The system killed it, late."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    sections = {"sft": {}} if sft else {}
+    config = SpinConfig.model_validate(ZEPHYR.model_dump() | {"sft": None} | sections).with_train(offload=True, **train)
+    check_mesh(config, tmp_path, 80 * GB, SPIN, memory=120 * GB)
+    check_mesh(config, tmp_path, 80 * GB, SPIN)
+    if needed is None:
+        check_mesh(config, tmp_path, 80 * GB, SPIN, memory=64 * GB)
+        return
+    with pytest.raises(ResourceError, match=rf"^train\.offload: .* take {needed} GB .*, which has 64; {cure}"):
+        check_mesh(config, tmp_path, 80 * GB, SPIN, memory=64 * GB)
 
 
 def test_prompts_too_long_for_any_mesh_are_refused_with_the_length_that_would_fit():
