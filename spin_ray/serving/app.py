@@ -51,7 +51,10 @@ def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool 
     return app
 
 
-def application(run_folder: str, config: SpinConfig, driver: str | None = None) -> serve.Application:
+def application(
+    run_folder: str, config: SpinConfig, driver: str | None = None, *, holds: bool = False
+) -> serve.Application:
+    """Builds ingress and keeper; ``driver`` and ``holds`` are the keeper's."""
     serving = config.serving
     ingress: Any = serve.deployment(
         Ingress,
@@ -62,17 +65,22 @@ def application(run_folder: str, config: SpinConfig, driver: str | None = None) 
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},  # ``Observe`` writes a better one
     )
-    return ingress.bind(run_folder, config, keeper(run_folder, config, driver=driver))
+    return ingress.bind(run_folder, config, keeper(run_folder, config, driver=driver, holds=holds))
 
 
 def keeper(
-    run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX, driver: str | None = None
+    run_folder: str,
+    config: SpinConfig,
+    engines: str = ENGINE_PREFIX,
+    driver: str | None = None,
+    *,
+    holds: bool = False,
 ) -> serve.Application:
-    """Builds the keeper alone; ``driver`` is the Ray job whose process stops the server."""
+    """Builds the keeper alone, with the arguments of ``Keeper``."""
     deployment: Any = serve.deployment(
         Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
     )
-    return deployment.bind(run_folder, config, engines, driver)
+    return deployment.bind(run_folder, config, engines, driver, holds)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -93,7 +101,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise ConfigError("serving.keys: is needed here, as a cluster's proxies listen beyond their machine")
     if not config.serving.votes and "://" in str(run.storage.root):
         raise ConfigError("serving.votes: is needed here, as a store holds no database and a pod keeps no file")
-    return application(str(run.storage.root), config)
+    # KubeRay sends clients to a new cluster as soon as its applications run, and ends the old one.
+    return application(str(run.storage.root), config, holds=True)
 
 
 def check_devices(config: SpinConfig) -> None:

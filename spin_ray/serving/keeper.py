@@ -4,7 +4,8 @@
                                                                                   └─> drain and delete the old engine
 
 The old engine stays if any step fails. That of an iterate that was made again is replaced in the same way.
-Application names hold digests, so a restarted keeper finds its engines.
+Application names hold digests of weights and settings, so a restarted keeper finds its engines. Those of other settings
+answer until their successors do.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
-from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import first_line
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.garbage import collect_as_usual
@@ -37,6 +38,11 @@ ENGINE_PREFIX = "engine."
 _LOOK_S = 0.5
 _COMPARE_S = 30.0
 """Seconds between two looks at the manifests of what serves, which cost a store's requests."""
+_NOT_OF_ENGINES = {
+    "models", "host", "port", "keys", "requests_per_minute", "max_body_bytes", "body_timeout_s", "ingress_replicas",
+    "follow_interval_s", "start_timeout_s", "retry_failed_s", "drain_grace_s", "log_prompts", "votes",
+}  # fmt: skip
+"""Fields of ``serving`` that no engine reads."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
@@ -48,18 +54,30 @@ class Keeper:
     """The one actor that starts and retires a server's engines. Every ingress follows its table.
 
     ``{"keeper": "0c9f…", "run": "/shared/runs/my", "driver": "04000000", "version": 3, "newest": "iter-1",
-    "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
+    "engines": {"iter-1": {"app": "engine.iter-1.5f0c….81bd…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
-    "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c…"], "settled": False}``
+    "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c….81bd…"], "settled": False}``
 
-    ``driver`` is the Ray job that started the server (None: a RayService).
+    ``driver`` is the Ray job whose process stops the server, if there is one.
     ``running`` includes engines of an earlier keeper (None: not seen yet). ``settled``: nothing starts any more.
     """
 
     async def __init__(
-        self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX, driver: str | None = None
+        self,
+        run_folder: str,
+        config: SpinConfig,
+        engines: str = ENGINE_PREFIX,
+        driver: str | None = None,
+        holds: bool = False,
     ) -> None:
+        """Starts to follow the run.
+
+        Args:
+            engines: prefix of the names of the engines' applications.
+            holds: True is ready only when each first engine serves or has failed. Ray Serve then takes it for starting.
+        """
         self._run, self._config, self._prefix = open_run(run_folder), config, engines
+        self._settings = settings_mark(config)
         self._run_folder, self._driver = run_folder, driver
         self._id, self._version = uuid.uuid4().hex, 0
         self._newest: str | None = None
@@ -85,6 +103,9 @@ class Keeper:
         collect_as_usual()
         self._looking = asyncio.get_running_loop().create_task(self._look())
         self._loop = asyncio.get_running_loop().create_task(self._keep())
+        if holds:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._has_looked and not self._steps)
 
     async def table(self, known: int, wait_s: float) -> dict[str, Any]:
         """Returns the table once its version differs from ``known``, or after ``wait_s``."""
@@ -162,7 +183,8 @@ class Keeper:
         remade = await self._made_again(names)
         for name in names:
             waits = time.monotonic() < self._retry_at.get(name, 0)
-            if (name not in self._engines or name in remade) and name not in self._starting and not waits:
+            due = name in remade or not self._engines.get(name, {"app": ""})["app"].endswith(self._settings)
+            if due and name not in self._starting and not waits:
                 self._steps[name] = "its files are checked"
                 self._starting[name] = asyncio.get_running_loop().create_task(self._try_start(name))
                 self._starting[name].add_done_callback(lambda _, name=name: self._starting.pop(name))
@@ -189,28 +211,39 @@ class Keeper:
         return {name for name, mark in marks.items() if mark not in (None, self._marks[name])}
 
     async def _try_start(self, name: str) -> None:
-        old = self._engines.get(name)
         try:
             mark = await asyncio.to_thread(mark_of, self._run, name)
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
+            app = f"{self._prefix}{iterate.engine.name}.{iterate.engine.digest[:16]}.{self._settings}"
+            if name not in self._engines and (earlier := await self._of_other_settings(app)):
+                self._engines[name], self._marks[name] = {"app": earlier, "digest": iterate.digest}, mark
+                await self._announce()
+            old = self._engines.get(name)
             if old and iterate.base and iterate.digest != old["digest"]:
                 # vLLM would take the earlier adapter's cached prefixes for those of another one under its name.
                 raise EngineFailed("it was made again; start the server again, whose engine holds the earlier adapter")
-            app = f"{self._prefix}{iterate.engine.name}.{iterate.engine.digest[:16]}"
             await self._start(app, iterate)
         except Exception as error:  # must not stop those that serve
             self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
             self._problems[name] = " ".join(str(error).split())[:500]
-            what = "serves its earlier weights" if old else "does not serve"
+            what = "serves as before" if name in self._engines else "does not serve"
             logger.error("%s %s: %s", name, what, self._problems[name])
         else:
             self._problems.pop(name, None)
             self._engines[name], self._marks[name] = {"app": app, "digest": iterate.digest}, mark
             logger.info("%s serves (%s)", name, iterate.digest)
+            if old:
+                self._end_unused({old["app"]})
         self._steps.pop(name, None)
         await self._announce()
-        if old:
-            self._end_unused({old["app"]})
+
+    async def _of_other_settings(self, app: str) -> str | None:
+        """Returns a running application of the same weights with other settings, if there is one."""
+        weights = app.removesuffix(self._settings)
+        for other, found in (await self._ask_applications()).items():
+            if other.startswith(weights) and other != app and found.status == ApplicationStatus.RUNNING:
+                return other
+        return None
 
     async def _tell(self, name: str, step: str) -> None:
         if self._steps.get(name) != step:
@@ -318,6 +351,13 @@ class Keeper:
         found = (await self._ask_applications()).get(app)
         lines = [line.strip() for line in (found.message if found else "").splitlines() if "Error" in line]
         return lines[-1][:500] if lines else "no reason given"
+
+
+def settings_mark(config: SpinConfig) -> str:
+    """Returns a mark of the settings that engines read. An engine of another mark is replaced."""
+    serving = config.serving.model_dump(mode="json", exclude=_NOT_OF_ENGINES)
+    engine, model = (section.model_dump(mode="json") for section in (config.serving_engine, config.model))
+    return digest([serving, engine, model])[:8]
 
 
 def _step(application: Any) -> str:

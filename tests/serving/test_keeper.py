@@ -12,24 +12,29 @@ from typing import Any
 
 import pytest
 import ray
-from ray.serve.schema import ReplicaState
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
+from spin_ray.config.sections import ServingConfig
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving import keeper as keeper_module
 from spin_ray.serving.iterates import Iterate, open_iterate
-from spin_ray.serving.keeper import EngineFailed, Keeper
+from spin_ray.serving.keeper import EngineFailed, Keeper, settings_mark
 from tests.support.tiny_runs import add_adapter, add_iterate, make_adapter_run, make_run
 
 
 class SlowKeeper(Keeper):
     """A keeper whose engines start when ``gates`` lets them, and fail if they are in ``broken``."""
 
-    async def __init__(self, run: RunDir) -> None:
+    async def __init__(self, run: RunDir, applications: dict[str, Any] | None = None, *, holds: bool = False) -> None:
+        self.applications = applications or {}
         self.gates: dict[str, asyncio.Event] = {}
         self.broken: set[str] = set()
         self.drained: list[str] = []
         self.dead: set[str] = set()
-        await super().__init__(str(run.storage.root), run.config())
+        await super().__init__(str(run.storage.root), run.config(), holds=holds)
+
+    async def _ask_applications(self) -> dict[str, Any]:
+        return self.applications
 
     async def _start(self, app: str, iterate: Iterate) -> None:
         await self.gates.setdefault(iterate.name, asyncio.Event()).wait()
@@ -71,10 +76,12 @@ class Beholder(Keeper):
         return {app: SimpleNamespace(deployments={"engine": each}) for app, each in deployment.items()}
 
 
-def follow(run: RunDir, check: Callable[[SlowKeeper], Awaitable[None]]) -> None:
+def follow(
+    run: RunDir, check: Callable[[SlowKeeper], Awaitable[None]], applications: dict[str, Any] | None = None
+) -> None:
     async def main() -> None:
         keeper = SlowKeeper.__new__(SlowKeeper)
-        await keeper.__init__(run)  # type: ignore[misc]  # Ray Serve awaits it, too
+        await keeper.__init__(run, applications)  # type: ignore[misc]  # Ray Serve awaits it, too
         await asyncio.wait_for(check(keeper), 60)
         keeper.check_health()
 
@@ -134,6 +141,66 @@ def test_an_engine_that_fails_leaves_the_old_one_says_why_and_is_tried_again(run
         assert not table["problems"]
 
     follow(run, check)
+
+
+def test_an_engine_of_other_settings_answers_until_its_successor_does(run: RunDir) -> None:
+    """A changed ``serveConfigV2`` starts another keeper in the same cluster."""
+    earlier = {name: f"engine.{name}.{open_iterate(run, name).digest[:16]}.00000000" for name in ("sft", "iter-0")}
+
+    async def check(keeper: SlowKeeper) -> None:
+        keeper.broken = {"iter-0"}
+        table = await keeper.until(lambda table: len(table["engines"]) == 2)
+        assert {name: engine["app"] for name, engine in table["engines"].items()} == earlier
+        assert set(table["starting"]) == {"sft", "iter-0"}
+        for name in earlier:
+            keeper.let(name)
+        table = await keeper.until(lambda table: not table["starting"])
+        assert table["engines"]["sft"]["app"] == f"{earlier['sft'][:-8]}{settings_mark(run.config())}"
+        assert table["engines"]["iter-0"]["app"] == earlier["iter-0"] and table["problems"]["iter-0"]
+        await asyncio.sleep(0.1)
+        assert keeper.drained == ["sft"]
+        keeper.broken = set()
+        table = await keeper.until(lambda table: not table["problems"])
+        assert not table["engines"]["iter-0"]["app"].endswith(".00000000")
+
+    running = SimpleNamespace(status=ApplicationStatus.RUNNING)
+    follow(run, check, dict.fromkeys(earlier.values(), running))
+
+
+@pytest.mark.parametrize(
+    ("changed", "replaced"),
+    [
+        ({"replicas": 2, "max_replicas": 2}, True),
+        ({"request_timeout_s": 33}, True),
+        ({"engine": {"gpu_memory_utilization": 0.5}}, True),
+        ({"keys": "/other/keys"}, False),
+        ({"models": ["sft"]}, False),
+    ],
+)
+def test_an_engine_is_replaced_for_settings_that_it_reads(run: RunDir, changed: dict[str, Any], replaced: bool) -> None:
+    config = run.config()
+    other = config.model_copy(update={"serving": ServingConfig.model_validate(config.serving.model_dump() | changed)})
+    assert (settings_mark(other) != settings_mark(config)) is replaced
+
+
+def test_in_a_rayservice_the_keeper_is_ready_once_each_first_engine_serves_or_has_failed(run: RunDir) -> None:
+    """KubeRay sends clients to a new cluster when its applications run."""
+
+    async def main() -> None:
+        keeper = SlowKeeper.__new__(SlowKeeper)
+        ready = asyncio.create_task(keeper.__init__(run, holds=True))  # type: ignore[misc]
+        while set(getattr(keeper, "gates", ())) < {"sft", "iter-0"}:
+            await asyncio.sleep(0.05)
+        keeper.broken = {"iter-0"}
+        keeper.let("sft")
+        await keeper.until(lambda table: "sft" in table["engines"])
+        await asyncio.sleep(0.1)
+        assert not ready.done()
+        keeper.let("iter-0")
+        await asyncio.wait_for(ready, 10)
+        assert "iter-0" in (await keeper.table(-1, 0))["problems"]
+
+    asyncio.run(main())
 
 
 def test_an_iterate_that_was_made_again_replaces_its_engine_once_the_new_one_serves(
