@@ -30,7 +30,7 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
         ConfigError: the recipe cannot be read or is wrong; the message lists every problem.
     """
     file = Path(recipe)
-    if file.name == str(recipe) and not file.exists() and (RECIPES / f"{recipe}.yaml").is_file():
+    if file.name == str(recipe) and not file.is_file() and (RECIPES / f"{recipe}.yaml").is_file():
         file = RECIPES / f"{recipe}.yaml"
     try:
         text = file.read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu import check_builds
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
-from spin_ray.runtime.placement import check_fits, demands
+from spin_ray.runtime.placement import demands, room_for
 
 
 def examine(config: SpinConfig, out: str | None, console: Console, *, every_row: bool) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
-    room, memory = largest_card(config), memory_here(config)
-    check_mesh(config, start.model.path, room, find_algorithm(config.algorithm), memory=memory)
+    card, memory = largest_card(config), memory_here(config)
+    check_mesh(config, start.model.path, card, find_algorithm(config.algorithm), memory=memory)
     facts = template_facts(renderer.template)
     shown.print_template(facts, console)
     unopened = unopened_files(start.model.path)
@@ -57,8 +57,8 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     room = _print_room(config, precision, start.model.path, out, console)
     check_builds(config)
     connect(config)
-    check_fits(config)
-    check_on_workers(graders_of(config), config.generation.start_timeout_s)
+    with room_for(config):
+        check_on_workers(graders_of(config), config.generation.start_timeout_s)
     wanted = demands(config)
     for stage, bundles in wanted.items():
         console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")

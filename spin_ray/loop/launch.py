@@ -95,8 +95,8 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     if run.storage.exists("run.json"):
         check_architecture(config, inputs.model.path)
     start = check_recipe(config, inputs, run.date())
-    room, memory = largest_card(config), memory_here(config)
-    check_mesh(config, start.model.path, room, find_algorithm(config.algorithm), memory=memory)
+    card, memory = largest_card(config), memory_here(config)
+    check_mesh(config, start.model.path, card, find_algorithm(config.algorithm), memory=memory)
     _check_room(run, config, start.model.path)
     for finding in start.findings:
         if finding.severity == "warning":

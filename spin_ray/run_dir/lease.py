@@ -28,9 +28,10 @@ class Lease:
     """The right of one driver to change a run.
 
     A lease from this machine is stale once its process is gone; from elsewhere, when not renewed for ``timeout_s``.
+    Entering waits that long for one from elsewhere: a RayJob tries again while the lease of its lost head is fresh.
 
     Raises:
-        RunDirError: on entering, another driver's lease is not stale.
+        RunDirError: on entering, another driver of this machine lives, or one from elsewhere renews its lease.
     """
 
     def __init__(self, storage: Storage, timeout_s: float) -> None:
@@ -51,15 +52,18 @@ class Lease:
         return self
 
     def _take(self) -> None:
+        first, began = None, time.monotonic()
         while True:  # repeated if another driver was faster
             found = self._storage.find(LEASE)
             holder = holder_in(found, f"{self._storage.root}/{LEASE}")
-            if holder is not None and not self._is_stale(holder):
-                raise RunDirError(
-                    f"{self._storage.root}: in use by process {holder['pid']} on {holder['host']} "
-                    f"(lease renewed {time.time() - holder['renewed']:.0f} s ago); "
-                    "wait for it, stop it, or choose another --out"
-                )
+            if holder is not None and not self._is_stale(holder) and time.monotonic() - began < self._timeout_s:
+                if holder["boot"] == _boot_id() or first not in (None, found):
+                    raise RunDirError(f"{self._in_use(holder)}; wait for it, stop it, or choose another --out")
+                if first is None:
+                    logger.warning("%s: waiting up to %.0f s to see if it lives", self._in_use(holder), self._timeout_s)
+                first = found
+                time.sleep(min(1.0, self._timeout_s / 10))
+                continue
             if self._write_over(found):
                 break
         if holder is not None:
@@ -78,6 +82,13 @@ class Lease:
     def storage(self) -> Storage:
         """Storage that makes changes only while the lease is held."""
         return self._storage.fenced(self._token)
+
+    def _in_use(self, holder: dict[str, Any]) -> str:
+        age = time.time() - holder["renewed"]
+        return (
+            f"{self._storage.root}: in use by process {holder['pid']} on {holder['host']} "
+            f"(lease renewed {age:.0f} s ago)"
+        )
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
         if holder["boot"] == _boot_id() and holder["pid"] == os.getpid():

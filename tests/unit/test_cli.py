@@ -272,6 +272,21 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_doctor_asks_the_autoscaler_for_the_nodes_that_it_waits_for_and_gives_them_back(call, monkeypatch, recipe):
+    from spin_ray.loop import doctor
+    from spin_ray.runtime import placement
+
+    asked: list[list[Any]] = []
+    nodes = [{"CPU": 1.0}]
+    monkeypatch.setattr(doctor, "connect", lambda config: None)
+    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: nodes)
+    monkeypatch.setattr(placement, "_ask_autoscaler", asked.append)
+    monkeypatch.setattr(placement.time, "sleep", lambda _: nodes.append({"CPU": 1.0}))
+    code, out, _ = call("doctor", recipe, "--train.workers=2", "--cluster.wait_for_nodes_s=60")
+    assert code == 0 and "ok train: 2 ×" in out
+    assert asked[0] and asked[-1] == []
+
+
 def test_doctor_as_json_is_one_object(call, monkeypatch, recipe):
     from spin_ray.loop import doctor
     from spin_ray.runtime import placement

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from spin_ray.config.load import load_config, override
+from spin_ray.config.sections import ServingConfig
 from spin_ray.runtime.placement import demands, placeable
 from tests.support.paths import ROOT
 
@@ -180,7 +181,20 @@ def test_every_mount_has_its_volume_and_shared_memory_is_big(name: str) -> None:
         for container in template["spec"]["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
         assert volumes["shared"]["persistentVolumeClaim"]["claimName"] in claims
-        assert volumes["shm"]["emptyDir"]["medium"] == "Memory", "/dev/shm of a container is 64 MB otherwise"
+        shared_memory = volumes["shm"]["emptyDir"]
+        assert shared_memory["medium"] == "Memory", "/dev/shm of a container is 64 MB otherwise"
+        assert int(shared_memory["sizeLimit"].removesuffix("Gi")) * 2**30 * 0.9 > 10e9, "Ray has its objects on disk"
+
+
+def test_no_two_manifests_give_their_services_one_name() -> None:
+    """KubeRay names the head's service after the object and changes the selector of one that is there."""
+    names = [each["metadata"]["name"] for name in MANIFESTS for each in objects(name) if each["kind"].startswith("Ray")]
+    assert len(set(names)) == len(names) == len(MANIFESTS)
+
+
+def test_an_old_cluster_stays_for_the_longest_answer() -> None:
+    (service,) = [each for each in objects("rayservice") if each["kind"] == "RayService"]
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] > ServingConfig().request_timeout_s
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

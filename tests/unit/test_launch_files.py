@@ -193,7 +193,7 @@ def test_a_service_builds_what_exists_and_calls_a_command_that_parses(name):
     build = service["build"]
     assert (ROOT / "cluster" / build["context"] / build["dockerfile"]).is_file()
     assert re.search(rf"^ARG {next(iter(build['args']))}=", (ROOT / build["dockerfile"]).read_text(), re.MULTILINE)
-    assert service["shm_size"] == "8gb" and service["cap_drop"] == ["ALL"]
+    assert service["shm_size"] == "12gb" and service["cap_drop"] == ["ALL"]
     program, command, what, *arguments = interpolated(service["command"])
     assert program == "spin-ray" and CliRunner().invoke(cli, [command, "--help"]).exit_code == 0
     overrides = dict(word.removeprefix("--").split("=", 1) for word in arguments if "=" in word)

@@ -69,6 +69,9 @@ def test_recipes_that_come_with_the_package_are_found_by_name_anywhere(tmp_path,
     """A file of that name goes first; a name that is neither is told with those that are."""
     monkeypatch.chdir(tmp_path)
     assert load_config("smoke") == load_config(RECIPES / "smoke.yaml")
+    (tmp_path / "smoke").mkdir()  # RUN, from `--out smoke`
+    assert load_config("smoke") == load_config(RECIPES / "smoke.yaml")
+    (tmp_path / "smoke").rmdir()
     (tmp_path / "smoke").write_text("{}")
     with pytest.raises(ConfigError, match="smoke: model"):
         load_config("smoke")

@@ -116,12 +116,30 @@ def test_setting_the_clock_does_not_make_a_living_driver_look_dead(storage, monk
 
 
 def test_a_lease_of_another_machine_counts_until_its_time_out(storage):
-    write_lease(storage, renewed=time.time() - 57)
-    with pytest.raises(RunDirError, match=r"in use by process 1 on node-7 \(lease renewed 5\d s ago\)"):
-        Lease(storage, timeout_s=60).__enter__()
     write_lease(storage, renewed=time.time() - 61)
     with Lease(storage, timeout_s=60):
         assert holder_of(storage)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("ahead_s", [0, 3600], ids=["its clock is right", "its clock is fast"])
+def test_a_fresh_lease_of_another_machine_is_waited_for_until_it_is_stale(storage, caplog, ahead_s):
+    """The next attempt of a RayJob was refused by the lease of its lost head."""
+    write_lease(storage, renewed=time.time() + ahead_s)
+    began = time.monotonic()
+    with Lease(storage, timeout_s=1):
+        assert holder_of(storage)["pid"] == os.getpid()
+    assert 0.5 < time.monotonic() - began < 10
+    assert "in use by process 1 on node-7" in caplog.text and "waiting up to 1 s to see if it lives" in caplog.text
+
+
+def test_a_driver_of_another_machine_that_renews_its_lease_is_left_alone(storage):
+    write_lease(storage, renewed=time.time() - 2)
+    renewal = threading.Timer(0.3, lambda: write_lease(storage, renewed=time.time()))
+    renewal.start()
+    with pytest.raises(RunDirError, match=r"in use by process 1 on node-7 \(lease renewed \d s ago\); wait for it"):
+        Lease(storage, timeout_s=60).__enter__()
+    renewal.join()
+    assert holder_of(storage)["host"] == "node-7"
 
 
 def test_a_lease_is_renewed_four_times_per_time_out(storage):
