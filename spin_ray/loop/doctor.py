@@ -17,6 +17,7 @@ from spin_ray.planning.hardware import GIB
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.report import doctor as shown
 from spin_ray.report.grading import check_on_workers
+from spin_ray.report.tracking import check_trackers
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu import check_builds
@@ -56,6 +57,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     console.print(f"[green]ok[/] precision {precision}: {reason}")
     room = _print_room(config, precision, start.model.path, out, console)
     check_builds(config)
+    check_trackers(config)
     connect(config)
     with room_for(config):
         check_on_workers(graders_of(config), config.generation.start_timeout_s)

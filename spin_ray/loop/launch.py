@@ -17,6 +17,7 @@ from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.plan import count_rows
 from spin_ray.report.history import evidence_to_stop, read_evaluations
 from spin_ray.report.probe import read_probe, should_stop
+from spin_ray.report.tracking import check_trackers, track_all
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.names import iterate_name, iterate_number
@@ -56,6 +57,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
             run.begin(config, inputs.facts())
             for model in _models(run, config):
                 model.verify()  # a finished run reports damage, too
+            track_all(run, config, iterate_number(run.latest() or "sft"))
             logger.info("%s: nothing left to do", run.storage.root)
         else:
             from spin_ray.loop.driver import spin  # slow: torch and Ray
@@ -94,6 +96,8 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     check_builds(config)
     if run.storage.exists("run.json"):
         check_architecture(config, inputs.model.path)
+    else:
+        check_trackers(config)  # later, a tracker that fails ends no run
     start = check_recipe(config, inputs, run.date())
     card, memory = largest_card(config), memory_here(config)
     check_mesh(config, start.model.path, card, find_algorithm(config.algorithm), memory=memory)

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig, flatten
-from spin_ray.errors import first_line
+from spin_ray.config.sections import WandbConfig
+from spin_ray.errors import ConfigError, first_line
 from spin_ray.report.measures import MEASURES
 from spin_ray.report.redaction import hide
 from spin_ray.run_dir.names import iterate_name
@@ -38,8 +39,48 @@ class Point(NamedTuple):
     value: float
 
 
+def check_trackers(config: SpinConfig) -> None:
+    """Checks that MLflow answers, and that Weights & Biases would not ask for a key.
+
+    Raises:
+        ConfigError: a tracker cannot be used.
+    """
+    uri = config.tracking.mlflow.uri if config.tracking.mlflow else None
+    if uri is not None:
+        try:
+            _mlflow_client(uri).search_experiments(max_results=1)
+        except Exception as error:  # of MLflow, its network or its database
+            reason = first_line(error).strip()
+            raise ConfigError(
+                f"tracking.mlflow.uri: {uri} cannot be used ({reason}); correct it, or start its server"
+            ) from error
+    if config.tracking.wandb:
+        _check_key(config.tracking.wandb)
+
+
+def _check_key(settings: WandbConfig) -> None:
+    import wandb
+
+    if settings.mode == "online" and not wandb.login(prompt=False):
+        raise ConfigError(
+            "tracking.wandb.mode: online needs a key; set WANDB_API_KEY, run `wandb login` first, or set offline"
+        )
+
+
+def track_all(run: RunDir, config: SpinConfig, newest: int) -> None:
+    """Logs the iterates up to ``newest`` that a tracker lacks, as after its settings were corrected."""
+    for iterate in range(newest + 1):
+        _log(run, config, iterate)
+
+
 def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
-    """Logs θ_iterate to each configured tracker that lacks it."""
+    """Logs θ_iterate to each configured tracker that lacks it, and to Prometheus."""
+    _log(run, config, iterate)
+    newest = {point.name: point.value for point in _evaluation_points(run, iterate)}
+    set_gauges(run.storage.name, newest | {"eval/iterate": float(iterate)})
+
+
+def _log(run: RunDir, config: SpinConfig, iterate: int) -> None:
     name, state = iterate_name(iterate), _read_state(run)
     for tracker, log in _trackers(config).items():
         mine = state.setdefault(tracker, {"logged": []})
@@ -52,8 +93,6 @@ def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
             continue
         mine["logged"].append(name)
         run.storage.replace(STATE, json.dumps(state, indent=1).encode())
-    newest = {point.name: point.value for point in _evaluation_points(run, iterate)}
-    set_gauges(run.storage.name, newest | {"eval/iterate": float(iterate)})
 
 
 def points(run: RunDir, iterate: int) -> Iterator[Point]:
@@ -99,14 +138,11 @@ def _log_tensorboard(run: RunDir, config: SpinConfig, found: list[Point], state:
 
 
 def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict[str, Any]) -> dict[str, Any]:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
     settings = config.tracking.mlflow
     assert settings is not None
-    if settings.uri is None:  # MLflow refuses a folder as its store without this
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-    client = MlflowClient(settings.uri or run.storage.path("mlruns").as_uri())
+    client = _mlflow_client(settings.uri or run.storage.path("mlruns").as_uri())
     run_id = state.get("run_id")
     if run_id is None:
         known = client.get_experiment_by_name(settings.experiment)
@@ -122,11 +158,21 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
     return {"run_id": run_id}
 
 
+def _mlflow_client(uri: str | None) -> Any:
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow refuses a folder as its store without this
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own seven make a run wait for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
 def _log_wandb(run: RunDir, config: SpinConfig, found: list[Point], state: dict[str, Any]) -> dict[str, Any]:
     import wandb
 
     settings = config.tracking.wandb
     assert settings is not None
+    _check_key(settings)
     run_id = state.get("run_id") or uuid.uuid4().hex[:8]
     client = wandb.init(
         project=settings.project, id=run_id, name=run.storage.name, mode=settings.mode, resume="allow",

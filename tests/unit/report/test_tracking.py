@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from spin_ray.config.sections import TrackingConfig
+from spin_ray.errors import ConfigError
 from spin_ray.report import tracking
-from spin_ray.report.tracking import points, step_values, track
+from spin_ray.report.tracking import check_trackers, points, step_values, track, track_all
 from tests.support.made_up_run import made_up_run
 
 
@@ -123,6 +124,42 @@ def test_a_tracker_that_fails_is_a_warning_and_is_told_again(run, monkeypatch, c
     monkeypatch.undo()
     track(run, configured(run), 0)
     assert run.storage.exists("tensorboard")
+
+
+@pytest.mark.parametrize(
+    ("trackers", "told"),
+    [
+        (
+            {"mlflow": {"uri": "http://127.0.0.1:9"}},
+            r"tracking\.mlflow\.uri: http://127\.0\.0\.1:9 cannot be used \(.*",
+        ),
+        ({"mlflow": {"uri": "foo://bar"}}, r"tracking\.mlflow\.uri: foo://bar cannot be used \(.*foo://bar"),
+        ({"wandb": {"mode": "online"}}, r"tracking\.wandb\.mode: online needs a key; set WANDB_API_KEY"),
+        ({"wandb": {}, "mlflow": {}}, None),
+    ],
+)
+def test_a_tracker_that_cannot_be_used_is_told_at_the_start(run, monkeypatch, tmp_path, trackers, told):
+    """wandb asked a terminal for the key when the first iterate was published, and waited."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    if told is None:
+        check_trackers(configured(run, **trackers))
+        return
+    with pytest.raises(ConfigError, match=told):
+        check_trackers(configured(run, **trackers))
+
+
+def test_a_folder_of_mlflow_is_used_and_what_a_tracker_lacks_of_a_finished_run_is_logged(run, tmp_path):
+    client = pytest.importorskip("mlflow").MlflowClient
+    config = configured(run, tensorboard=False, mlflow={"uri": str(tmp_path / "elsewhere")})
+    check_trackers(config)
+    track_all(run, config, 2)
+    reader = client(str(tmp_path / "elsewhere"))
+    [found] = reader.search_runs([reader.get_experiment_by_name("spin_ray").experiment_id])
+    assert len(reader.get_metric_history(found.info.run_id, "eval/answer_accuracy")) == 3
 
 
 def test_no_tracker_no_files(run):
