@@ -34,7 +34,8 @@ STOP_MARGIN_S = 10.0
 
 @serve.ingress()
 class Ingress:
-    def __init__(self, run_folder: str, config: SpinConfig, keeper: Any) -> None:
+    async def __init__(self, run_folder: str, config: SpinConfig, keeper: Any) -> None:
+        await keeper.table.remote(-1, 0.0)  # a changed config's first replica would know no model yet
         self._arguments = (run_folder, config, keeper)
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -35,6 +35,29 @@ class Deployed:
     url: str
     key: str
 
+    config: Path
+    """File of ``serve deploy``."""
+
+    def deploy(self) -> None:
+        command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(self.config), "-a", self.head.dashboard]
+        done = subprocess.run(
+            command, env=self.head.variables, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def applications(self) -> dict[str, Any]:
+        """Returns what KubeRay asks for."""
+        asked = httpx.get(f"{self.head.dashboard}/api/serve/applications/", headers=self.head.authorization)
+        return asked.raise_for_status().json()["applications"]
+
+    def replicas(self) -> dict[str, list[str]]:
+        """Returns the states of the replicas of each engine."""
+        return {
+            name: [replica["state"] for each in app["deployments"].values() for replica in each["replicas"]]
+            for name, app in self.applications().items()
+            if name.startswith("engine.sft.")
+        }
+
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=ANSWER_S)
 
@@ -57,12 +80,12 @@ def deployed(own_engines: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with ray_head(environment | {"RAY_metrics_report_interval_ms": "1000"}, cpus=4) as head:
-        deploy = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(folder / "serve.yaml"), "-a", head.dashboard]
-        done = subprocess.run(deploy, env=head.variables, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
         url = f"http://127.0.0.1:{config['http_options']['port']}"
-        until(lambda: httpx.get(f"{url}/readyz").status_code == 200, START_S)
-        yield Deployed(head, run, url, key)
+        deployed = Deployed(head, run, url, key, folder / "serve.yaml")
+        deployed.deploy()
+        until(lambda: {app["status"] for app in deployed.applications().values()} == {"RUNNING"}, START_S)
+        until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 10)  # KubeRay sends clients here now
+        yield deployed
 
 
 def until(look: Callable[[], Found], limit_s: float) -> Found:
@@ -90,15 +113,7 @@ def test_who_has_the_key_is_answered_and_nobody_else(deployed: Deployed) -> None
 
 
 def test_as_many_engines_run_as_the_config_says(deployed: Deployed) -> None:
-    def engines() -> dict[str, str]:
-        found = httpx.get(
-            f"{deployed.head.dashboard}/api/serve/applications/", headers=deployed.head.authorization
-        ).raise_for_status()
-        (app,) = [app for name, app in found.json()["applications"].items() if name.startswith("engine.sft.")]
-        (deployment,) = app["deployments"].values()
-        return {replica["replica_id"]: replica["state"] for replica in deployment["replicas"]}
-
-    assert list(engines().values()) == ["RUNNING", "RUNNING"]
+    assert list(deployed.replicas().values()) == [["RUNNING", "RUNNING"]]
 
 
 @pytest.mark.parametrize(
@@ -150,3 +165,20 @@ def access_lines(folder: Path) -> list[dict[str, Any]]:
     found = [line[line.index('{"method"') :] for text in logs for line in text.splitlines() if '{"method"' in line]
     lines = [json.loads(line) for line in found]
     return [line for line in lines if line["path"] == "/v1/chat/completions"]
+
+
+def test_changed_settings_reach_the_engines_while_clients_are_answered(deployed: Deployed) -> None:
+    """KubeRay puts a changed ``serveConfigV2`` into the same cluster."""
+    (earlier,) = deployed.replicas()
+    config = yaml.safe_load(deployed.config.read_text())
+    config["applications"][0]["args"] |= {"serving.replicas": 1, "serving.request_timeout_s": 33}
+    deployed.config.write_text(yaml.safe_dump(config))
+    deployed.deploy()
+
+    def replaced() -> bool:
+        answer = deployed.client().completions.create(model="sft", prompt="1", max_tokens=1)
+        assert answer.choices
+        engines = deployed.replicas()
+        return earlier not in engines and list(engines.values()) == [["RUNNING"]]
+
+    until(replaced, START_S)
