@@ -24,13 +24,17 @@ LONGEST = ("tests/ray/test_many_nodes.py", "tests/unit/benchmarks/test_gpu_bench
 """Files of minutes. They begin first: one of several processes would be left with them at the end."""
 
 
-ONE_SERVER = frozenset(
+WITH_ENGINES = frozenset(
     f"tests/serving/test_{name}.py"
     for name in (
-        "arena_page", "bad_requests", "compare_command", "fuzz", "lm_eval_at_endpoint", "real_server", "server_stops",
+        "adapters_on_one_engine", "arena_page", "bad_requests", "compare_command", "deployed", "fuzz",
+        "lm_eval_at_endpoint", "real_server", "server_stops",
     )
 )  # fmt: skip
-"""Files whose tests ask one real server: a process that is given one of them is given all, and starts it once."""
+"""Files whose tests ask one real server or start engines beside it: a process that is given one of them is given all.
+
+It starts the server once, and no other process starts engines of serving meanwhile: 24 GiB hold no third pair.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Returns what gives each process whole files, and those of ``ONE_SERVER`` together."""
+    """Returns what gives each process whole files, and those of ``WITH_ENGINES`` together."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -47,7 +51,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class WholeFiles(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "one server" if file in ONE_SERVER else file
+            return "serving" if file in WITH_ENGINES else file
 
     return WholeFiles(config, log)
 

@@ -1,6 +1,5 @@
 """Votes, and one real server for the folder: Ray Serve and vLLM in processes of their own, as a user starts them."""
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -21,14 +20,6 @@ def votes(tmp_path: Path) -> Iterator[VoteStore]:
     store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
     yield store
     store.close()
-
-
-@pytest.fixture(scope="module")
-def own_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Lets one of the workers at a time start engines beside those of ``served``: 24 GiB hold no third pair."""
-    with (tmp_path_factory.getbasetemp().parent / "own_engines.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

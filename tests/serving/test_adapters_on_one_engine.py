@@ -19,7 +19,7 @@ from tests.support.served import START_S, Served, serving
 from tests.support.tiny_runs import make_adapter_run
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("own_engines")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 HALF = "\N{REPLACEMENT CHARACTER}"
 """A last character of which a token is missing; vLLM leaves it out."""
 PROMPTS, TOKENS = ([5, 6, 7, 8], [9, 10, 11]), 16

@@ -12,7 +12,7 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.served import ANSWER_S, Served
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.usefixtures("own_engines")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_a_file_is_compared_as_a_server_compares_it(served: Served, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Deployed:
 
 
 @pytest.fixture(scope="module")
-def deployed(own_engines: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """Deploys ``sft`` on two engines, with one key."""
     folder = tmp_path_factory.mktemp("deployed")
     run = make_run(folder / "run", iterates=0)
