@@ -1,7 +1,7 @@
 """The interface of an algorithm."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import ClassVar
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import Train, name_of
+from spin_ray.errors import DataError
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import refuse_no_answer
 from spin_ray.inputs.model_folder import ModelFolder
@@ -45,6 +46,8 @@ class Turn:
 
 MARGIN_FIELDS = ("loss", "beta", "length_normalised", "sft_weight", "positive_weight", "mu", "keep_identical")
 """Fields of ``objective`` that ``margin_objective``, the pairs' stage and the evaluation read."""
+CHECKED_ROWS = 64
+"""First rows that ``check_rows`` renders."""
 SPIN_FIELDS = (*MARGIN_FIELDS, "window", "reference_alpha")
 
 
@@ -107,6 +110,21 @@ def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str)
     columns = [table["answer_text"].to_pylist() for table in prompts.tables() if "answer_text" in table.column_names]
     if columns:
         refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
+
+
+def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: int = 1) -> None:
+    """Raises DataError if no prompt that ``made`` makes of the first rows leaves room for its response.
+
+    Args:
+        prompts: tokens of each.
+        room: least tokens of a response.
+    """
+    longest = config.model.max_length
+    if prompts and min(prompts) + room > longest:
+        raise DataError(
+            f"{made}: the prompts that it makes of the first {len(prompts)} rows have {min(prompts)} tokens and more, "
+            f"and a response needs {room}, so that none fits model.max_length, {longest}; raise that"
+        )
 
 
 def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ from spin_ray.config.sections import SdftConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, open_renderer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn
+from spin_ray.loop.algorithms.base import CHECKED_ROWS, Algorithm, Turn, refuse_no_room
 from spin_ray.loop.stages import pairs
 from spin_ray.planning.work import IterationWork, Trees, Work, played_rows
 from spin_ray.run_dir.artefact import Artefact, digests
@@ -43,6 +43,13 @@ class Sdft(Algorithm):
             for prompt in (work.prompt, shown)
         )
         return IterationWork(answered=played, trained=own, scored=(teacher,))
+
+    def check_rows(self, run: RunDir, config: SpinConfig) -> None:
+        """Raises DataError if no teacher's prompt of the first rows leaves room for a response."""
+        renderer = open_renderer(run.description()["start_model"], config.model, run.date())
+        first = next(iter(run.prompts.tables())).slice(0, CHECKED_ROWS)
+        prompts = _prompts_of_teacher([first], renderer, _settings(config).demonstration)
+        refuse_no_room([len(ids) for ids in prompts.values() if not isinstance(ids, str)], config, "sdft.demonstration")
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts
@@ -87,7 +94,8 @@ def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
     renderer = open_renderer(str(turn.start.model.path), config.model, run.date())
     with run.stage(target.path) as counted:
         played = pa.concat_tables(table.select(["prompt_id"]) for table in generations.tables())["prompt_id"].unique()
-        prompts = _prompts_of_teacher(run, renderer, template, played)
+        tables = (table.filter(pc.is_in(table["prompt_id"], value_set=played)) for table in run.prompts.tables())
+        prompts = _prompts_of_teacher(tables, renderer, template)
         dropped, entries = Counter[str](), {}
         target.discard_parts()
         for table in pairs.joined(run.prompts, generations, iteration):
@@ -100,12 +108,11 @@ def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
 
 
 def _prompts_of_teacher(
-    run: RunDir, renderer: ChatRenderer, template: str, played: pa.Array
+    tables: Iterable[pa.Table], renderer: ChatRenderer, template: str
 ) -> dict[str, list[int] | str]:
     """Returns the teacher's prompt by prompt id, or the reason why there is none."""
     found: dict[str, list[int] | str] = {}
-    for table in run.prompts.tables():
-        table = table.filter(pc.is_in(table["prompt_id"], value_set=played))
+    for table in tables:
         if not table.num_rows:  # batch_decode would return one text for no rows
             continue
         responses = renderer.tokenizer.batch_decode(table["real_ids"].to_pylist(), skip_special_tokens=True)

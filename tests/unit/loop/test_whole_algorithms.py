@@ -120,6 +120,25 @@ def test_sdft_plays_prompts_of_some_parts_alone(tmp_path: Path, monkeypatch: pyt
     assert run.teacher_rows(0).manifest().rows == run.pairs(0).manifest().rows == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"algorithm": "sdft", "sdft": {"demonstration": "{prompt} {response} " + 999 * "so "}}, "sdft.demonstration"),
+        ({"algorithm": "seft", "reviser": {}, "model": {"max_length": 40}}, "algorithm seft"),
+    ],
+    ids=["sdft", "seft"],
+)
+def test_prompts_that_leave_no_room_for_a_response_are_told_before_anything_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    """They were found after all sampling, SEFT's after its reviser was trained."""
+    with pytest.raises(
+        DataError, match=rf"{told}: the prompts that it makes of the first \d+ rows have \d+ tokens and"
+    ):
+        run_with(tmp_path, monkeypatch, {"data": {"max_quarantine_fraction": 0.5}, **changes})
+    assert not RunDir(Storage(tmp_path / "run")).generations(0).part_names()
+
+
 def logps_at(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0]

@@ -25,6 +25,12 @@ def reviser_prompt(conversation: Conversation, answer: str) -> Conversation:
     return [{"role": "user", "content": f"Question:\n{asked}\n\nAnswer:\n{answer}\n\nRevise: {', '.join(LABELS)}"}]
 
 
+def shortest_prompts(renderer: ChatRenderer, conversations: Iterable[str]) -> list[int]:
+    """Returns the tokens of the reviser's prompts for empty answers, of conversations as JSON text."""
+    prompts = renderer.render_prompts([reviser_prompt(json.loads(each), "") for each in conversations])
+    return [len(ids) for ids in prompts if not isinstance(ids, RenderError)]
+
+
 def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
     """Returns the label of a revision from ``answer`` to ``human``, by token similarity."""
     if answer == human:
