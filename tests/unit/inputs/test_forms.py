@@ -333,6 +333,34 @@ def test_a_wrong_form_says_which_form_is_nearest_and_what_it_lacks(row, message)
 # Messages
 
 
+NUMPYS = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': \"it's\"}]"
+PYTHONS = [
+    str([{"role": "assistant", "content": "b"}]), str([{"content": "it's", "role": "assistant"}]), NUMPYS,
+    str([{"from": "gpt", "value": "b"}]), f"array({NUMPYS}, dtype=object)", " [ {'role': 'user'}]",
+    str({"role": "assistant", "content": "b"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PYTHONS)
+@pytest.mark.parametrize(
+    "columns", [("prompt", "chosen"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
+                ("instruction", "output"), ("instruction", "chosen"), ("question", "chosen")]
+)  # fmt: skip
+def test_messages_as_python_prints_them_are_no_text_of_a_message(columns, text):
+    rows = [dict.fromkeys(columns, "x") | {column: text} for column in columns]
+    for row in (*rows, {"prompt": "x", "chosen": "y", "rejected": text}):
+        with pytest.raises(Unusable) as caught:
+            conversations_of(row, DATA)
+        column = next(name for name, value in row.items() if value == text)
+        assert caught.value.detail.startswith(f"{column}: holds messages as Python's text and not as JSON")
+        assert "write the data as JSON lines" in caught.value.detail
+
+
+@pytest.mark.parametrize("text", ["[{'name': 'Bo', 'role': 'cook'}]", "Use [{'role': 'user'}].", "{'content': 'b'}"])
+def test_python_that_is_no_list_of_messages_is_text(text):
+    assert conversations_of({"prompt": "x", "response": text}, DATA) == [chat("x", text)]
+
+
 def test_a_column_system_may_differ_from_the_message_by_blanks():
     said = [{"role": "system", "content": "Be brief.\n"}, *chat("a", "b")]
     expected = read_row({"messages": said}, DATA).ending_with_real
