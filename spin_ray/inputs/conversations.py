@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -32,13 +32,16 @@ class Found(NamedTuple):
         return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
 
 
-def read_row(content: dict[str, Any] | None, data: DataConfig) -> Found:
+def read_row(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str] = ()) -> Found:
     """Reads a row with a response.
+
+    Args:
+        unread: names of the row's columns that are not in ``content``.
 
     Raises:
         Unusable: there is no response, or chosen and rejected answer different prompts.
     """
-    row, form = _form_of(content, data)
+    row, form = _form_of(content, data, unread)
     messages, worse = form.read(row)
     real = _ending_with_response(_checked(messages, data), data)
     rejected = None
@@ -102,7 +105,9 @@ def answer_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _form_of(content: dict[str, Any] | None, data: DataConfig) -> tuple[dict[str, Any], Form]:
+def _form_of(
+    content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str]
+) -> tuple[dict[str, Any], Form]:
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
@@ -112,7 +117,7 @@ def _form_of(content: dict[str, Any] | None, data: DataConfig) -> tuple[dict[str
     if rejected is not None and "rejected" not in (form.may if form else ()) and data.form is None:
         raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
-        raise Unusable("malformed", no_form(row, data))
+        raise Unusable("malformed", no_form(row, data, unread))
     if is_wanted(row.get("label")) is False:
         raise Unusable("rejected", "label is false: people did not want this response")
     return row, form

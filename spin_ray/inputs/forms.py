@@ -204,10 +204,14 @@ def _with_columns(columns: tuple[str, ...]) -> tuple[Form, ...]:
     return tuple(form for form in FORMS if set(form.needs) <= set(columns))
 
 
-def no_form(row: Iterable[str], data: DataConfig) -> str:
-    """Returns why a row has no form: the nearest form and its missing columns."""
-    has = set(row)
-    if isinstance(row, dict) and (path := _rows_within(row)):
+def no_form(row: Columns, data: DataConfig, unread: Iterable[str] = ()) -> str:
+    """Returns why a row has no form: the nearest form and its missing columns.
+
+    Args:
+        unread: names of the columns that were not read.
+    """
+    has = {*row, *unread}
+    if path := _rows_within(row):
         return f"its rows are inside it; write them alone, one a line: jq -c '{path}' FILE > NEW.jsonl"
     if data.form is not None:
         lacks = [name for name in BY_NAME[data.form].needs if name not in has]
@@ -286,6 +290,8 @@ class Placed(Protocol):
     def origin(self) -> str: ...
     @property
     def content(self) -> Columns | None: ...
+    @property
+    def unread(self) -> tuple[str, ...]: ...
 
 
 def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
@@ -304,7 +310,8 @@ def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
         if form is not None:
             found.setdefault(form.name, row)
         elif strange is None:
-            strange = row.origin, f"{no_form(content, data)} (it has {_and(row.content) or 'no column'})"
+            has = _and([*row.content, *row.unread]) or "no column"
+            strange = row.origin, f"{no_form(content, data, row.unread)} (it has {has})"
     refuse_two_forms({name: (row.origin, shown(row.content)) for name, row in found.items()})
     if not found and strange is not None:
         raise DataError(": ".join(strange))

@@ -330,6 +330,39 @@ def test_a_wrong_form_says_which_form_is_nearest_and_what_it_lacks(row, message)
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "cure"),
+    [
+        (["type", "query", "original_question", "response"], '{prompt: "query"}'),
+        (["problem", "solution", "answer", "source"], '{prompt: "problem", response: "solution"}'),
+        (["problem", "answer", "solution"], '{prompt: "problem", response: "solution"}'),
+        (["query", "answer", "resource", "lang"], '{prompt: "query", response: "answer"}'),
+        (["id", "query", "answers", "tools"], '{prompt: "query", response: "answers"}'),
+        (["solution", "question", "cot", "attempt"], '{prompt: "question", response: "solution"}'),
+        (["system", "user", "assistant"], '{prompt: "user", response: "assistant"}'),
+    ],
+    ids=["MetaMathQA", "NuminaMath 1.5", "DeepScaleR", "CodeFeedback", "xLAM", "s1K", "system, user, assistant"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_every_kind_of_file_without_a_form_gets_the_same_cure(tmp_path, kind, columns, cure):
+    """Of tables only the known columns are read, e.g. ``answer``; the cure names others."""
+    path, table = tmp_path / f"a.{kind}", pa.table({name: ["x"] for name in columns})
+    if kind == "jsonl":
+        path.write_text(json.dumps(dict.fromkeys(columns, "x")) + "\n")
+    elif kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    rows = [row for piece in split([str(path)]) for row in read_slice(piece)]
+    with pytest.raises(DataError) as caught:
+        find_form(rows, DATA)
+    assert f"try data.columns: {cure} (it has " in str(caught.value)
+    assert set(str(caught.value).rpartition("(it has ")[2].rstrip(")").split(", ")) == set(columns)
+    (found,) = prompt_rows.rows_of(rows, task_of())
+    assert isinstance(found, Unusable) and found.detail.endswith(f"try data.columns: {cure}")
+
+
 # Messages
 
 
