@@ -144,6 +144,8 @@ _HINTS = {
     "response": ("output", "outputs", "solution", "completion", "target", "targets", "assistant", "answer", "answers"),
 }
 """Other names of prompt and response, for hints only."""
+_MATERIAL = ("input", "context", "inputs")
+"""Names of a column that belongs to the prompt beside the question, as in Dolly."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns that a text model cannot read."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
@@ -271,14 +273,17 @@ def _hint(has: set[str]) -> dict[str, str]:
     for form in FORMS:
         if all(name in spelt for name in form.needs):
             return {name: spelt[name] for name in (*form.needs, *form.may) if spelt.get(name, name) != name}
-    if {"instruction", "context", "response"} <= spelt.keys():  # Dolly
-        return {"input": spelt["context"], "output": spelt["response"]}
     words = {
         ours: spelt[found]
         for ours, theirs in _HINTS.items()
         if (found := next((name for name in (ours, *theirs) if name in spelt), None))
     }
-    return {ours: theirs for ours, theirs in words.items() if ours != theirs} if len(words) == len(_HINTS) else {}
+    if len(words) < len(_HINTS):
+        return {}
+    rest = [spelt[name] for name in _MATERIAL if name in spelt and spelt[name] not in words.values()]
+    if rest:  # the form prompt_response would leave it out of the prompt
+        words = {"instruction": words["prompt"], "input": rest[0], "output": words["response"]}
+    return {ours: theirs for ours, theirs in words.items() if ours != theirs}
 
 
 def _and(names: Iterable[str]) -> str:

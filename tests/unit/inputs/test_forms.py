@@ -363,6 +363,34 @@ def test_every_kind_of_file_without_a_form_gets_the_same_cure(tmp_path, kind, co
     assert isinstance(found, Unusable) and found.detail.endswith(f"try data.columns: {cure}")
 
 
+@pytest.mark.parametrize(
+    ("columns", "cure"),
+    [
+        (["instruction", "input", "response"], {"output": "response"}),
+        (["instruction", "context", "response", "category"], {"input": "context", "output": "response"}),
+        (["question", "context", "response"], {"instruction": "question", "input": "context", "output": "response"}),
+        (["query", "input", "answer"], {"instruction": "query", "output": "answer"}),
+        (["system", "input", "output"], {"prompt": "input", "response": "output"}),
+    ],
+    ids=["GPTeacher", "Dolly", "question with context", "query with input", "input alone"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_cure_of_a_file_without_a_form_keeps_the_whole_prompt(tmp_path, kind, columns, cure):
+    path, row = tmp_path / f"a.{kind}", {name: f"the {name}" for name in columns}
+    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    pieces = split([str(path)])
+    with pytest.raises(DataError) as caught:
+        find_form([each for piece in pieces for each in read_slice(piece)], DATA)
+    said = ", ".join(f'{ours}: "{theirs}"' for ours, theirs in cure.items())
+    assert f"try data.columns: {{{said}}}" in str(caught.value)
+    (cured,) = (each for piece in pieces for each in read_slice(piece, cure))
+    conversation = conversations_of(cured.content, DataConfig(train="d", columns=cure))[0]
+    asked = "\n\n".join(row[name] for name in ("instruction", "question", "query", "input", "context") if name in row)
+    assert [said["content"] for said in conversation[-2:]] == [asked, row[next(iter(reversed(cure.values())))]]
+
+
 # Messages
 
 
