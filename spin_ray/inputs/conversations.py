@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.answers import MINUS
-from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form
+from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form, why_unasked
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
@@ -114,10 +114,10 @@ def _form_of(
     if (rejected := row.get("rejected")) is not None and row.get("chosen") is None:
         raise Unusable("malformed", "has rejected, but no chosen")
     form = form_of(row, data)
-    if rejected is not None and "rejected" not in (form.may if form else ()) and data.form is None:
-        raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
         raise Unusable("malformed", no_form(row, data, unread))
+    if rejected is not None and "rejected" not in form.may and data.form is None:
+        raise Unusable("malformed", why_unasked(row, unread))
     if is_wanted(row.get("label")) is False:
         raise Unusable("rejected", "label is false: people did not want this response")
     return row, form

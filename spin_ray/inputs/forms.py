@@ -26,7 +26,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt_preferred,
     unpacked_responses,
 )  # fmt: skip
-from spin_ray.inputs.messages import decoded, is_message, unpacked, unread_keys
+from spin_ray.inputs.messages import decoded, is_message, python_text, unpacked, unread_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +218,10 @@ def no_form(row: Columns, data: DataConfig, unread: Iterable[str] = ()) -> str:
     if data.form is not None:
         lacks = [name for name in BY_NAME[data.form].needs if name not in has]
         return f"data.form {data.form} needs {_and(BY_NAME[data.form].needs)}; there is no {_and(lacks)}"
+    if row.get("rejected") is not None and row.get("chosen") is None:
+        return "has rejected, but no chosen"
+    if isinstance(row.get("chosen"), str):
+        return why_unasked(row, unread)
 
     def nearness(form: Form) -> tuple[float, int, bool]:
         return len(has & set(form.needs)) / len(form.needs), len(has & set(form.may)), form.name == "prompt_response"
@@ -230,8 +234,23 @@ def no_form(row: Columns, data: DataConfig, unread: Iterable[str] = ()) -> str:
         return f"{needed}; try data.columns: {{{maps}}}"
     if not known:
         return f"{needed}; data.columns maps names"
-    lacks = [name for name in nearest.needs if name not in has] or nearest.needs
-    return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+    if lacks := [name for name in nearest.needs if name not in has]:
+        return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+    value = row.get(nearest.needs[0])
+    found = "empty" if value is None else f"of type {type(value).__name__} and no list of messages"
+    return f"{needed}; nearest is {nearest.name}, but {nearest.needs[0]} is {found}"
+
+
+def why_unasked(row: Columns, unread: Iterable[str]) -> str:
+    """Returns why ``chosen`` has no prompt, and what may be its prompt."""
+    if python := python_text(row["chosen"], "chosen"):
+        return python
+    spelt = _spelt([*(name for name, value in row.items() if value is not None), *unread])
+    asks = next((spelt[name] for name in ("prompt", *_HINTS["prompt"]) if name in spelt), None)
+    why = "chosen is text, and there is no prompt that it answers"
+    if asks is None or asks in _ASKS:
+        return f"{why}; write the prompt into a column prompt, or chosen and rejected as lists of messages"
+    return f"{why}; try data.columns: {{prompt: {json.dumps(asks, ensure_ascii=False)}}}"
 
 
 def _rows_within(row: Columns) -> str | None:
@@ -268,8 +287,13 @@ def jq_key(key: str) -> str:
     return "." + json.dumps(key, ensure_ascii=False).replace("'", "\\u0027")
 
 
+def _spelt(names: Iterable[str]) -> dict[str, str]:
+    """Returns columns by their names in lower case, without blanks and quotes."""
+    return {name.strip().strip("'\"").lower(): name for name in sorted(names)}
+
+
 def _hint(has: set[str]) -> dict[str, str]:
-    spelt = {name.strip().strip("'\"").lower(): name for name in sorted(has)}
+    spelt = _spelt(has)
     for form in FORMS:
         if all(name in spelt for name in form.needs):
             return {name: spelt[name] for name in (*form.needs, *form.may) if spelt.get(name, name) != name}

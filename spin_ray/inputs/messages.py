@@ -93,14 +93,20 @@ def decoded(value: Any) -> Any:
         return value
 
 
+def python_text(value: Any, column: str) -> str | None:
+    """Returns the fault of messages as Python prints them, as pandas and ``datasets`` write them to CSV; else None."""
+    if not isinstance(value, str) or not _PYTHON.match(value) or not _PYTHON_ROLE.search(value):
+        return None
+    return (
+        f"{column}: holds messages as Python's text and not as JSON ({value.strip()[:20]!r}); write the data as JSON "
+        "lines, with lists of messages"
+    )
+
+
 def refuse_python_text(value: Any, column: str) -> None:
-    """Raises Unusable for messages as Python prints them, as pandas and ``datasets`` write them to CSV."""
-    if isinstance(value, str) and _PYTHON.match(value) and _PYTHON_ROLE.search(value):
-        raise Unusable(
-            "malformed",
-            f"{column}: holds messages as Python's text and not as JSON ({value.strip()[:20]!r}); write the data as "
-            "JSON lines, with lists of messages",
-        )
+    """Raises Unusable for messages as Python prints them."""
+    if fault := python_text(value, column):
+        raise Unusable("malformed", fault)
 
 
 def _zipped(value: dict[str, Any]) -> Any:

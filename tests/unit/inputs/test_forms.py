@@ -391,6 +391,33 @@ def test_the_cure_of_a_file_without_a_form_keeps_the_whole_prompt(tmp_path, kind
     assert [said["content"] for said in conversation[-2:]] == [asked, row[next(iter(reversed(cure.values())))]]
 
 
+HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+ORCA = {"system": "s", "input": "a", "chosen": "b", "rejected": "c", "rationale": "r"}
+UNASKED = "chosen is text, and there is no prompt that it answers; "
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (HH, UNASKED + "write the prompt into a column prompt, or chosen and rejected as lists of messages"),
+        ({"chosen": "b"}, UNASKED + "write the prompt into a column prompt, or chosen"),
+        (ORCA, UNASKED + 'try data.columns: {prompt: "input"}'),
+        ({"query": "a", "chosen": "b", "rejected": "c"}, UNASKED + 'try data.columns: {prompt: "query"}'),
+        ({"prompt": "a", "rejected": "c"}, "has rejected, but no chosen"),
+        (dict.fromkeys(("chosen", "rejected"), str(chat("a", "b"))), "chosen: holds messages as Python's text and not"),
+        ({"messages": None, "id": 1}, "nearest is messages, but messages is empty"),
+        ({"chosen": 5}, "nearest is chosen_rejected, but chosen is of type int and no list of messages"),
+    ],
+)
+def test_a_row_that_has_the_columns_of_a_form_is_not_said_to_lack_them(row, reason):
+    with pytest.raises(DataError) as caught:
+        find_form([at(1, **row)], DATA)
+    (found,) = prompt_rows.rows_of([at(1, **row)], task_of())
+    assert isinstance(found, Unusable)
+    for said in (str(caught.value), found.detail):
+        assert reason in said and "lacks" not in said
+
+
 # Messages
 
 
