@@ -146,6 +146,8 @@ _HINTS = {
 """Other names of prompt and response, for hints only."""
 _MATERIAL = ("input", "context", "inputs")
 """Names of a column that belongs to the prompt beside the question, as in Dolly."""
+EXPLANATIONS = ("solution", "rationale", "reasoning", "explanation", "thought", "thinking")
+"""Columns whose text leads to a question's answer."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns that a text model cannot read."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
@@ -251,6 +253,23 @@ def why_unasked(row: Columns, unread: Iterable[str]) -> str:
     if asks is None or asks in _ASKS:
         return f"{why}; write the prompt into a column prompt, or chosen and rejected as lists of messages"
     return f"{why}; try data.columns: {{prompt: {json.dumps(asks, ensure_ascii=False)}}}"
+
+
+def why_short(row: Columns, form: Form, data: DataConfig) -> str | None:
+    """Returns why the answer to a question is no response: a longer explanation stands beside it, as in LIMO."""
+    if form.name != "question_answer" or data.form is not None:
+        return None
+    least, spelt = len(str(row["answer"])), _spelt(row)
+    found = (spelt[name] for name in EXPLANATIONS if name in spelt)
+    longer = next((name for name in found if isinstance(row[name], str) and len(row[name]) > least), None)
+    if longer is None:
+        return None
+    asks = data.columns.get("question", "question")
+    cure = f"{{prompt: {json.dumps(asks, ensure_ascii=False)}, response: {json.dumps(longer, ensure_ascii=False)}}}"
+    return (
+        f"answer would be the response, and {longer}, which is longer, would not be read; to learn {longer}, set "
+        f"data.columns: {cure}; to learn answer alone, data.form: question_answer"
+    )
 
 
 def _rows_within(row: Columns) -> str | None:

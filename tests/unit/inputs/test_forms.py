@@ -418,6 +418,32 @@ def test_a_row_that_has_the_columns_of_a_form_is_not_said_to_lack_them(row, reas
         assert reason in said and "lacks" not in said
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("longer", ["solution", "rationale", "reasoning", "explanation", "thought", "Solution"])
+def test_a_short_answer_beside_its_solution_is_no_response_until_the_recipe_says_so(tmp_path, kind, longer):
+    path, row = tmp_path / f"a.{kind}", {"question": "2 + 2?", longer: "2 + 2 = 4", "answer": "4"}
+    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+
+    def read(**data):
+        (content,) = (row for piece in split([str(path)]) for row in read_slice(piece, data.get("columns")))
+        return read_row(content.content, DataConfig(train="d", **data), content.unread)
+
+    cure = {"prompt": "question", "response": longer}
+    with pytest.raises(Unusable) as caught:
+        read()
+    assert f'data.columns: {{prompt: "question", response: "{longer}"}}' in caught.value.detail
+    assert (read(columns=cure).ending_with_real, read(columns=cure).row["answer"]) == ([chat("2 + 2?", row[longer])], "4")
+    assert read(form="question_answer").ending_with_real == [chat("2 + 2?", "4")]
+
+
+@pytest.mark.parametrize("beside", [{}, {"solution": "4"}, {"solution": None}, {"solution": ["a long list"]}])
+def test_an_answer_without_a_longer_solution_is_a_response(beside):
+    assert conversations_of({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"} | beside, DATA)
+    assert conversations_of({"prompt": "2 + 2?", "response": "4", "solution": "2 + 2 = 4", "answer": "4"}, DATA)
+
+
 # Messages
 
 
