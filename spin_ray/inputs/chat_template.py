@@ -14,6 +14,7 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
 from spin_ray.inputs.losses import Losses, Tools
+from spin_ray.inputs.messages import REASONING
 from spin_ray.inputs.templates import Skeletons
 from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
 
@@ -65,6 +66,8 @@ class ChatTemplate:
         self._refuse_unread_kwargs()
         self._written_keys: dict[tuple[str, str], bool] = {}
         self._takes_parsed_arguments: bool | None = None
+        self._key_of_thoughts = REASONING[0]
+        self._key_of_thoughts = self._find_key_of_thoughts()
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         self.opening: Opening | None = None
@@ -159,8 +162,30 @@ class ChatTemplate:
         if self.opening:
             (texts,) = self.write_all([messages], [tools])
             return [] if isinstance(texts, RenderError) else self._encode("".join(texts))
-        found = self._tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **self._variables())
+        named = self._with_named_thoughts(messages)
+        found = self._tokenizer.apply_chat_template(named, tools=tools, return_dict=True, **self._variables())
         return list(found["input_ids"])
+
+    def _find_key_of_thoughts(self) -> str:
+        """Returns the message key whose thought the template writes, e.g. ``thinking`` for gpt-oss."""
+        default = REASONING[0]
+        if self.names(default):
+            return default
+        asked = {"role": "user", "content": "?"}
+        for key in REASONING:
+            text = self.ask([asked, {"role": "assistant", "content": "!", key: _PROBE}], False) if self.names(key) else ""
+            if _PROBE in (text or ""):
+                return key
+        return default
+
+    def _with_named_thoughts(self, messages: Conversation) -> Conversation:
+        """Gives thoughts the key that the template reads."""
+        named = self._key_of_thoughts
+        if named == REASONING[0] or not any(REASONING[0] in message for message in messages):
+            return messages
+        return [
+            {(named if key == REASONING[0] else key): value for key, value in message.items()} for message in messages
+        ]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -212,7 +237,8 @@ class ChatTemplate:
             return RenderError("it has tools, which its chat template does not write")
         for message in messages:
             for key in message if len(message) > 2 else ():
-                if key in ("tool_calls", "reasoning_content") and not self.names(key):
+                named = self._key_of_thoughts if key == REASONING[0] else key
+                if key in ("tool_calls", REASONING[0]) and not self.names(named):
                     return RenderError(f"a message has {key}, which its chat template does not write")
         lost = self._losses.find(messages, tools, add_generation_prompt)
         return RenderError(lost) if lost else None
@@ -289,12 +315,11 @@ class ChatTemplate:
         if len(conversations) > 1 and any(offers):
             each = zip(conversations, offers, strict=True)
             return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer])]
-        variables = self._variables()
+        variables, named = self._variables(), [self._with_named_thoughts(each) for each in conversations]
         try:
             return self._tokenizer.apply_chat_template(
-                conversations, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt,
-                **variables,
-            )  # fmt: skip
+                named, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
         except Exception as error:  # a template may raise anything
             if len(conversations) == 1:
                 said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"

@@ -9,8 +9,10 @@ import pytest
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError
+from spin_ray.inputs.check import FirstConversation, check_token_ids
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import find_in_rows, find_in_template
+from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
 from tests.support.tokenizer_kinds import tokenizer_of_kind
 
@@ -124,6 +126,20 @@ def test_thoughts_of_the_data_are_learnt():
     assert "<think>\nadd\n</think>\n\n42" in renderer.tokenizer.decode(
         assert_ids_of_transformers(renderer, row).real_ids
     )
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
+@pytest.mark.parametrize("given", ["reasoning_content", "thinking"])
+def test_a_thought_is_written_under_the_key_that_the_template_reads(key, given):
+    """gpt-oss's template reads ``thinking``; a template may have a variable of that name as well."""
+    template = PLAIN.replace("m['content']", "('<thought>' + m.KEY + '</thought>' if m.KEY else '') + m['content']")
+    renderer = renderer_of("{% if thinking %}{% endif %}" + template.replace("KEY", key))
+    row = said("42", **{given: "add"})
+    rendered = renderer.render(parse_messages(row))
+    whole = renderer.tokenizer.apply_chat_template(said("42", **{key: "add"}), tokenize=True)["input_ids"]
+    assert rendered.prompt_ids + rendered.real_ids == whole
+    assert check_token_ids(renderer, [FirstConversation("f:1", parse_messages(row), None)]) == 1
+    assert "<thought>add</thought>42" in renderer.tokenizer.decode(rendered.real_ids)
 
 
 def test_thoughts_for_a_prompt_that_has_closed_them_are_an_error():
