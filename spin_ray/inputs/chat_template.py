@@ -66,6 +66,7 @@ class ChatTemplate:
         self._refuse_unread_kwargs()
         self._written_keys: dict[tuple[str, str], bool] = {}
         self._takes_parsed_arguments: bool | None = None
+        self._losses = Losses(self.ask)
         self._key_of_thoughts = REASONING[0]
         self._key_of_thoughts = self._find_key_of_thoughts()
         added = tokenizer.added_tokens_decoder.items()
@@ -88,7 +89,6 @@ class ChatTemplate:
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
         """Text with which most prompts end."""
         self._skeletons = Skeletons.of(self.source, self.ask)
-        self._losses = Losses(self.ask)
 
     def write_prompts(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[str | RenderError]:
         """Writes conversations up to where the assistant speaks."""
@@ -277,17 +277,8 @@ class ChatTemplate:
         return {**self.kwargs, "strftime_now": self.date.strftime}
 
     def _end_turn(self, prompt: str, rest: str, said: Mapping[str, Any]) -> tuple[str, str] | RenderError:
-        end_of_thought = ends_a_thought(said.get("content") or "")
-        if end_of_thought and end_of_thought not in rest:
-            return RenderError(
-                f"its chat template takes the thought that ends with {end_of_thought} out of the response; set "
-                "model.chat_template to a file that keeps it"
-            )
-        if end_of_thought and not all(part in rest for part in parts_around(end_of_thought, said["content"])):
-            return RenderError(f"its chat template leaves out part of the response, around {end_of_thought}")
-        thought = said.get("reasoning_content")
-        if isinstance(thought, str) and thought.strip() not in rest:
-            return RenderError("its chat template leaves reasoning_content out of the response")
+        if lost := _lost_thought(rest, said):
+            return lost
         if not self.writes_end_of_turn:
             return prompt, rest
         response, end, _ = rest.partition(self.end_of_turn)
@@ -378,13 +369,18 @@ class ChatTemplate:
 
     def would_write(self, messages: Conversation, tools: Tools, kwargs: Mapping[str, Any]) -> bool:
         """Tells whether the conversation could be trained on with other template variables."""
-        given = self.kwargs
-        self.kwargs = {**given, **kwargs}
+        given, losses = self.kwargs, self._losses
+        self.kwargs, self._losses = {**given, **kwargs}, Losses(self.ask)
         try:
-            texts = _split(*self._apply([messages[:-1]], True, [tools]), *self._apply([messages], False, [tools]))
+            said = self.in_its_form(messages)
+            if self._find_unwritten(said, tools, False):
+                return False
+            texts = _split(*self._apply([said[:-1]], True, [tools]), *self._apply([said], False, [tools]))
+        except RenderError:
+            return False
         finally:
-            self.kwargs = given
-        return not isinstance(texts, RenderError)
+            self.kwargs, self._losses = given, losses
+        return not isinstance(texts, RenderError) and _lost_thought(texts[1], said[-1]) is None
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:
         found = any_of(self.added_ids).search(tail)
@@ -393,6 +389,22 @@ class ChatTemplate:
         if self._tokenizer.eos_token_id is None:
             raise ModelError(f"{self._name}: neither its chat template nor its tokenizer marks the end of a turn")
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token, False
+
+
+def _lost_thought(rest: str, said: Mapping[str, Any]) -> RenderError | None:
+    """Returns an error if ``rest``, which follows the prompt, lacks a thought of the response."""
+    end_of_thought = ends_a_thought(said.get("content") or "")
+    if end_of_thought and end_of_thought not in rest:
+        return RenderError(
+            f"its chat template takes the thought that ends with {end_of_thought} out of the response; set "
+            "model.chat_template to a file that keeps it"
+        )
+    if end_of_thought and not all(part in rest for part in parts_around(end_of_thought, said["content"])):
+        return RenderError(f"its chat template leaves out part of the response, around {end_of_thought}")
+    thought = said.get("reasoning_content")
+    if isinstance(thought, str) and thought.strip() not in rest:
+        return RenderError("its chat template leaves reasoning_content out of the response")
+    return None
 
 
 def _without_thought(opening: Opening) -> RenderError:

@@ -149,6 +149,29 @@ def test_thoughts_for_a_prompt_that_has_closed_them_are_an_error():
     assert "set model.chat_template_kwargs: {enable_thinking: true}" in finding.sentence
 
 
+SWITCHED = "{% if enable_thinking %}{% endif %}"
+CALLS = SWITCHED + TOOLS.replace("ARGUMENTS", "call.function.arguments | tojson")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "tools", "reason"),
+    [
+        (CALLS, called("city=Rome"), [WEATHER], "the arguments of get_weather are not JSON"),
+        (SWITCHED + PLAIN, said("42"), [WEATHER], "it has tools, which its chat template does not write"),
+        (SWITCHED + PLAIN, said("42", reasoning_content="hm"), None, "has reasoning_content, which its chat template"),
+        (CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:0]"), called({"city": "Rome"}), [WEATHER],
+         "its chat template leaves out call 1 of tool_calls"),
+        (SWITCHED + "{% set x = 'reasoning_content' %}" + PLAIN, said("42", reasoning_content="hm"), None,
+         "its chat template leaves reasoning_content out"),
+        (SWITCHED + PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]"), said("<think>hm</think>42"),
+         None, "takes the thought that ends with </think> out"),
+    ],
+)  # fmt: skip
+def test_a_switch_of_thoughts_is_proposed_only_if_it_cures_the_row(template, row, tools, reason):
+    (finding,) = find_in_rows(renderer_of(template), [(row, tools)] * 3, "d.jsonl")
+    assert reason in finding.sentence and "chat_template_kwargs" not in finding.sentence
+
+
 def test_a_prompt_that_opens_a_thought_names_the_switch_that_cures_it():
     template = PLAIN.replace("assistant\n' }}", "assistant\n' }}{% if thinking is not defined %}<think>{% endif %}")
     (finding,) = find_in_rows(renderer_of(template), [(said("42"), None)], "d.jsonl")
