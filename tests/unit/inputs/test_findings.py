@@ -84,7 +84,12 @@ def test_every_render_of_a_run_writes_the_runs_date():
 
 @pytest.mark.parametrize(
     "asked", ["\n\nHuman: Why?\n\nAssistant:", "### Instruction:\nWhy?\n\n### Response:\n", "<|im_start|>user\nWhy?",
-              "[INST] Why? [/INST]"]
+              "[INST] Why? [/INST]", "USER: Why?\nASSISTANT:", "A chat with an AI.\n\nUSER: Why? ASSISTANT: ",
+              "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
+              "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n", "[|Human|] Why?\n[|AI|]",
+              "<\uff5cUser\uff5c>Why?<\uff5cAssistant\uff5c>", "<\uff5cUser\uff5c>Why?<\uff5cAssistant\uff5c><think>\n",
+              "<|start|>assistant",
+              "GPT4 Correct User: Why?<|end_of_turn|>GPT4 Correct Assistant:"]
 )  # fmt: skip
 def test_prompts_that_are_rendered_already_are_told(asked):
     rows = [([{"role": "user", "content": asked}, *said("So.")[1:]], None)] * 3
@@ -206,6 +211,20 @@ def test_arguments_are_passed_as_the_template_takes_them(written, arguments):
     assert "tool\n20 degrees<|im_end|>" in text and '"parameters"' in text
     if ("tojson" in written) == isinstance(arguments, dict):
         assert_ids_of_transformers(renderer, called(arguments), [WEATHER])
+
+
+def test_tools_that_stand_in_the_system_message_too_are_told():
+    renderer = renderer_of(TOOLS.replace("ARGUMENTS", "''"))
+
+    def found(system: str, *tools: Any) -> list[str]:
+        row = [{"role": "system", "content": system}, *said("x")], [*tools]
+        return [finding.sentence for finding in find_in_rows(renderer, [row] * 2, "d.jsonl")]
+
+    system = f"You may call <tools>{json.dumps([WEATHER])}</tools>."
+    (sentence,) = found(system, WEATHER)
+    assert "2 of the first 2 rows with tools list them in the system message, too" in sentence
+    other = {"type": "function", "function": {"name": "get_time", "parameters": {}}}
+    assert not found("Call get_weather.", WEATHER) and not found(system) and not found(system, WEATHER, other)
 
 
 def test_no_call_and_no_tool_makes_a_control_token():
