@@ -173,7 +173,9 @@ class ChatTemplate:
             return default
         asked = {"role": "user", "content": "?"}
         for key in REASONING:
-            text = self.ask([asked, {"role": "assistant", "content": "!", key: _PROBE}], False) if self.names(key) else ""
+            text = (
+                self.ask([asked, {"role": "assistant", "content": "!", key: _PROBE}], False) if self.names(key) else ""
+            )
             if _PROBE in (text or ""):
                 return key
         return default

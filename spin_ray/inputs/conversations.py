@@ -105,9 +105,7 @@ def answer_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _form_of(
-    content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str]
-) -> tuple[dict[str, Any], Form]:
+def _form_of(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str]) -> tuple[dict[str, Any], Form]:
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)

@@ -1,7 +1,7 @@
 """Rows of columnar files: Parquet, and Arrow as ``datasets`` saves it."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa

@@ -434,7 +434,10 @@ def test_a_short_answer_beside_its_solution_is_no_response_until_the_recipe_says
     with pytest.raises(Unusable) as caught:
         read()
     assert f'data.columns: {{prompt: "question", response: "{longer}"}}' in caught.value.detail
-    assert (read(columns=cure).ending_with_real, read(columns=cure).row["answer"]) == ([chat("2 + 2?", row[longer])], "4")
+    assert (read(columns=cure).ending_with_real, read(columns=cure).row["answer"]) == (
+        [chat("2 + 2?", row[longer])],
+        "4",
+    )
     assert read(form="question_answer").ending_with_real == [chat("2 + 2?", "4")]
 
 
