@@ -14,6 +14,7 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
 from spin_ray.inputs.losses import Losses, Tools
+from spin_ray.inputs.messages import REASONING
 from spin_ray.inputs.templates import Skeletons
 from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
 
@@ -65,6 +66,9 @@ class ChatTemplate:
         self._refuse_unread_kwargs()
         self._written_keys: dict[tuple[str, str], bool] = {}
         self._takes_parsed_arguments: bool | None = None
+        self._losses = Losses(self.ask)
+        self._key_of_thoughts = REASONING[0]
+        self._key_of_thoughts = self._find_key_of_thoughts()
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         self.opening: Opening | None = None
@@ -85,7 +89,6 @@ class ChatTemplate:
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
         """Text with which most prompts end."""
         self._skeletons = Skeletons.of(self.source, self.ask)
-        self._losses = Losses(self.ask)
 
     def write_prompts(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[str | RenderError]:
         """Writes conversations up to where the assistant speaks."""
@@ -159,8 +162,32 @@ class ChatTemplate:
         if self.opening:
             (texts,) = self.write_all([messages], [tools])
             return [] if isinstance(texts, RenderError) else self._encode("".join(texts))
-        found = self._tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **self._variables())
+        named = self._with_named_thoughts(messages)
+        found = self._tokenizer.apply_chat_template(named, tools=tools, return_dict=True, **self._variables())
         return list(found["input_ids"])
+
+    def _find_key_of_thoughts(self) -> str:
+        """Returns the message key whose thought the template writes, e.g. ``thinking`` for gpt-oss."""
+        default = REASONING[0]
+        if self.names(default):
+            return default
+        asked = {"role": "user", "content": "?"}
+        for key in REASONING:
+            text = (
+                self.ask([asked, {"role": "assistant", "content": "!", key: _PROBE}], False) if self.names(key) else ""
+            )
+            if _PROBE in (text or ""):
+                return key
+        return default
+
+    def _with_named_thoughts(self, messages: Conversation) -> Conversation:
+        """Gives thoughts the key that the template reads."""
+        named = self._key_of_thoughts
+        if named == REASONING[0] or not any(REASONING[0] in message for message in messages):
+            return messages
+        return [
+            {(named if key == REASONING[0] else key): value for key, value in message.items()} for message in messages
+        ]
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -212,7 +239,8 @@ class ChatTemplate:
             return RenderError("it has tools, which its chat template does not write")
         for message in messages:
             for key in message if len(message) > 2 else ():
-                if key in ("tool_calls", "reasoning_content") and not self.names(key):
+                named = self._key_of_thoughts if key == REASONING[0] else key
+                if key in ("tool_calls", REASONING[0]) and not self.names(named):
                     return RenderError(f"a message has {key}, which its chat template does not write")
         lost = self._losses.find(messages, tools, add_generation_prompt)
         return RenderError(lost) if lost else None
@@ -251,17 +279,8 @@ class ChatTemplate:
         return {**self.kwargs, "strftime_now": self.date.strftime}
 
     def _end_turn(self, prompt: str, rest: str, said: Mapping[str, Any]) -> tuple[str, str] | RenderError:
-        end_of_thought = ends_a_thought(said.get("content") or "")
-        if end_of_thought and end_of_thought not in rest:
-            return RenderError(
-                f"its chat template takes the thought that ends with {end_of_thought} out of the response; set "
-                "model.chat_template to a file that keeps it"
-            )
-        if end_of_thought and not all(part in rest for part in parts_around(end_of_thought, said["content"])):
-            return RenderError(f"its chat template leaves out part of the response, around {end_of_thought}")
-        thought = said.get("reasoning_content")
-        if isinstance(thought, str) and thought.strip() not in rest:
-            return RenderError("its chat template leaves reasoning_content out of the response")
+        if lost := _lost_thought(rest, said):
+            return lost
         if not self.writes_end_of_turn:
             return prompt, rest
         response, end, _ = rest.partition(self.end_of_turn)
@@ -289,12 +308,11 @@ class ChatTemplate:
         if len(conversations) > 1 and any(offers):
             each = zip(conversations, offers, strict=True)
             return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer])]
-        variables = self._variables()
+        variables, named = self._variables(), [self._with_named_thoughts(each) for each in conversations]
         try:
             return self._tokenizer.apply_chat_template(
-                conversations, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt,
-                **variables,
-            )  # fmt: skip
+                named, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            )
         except Exception as error:  # a template may raise anything
             if len(conversations) == 1:
                 said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
@@ -353,13 +371,18 @@ class ChatTemplate:
 
     def would_write(self, messages: Conversation, tools: Tools, kwargs: Mapping[str, Any]) -> bool:
         """Tells whether the conversation could be trained on with other template variables."""
-        given = self.kwargs
-        self.kwargs = {**given, **kwargs}
+        given, losses = self.kwargs, self._losses
+        self.kwargs, self._losses = {**given, **kwargs}, Losses(self.ask)
         try:
-            texts = _split(*self._apply([messages[:-1]], True, [tools]), *self._apply([messages], False, [tools]))
+            said = self.in_its_form(messages)
+            if self._find_unwritten(said, tools, False):
+                return False
+            texts = _split(*self._apply([said[:-1]], True, [tools]), *self._apply([said], False, [tools]))
+        except RenderError:
+            return False
         finally:
-            self.kwargs = given
-        return not isinstance(texts, RenderError)
+            self.kwargs, self._losses = given, losses
+        return not isinstance(texts, RenderError) and _lost_thought(texts[1], said[-1]) is None
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:
         found = any_of(self.added_ids).search(tail)
@@ -368,6 +391,22 @@ class ChatTemplate:
         if self._tokenizer.eos_token_id is None:
             raise ModelError(f"{self._name}: neither its chat template nor its tokenizer marks the end of a turn")
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token, False
+
+
+def _lost_thought(rest: str, said: Mapping[str, Any]) -> RenderError | None:
+    """Returns an error if ``rest``, which follows the prompt, lacks a thought of the response."""
+    end_of_thought = ends_a_thought(said.get("content") or "")
+    if end_of_thought and end_of_thought not in rest:
+        return RenderError(
+            f"its chat template takes the thought that ends with {end_of_thought} out of the response; set "
+            "model.chat_template to a file that keeps it"
+        )
+    if end_of_thought and not all(part in rest for part in parts_around(end_of_thought, said["content"])):
+        return RenderError(f"its chat template leaves out part of the response, around {end_of_thought}")
+    thought = said.get("reasoning_content")
+    if isinstance(thought, str) and thought.strip() not in rest:
+        return RenderError("its chat template leaves reasoning_content out of the response")
+    return None
 
 
 def _without_thought(opening: Opening) -> RenderError:

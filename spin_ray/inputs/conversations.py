@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.answers import MINUS
-from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form
+from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form, why_short, why_unasked
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
@@ -32,13 +32,16 @@ class Found(NamedTuple):
         return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
 
 
-def read_row(content: dict[str, Any] | None, data: DataConfig) -> Found:
+def read_row(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str] = ()) -> Found:
     """Reads a row with a response.
+
+    Args:
+        unread: names of the row's columns that are not in ``content``.
 
     Raises:
         Unusable: there is no response, or chosen and rejected answer different prompts.
     """
-    row, form = _form_of(content, data)
+    row, form = _form_of(content, data, unread)
     messages, worse = form.read(row)
     real = _ending_with_response(_checked(messages, data), data)
     rejected = None
@@ -102,17 +105,19 @@ def answer_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _form_of(content: dict[str, Any] | None, data: DataConfig) -> tuple[dict[str, Any], Form]:
+def _form_of(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str]) -> tuple[dict[str, Any], Form]:
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
     if (rejected := row.get("rejected")) is not None and row.get("chosen") is None:
         raise Unusable("malformed", "has rejected, but no chosen")
     form = form_of(row, data)
-    if rejected is not None and "rejected" not in (form.may if form else ()) and data.form is None:
-        raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
-        raise Unusable("malformed", no_form(row, data))
+        raise Unusable("malformed", no_form(row, data, unread))
+    if rejected is not None and "rejected" not in form.may and data.form is None:
+        raise Unusable("malformed", why_unasked(row, unread))
+    if short := why_short(row, form, data):
+        raise Unusable("malformed", short)
     if is_wanted(row.get("label")) is False:
         raise Unusable("rejected", "label is false: people did not want this response")
     return row, form

@@ -11,6 +11,7 @@ from spin_ray.inputs.messages import (
     is_message,
     listed,
     parse_messages,
+    refuse_python_text,
     spoken,
     unpacked,
 )  # fmt: skip
@@ -54,6 +55,7 @@ def unpacked_responses(prompt: Any, response: Any, worse: Any) -> tuple[Any, Any
 
 def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:
     if isinstance(value, str):
+        refuse_python_text(value, column)
         return [spoken(role, value, start, column)]
     if is_message(value):
         return parse_messages([value], start)
@@ -95,6 +97,7 @@ def _instructed(row: Columns) -> list[Message]:
     asked, extra = row["instruction"], row.get("input")
     if not isinstance(asked, str) or not isinstance(extra, str | None):
         raise Unusable("malformed", "instruction and input must be text")
+    refuse_python_text(asked, "instruction")
     if extra and extra.strip():
         asked = f"{asked}\n\n{extra}" if asked.strip() else extra
     before = []

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
-from spin_ray.inputs.conversations import Conversation
+from spin_ray.inputs.conversations import Conversation, Message
 from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.thoughts import SWITCHES, opened_by, thought_of
 
@@ -18,7 +18,10 @@ _BLANKS = {
     "line breaks at its end": f"{_PROBE}\n\n",
 }
 _TRANSCRIPT = re.compile(
-    r"(?:^\s*Human:.*\nAssistant:|### (?:Response|Assistant):?|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*$",
+    r"(?:^\s*Human:.*\nAssistant:|\bUSER:.*\bASSISTANT:|\bGPT4 Correct Assistant:|### (?:Response|Assistant):?"
+    r"|\[/INST\]|\[\|AI\|\]|<\|(?:im_start|start)\|>assistant|<\|start_of_role\|>assistant<\|end_of_role\|>"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|assistant\|>|<\uff5cAssistant\uff5c>"
+    r"|<\|CHATBOT_TOKEN\|>)\s*(?:<think>\s*)?$",
     re.DOTALL,
 )
 """A prompt that is rendered already. ``Assistant:`` alone proves nothing: few-shot prompts end with it, too."""
@@ -126,6 +129,7 @@ def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tool
     findings = [
         _find_thoughts(renderer, [text for text in written if not isinstance(text, RenderError)], source),
         _find_transcripts(renderer, [messages[:-1] for messages, _ in rows], source),
+        _find_tools_twice(rows, source),
     ]
     return [finding for finding in findings if finding]
 
@@ -141,6 +145,27 @@ def _find_transcripts(renderer: ChatRenderer, prompts: Sequence[Conversation], s
         f"{rendered[0][:40]!r}…), and the chat template writes its own marks around them; give the bare text, or "
         "messages",
         "warning",
+    )
+
+
+def _find_tools_twice(rows: Sequence[tuple[Conversation, Tools]], source: str) -> Finding | None:
+    """Returns a warning for rows whose system message has the tools that the template writes, as Hermes' have."""
+    offered = [(messages, tools) for messages, tools in rows if tools]
+    twice = [messages for messages, tools in offered if _lists_tools(messages[0], tools or [])]
+    if not twice or len(twice) < len(offered) / 2:
+        return None
+    return Finding(
+        f"{source}: {len(twice)} of the first {len(offered)} rows with tools list them in the system message, too, and "
+        "the chat template writes them again; take them out of the message, or drop the column tools",
+        "warning",
+    )
+
+
+def _lists_tools(message: Message, tools: list[dict[str, Any]]) -> bool:
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    names = [str(each.get("name")) for each in functions if isinstance(each, dict)]
+    return message["role"] in ("system", "developer") and all(
+        re.search(rf"""["']name["']\s*:\s*["']{re.escape(name)}["']""", message["content"]) for name in names
     )
 
 

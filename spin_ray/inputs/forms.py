@@ -26,7 +26,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt_preferred,
     unpacked_responses,
 )  # fmt: skip
-from spin_ray.inputs.messages import decoded, is_message, unpacked, unread_keys
+from spin_ray.inputs.messages import decoded, is_message, python_text, unpacked, unread_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +144,10 @@ _HINTS = {
     "response": ("output", "outputs", "solution", "completion", "target", "targets", "assistant", "answer", "answers"),
 }
 """Other names of prompt and response, for hints only."""
+_MATERIAL = ("input", "context", "inputs")
+"""Names of a column that belongs to the prompt beside the question, as in Dolly."""
+EXPLANATIONS = ("solution", "rationale", "reasoning", "explanation", "thought", "thinking")
+"""Columns whose text leads to a question's answer."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns that a text model cannot read."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
@@ -204,14 +208,22 @@ def _with_columns(columns: tuple[str, ...]) -> tuple[Form, ...]:
     return tuple(form for form in FORMS if set(form.needs) <= set(columns))
 
 
-def no_form(row: Iterable[str], data: DataConfig) -> str:
-    """Returns why a row has no form: the nearest form and its missing columns."""
-    has = set(row)
-    if isinstance(row, dict) and (path := _rows_within(row)):
+def no_form(row: Columns, data: DataConfig, unread: Iterable[str] = ()) -> str:
+    """Returns why a row has no form: the nearest form and its missing columns.
+
+    Args:
+        unread: names of the columns that were not read.
+    """
+    has = {*row, *unread}
+    if path := _rows_within(row):
         return f"its rows are inside it; write them alone, one a line: jq -c '{path}' FILE > NEW.jsonl"
     if data.form is not None:
         lacks = [name for name in BY_NAME[data.form].needs if name not in has]
         return f"data.form {data.form} needs {_and(BY_NAME[data.form].needs)}; there is no {_and(lacks)}"
+    if row.get("rejected") is not None and row.get("chosen") is None:
+        return "has rejected, but no chosen"
+    if isinstance(row.get("chosen"), str):
+        return why_unasked(row, unread)
 
     def nearness(form: Form) -> tuple[float, int, bool]:
         return len(has & set(form.needs)) / len(form.needs), len(has & set(form.may)), form.name == "prompt_response"
@@ -224,8 +236,40 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
         return f"{needed}; try data.columns: {{{maps}}}"
     if not known:
         return f"{needed}; data.columns maps names"
-    lacks = [name for name in nearest.needs if name not in has] or nearest.needs
-    return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+    if lacks := [name for name in nearest.needs if name not in has]:
+        return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+    value = row.get(nearest.needs[0])
+    found = "empty" if value is None else f"of type {type(value).__name__} and no list of messages"
+    return f"{needed}; nearest is {nearest.name}, but {nearest.needs[0]} is {found}"
+
+
+def why_unasked(row: Columns, unread: Iterable[str]) -> str:
+    """Returns why ``chosen`` has no prompt, and what may be its prompt."""
+    if python := python_text(row["chosen"], "chosen"):
+        return python
+    spelt = _spelt([*(name for name, value in row.items() if value is not None), *unread])
+    asks = next((spelt[name] for name in ("prompt", *_HINTS["prompt"]) if name in spelt), None)
+    why = "chosen is text, and there is no prompt that it answers"
+    if asks is None or asks in _ASKS:
+        return f"{why}; write the prompt into a column prompt, or chosen and rejected as lists of messages"
+    return f"{why}; try data.columns: {{prompt: {json.dumps(asks, ensure_ascii=False)}}}"
+
+
+def why_short(row: Columns, form: Form, data: DataConfig) -> str | None:
+    """Returns why the answer to a question is no response: a longer explanation stands beside it, as in LIMO."""
+    if form.name != "question_answer" or data.form is not None:
+        return None
+    least, spelt = len(str(row["answer"])), _spelt(row)
+    found = (spelt[name] for name in EXPLANATIONS if name in spelt)
+    longer = next((name for name in found if isinstance(row[name], str) and len(row[name]) > least), None)
+    if longer is None:
+        return None
+    asks = data.columns.get("question", "question")
+    cure = f"{{prompt: {json.dumps(asks, ensure_ascii=False)}, response: {json.dumps(longer, ensure_ascii=False)}}}"
+    return (
+        f"answer would be the response, and {longer}, which is longer, would not be read; to learn {longer}, set "
+        f"data.columns: {cure}; to learn answer alone, data.form: question_answer"
+    )
 
 
 def _rows_within(row: Columns) -> str | None:
@@ -262,19 +306,27 @@ def jq_key(key: str) -> str:
     return "." + json.dumps(key, ensure_ascii=False).replace("'", "\\u0027")
 
 
+def _spelt(names: Iterable[str]) -> dict[str, str]:
+    """Returns columns by their names in lower case, without blanks and quotes."""
+    return {name.strip().strip("'\"").lower(): name for name in sorted(names)}
+
+
 def _hint(has: set[str]) -> dict[str, str]:
-    spelt = {name.strip().strip("'\"").lower(): name for name in sorted(has)}
+    spelt = _spelt(has)
     for form in FORMS:
         if all(name in spelt for name in form.needs):
             return {name: spelt[name] for name in (*form.needs, *form.may) if spelt.get(name, name) != name}
-    if {"instruction", "context", "response"} <= spelt.keys():  # Dolly
-        return {"input": spelt["context"], "output": spelt["response"]}
     words = {
         ours: spelt[found]
         for ours, theirs in _HINTS.items()
         if (found := next((name for name in (ours, *theirs) if name in spelt), None))
     }
-    return {ours: theirs for ours, theirs in words.items() if ours != theirs} if len(words) == len(_HINTS) else {}
+    if len(words) < len(_HINTS):
+        return {}
+    rest = [spelt[name] for name in _MATERIAL if name in spelt and spelt[name] not in words.values()]
+    if rest:  # the form prompt_response would leave it out of the prompt
+        words = {"instruction": words["prompt"], "input": rest[0], "output": words["response"]}
+    return {ours: theirs for ours, theirs in words.items() if ours != theirs}
 
 
 def _and(names: Iterable[str]) -> str:
@@ -286,6 +338,8 @@ class Placed(Protocol):
     def origin(self) -> str: ...
     @property
     def content(self) -> Columns | None: ...
+    @property
+    def unread(self) -> tuple[str, ...]: ...
 
 
 def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
@@ -304,7 +358,8 @@ def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
         if form is not None:
             found.setdefault(form.name, row)
         elif strange is None:
-            strange = row.origin, f"{no_form(content, data)} (it has {_and(row.content) or 'no column'})"
+            has = _and([*row.content, *row.unread]) or "no column"
+            strange = row.origin, f"{no_form(content, data, row.unread)} (it has {has})"
     refuse_two_forms({name: (row.origin, shown(row.content)) for name, row in found.items()})
     if not found and strange is not None:
         raise DataError(": ".join(strange))

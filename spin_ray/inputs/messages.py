@@ -1,6 +1,7 @@
 """Messages of data files -> messages with the roles and keys of chat templates."""
 
 import json
+import re
 from typing import Any
 
 Message = dict[str, Any]
@@ -30,6 +31,8 @@ _READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
 _SAID = {"content", "value", "tool_calls"}
 _SHARED = {"human": "user", "gpt": "assistant", "system": "system"}
 _PLAIN = ("user", "assistant", "system")
+_PYTHON = re.compile(r"\s*(?:array\(\s*)?\[?\s*\{\s*'")
+_PYTHON_ROLE = re.compile(rf"'(?:role|from)':\s*'(?:{'|'.join(ROLES)})'", re.IGNORECASE)
 
 
 class Unlearnt(dict[str, Any]):
@@ -88,6 +91,22 @@ def decoded(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def python_text(value: Any, column: str) -> str | None:
+    """Returns the fault of messages as Python prints them, as pandas and ``datasets`` write them to CSV; else None."""
+    if not isinstance(value, str) or not _PYTHON.match(value) or not _PYTHON_ROLE.search(value):
+        return None
+    return (
+        f"{column}: holds messages as Python's text and not as JSON ({value.strip()[:20]!r}); write the data as JSON "
+        "lines, with lists of messages"
+    )
+
+
+def refuse_python_text(value: Any, column: str) -> None:
+    """Raises Unusable for messages as Python prints them."""
+    if fault := python_text(value, column):
+        raise Unusable("malformed", fault)
 
 
 def _zipped(value: dict[str, Any]) -> Any:

@@ -135,7 +135,10 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
     if source.content is None:
         return Unusable("malformed", source.fault)
     try:
-        found = (read_row if task.labelled else question_of)(source.content, task.data)
+        if task.labelled:
+            found = read_row(source.content, task.data, source.unread)
+        else:
+            found = question_of(source.content, task.data)
         if found.tools and not task.takes_tools:
             raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
         _refuse_media(source, found)

@@ -91,15 +91,45 @@ def _refuse_columns_of_folders(files: list[str], folder: str, source: str) -> No
 
 
 def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:
-    splits: dict[str, str] = {}
-    for file in files:
-        if found := [*_SPLIT.finditer(_below(file, folder))]:
-            splits.setdefault(str(found[-1].lastgroup), found[-1][0])  # the word closest to the file's end
-    if len(splits) > 1:
-        raise DataError(
-            f"{source}: holds files of several splits ({', '.join(sorted(splits))}); name one by its folder, or by a "
-            f"glob such as {source.rstrip('/')}/**/*{splits[min({'train'} & splits.keys() or splits)]}*"
-        )
+    parts: dict[str, dict[str, list[str]]] = {}
+    words: dict[str, str] = {}
+    for file in sorted(files):
+        below = _below(file, folder)
+        if found := [*_SPLIT.finditer(below)]:
+            last = found[-1]  # the word closest to the file's end
+            split = str(last.lastgroup)
+            words.setdefault(split, last[0])
+            parts.setdefault(split, {}).setdefault(_part_of(below, last.end()), []).append(below)
+    if len(parts) < 2:
+        return
+    of_split = parts[min({"train"} & parts.keys() or parts)]
+    part = min(of_split, key=lambda name: ("sft" not in name, name))
+    several = f" in several configurations ({', '.join(each[1:] for each in of_split)})" if len(of_split) > 1 else ""
+    raise DataError(
+        f"{source}: holds files of several splits ({', '.join(sorted(words))}){several}; name one, e.g. "
+        f"{source.rstrip('/')}{_glob_of(part, of_split[part])}"
+    )
+
+
+def _part_of(below: str, end: int) -> str:
+    """Returns the folder that names a split, or the file's path without suffix and number: one configuration's files.
+
+    Args:
+        end: end of the split's word.
+    """
+    if "/" in below[end:]:
+        return below[: below.index("/", end)]
+    suffix = max((each for each in SUFFIXES if below.lower().endswith(each)), key=len)
+    return below[: max(end, len(_SHARD.sub("", below[: -len(suffix)])))]
+
+
+def _glob_of(part: str, files: list[str]) -> str:
+    if files[0].startswith(f"{part}/"):
+        return part
+    if len(files) == 1:
+        return files[0]
+    signs = {file[len(part)] for file in files}
+    return part + (f"{min(signs)}*" if len(signs) == 1 and signs <= {*"-_. "} else "*")
 
 
 def _inside(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
@@ -174,6 +204,7 @@ _SPLIT = re.compile(
     re.IGNORECASE,
 )
 """A split's word that no letter touches: digits, signs and blanks part words, as they do for ``datasets``."""
+_SHARD = re.compile(r"[-_. ]?\d+(?:[-_]of[-_]\d+(?:-\w+)?)?$")
 _BESIDE = re.compile(r"/[._]")
 """Beginning of hidden names and of programs' own names."""
 

@@ -1,7 +1,7 @@
 """Rows of columnar files: Parquet, and Arrow as ``datasets`` saves it."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.files import Slice, SourceRow, filesystem, kind_of, other_kind
-from spin_ray.inputs.forms import COLUMNS, MEDIA, OTHER_NAMES
+from spin_ray.inputs.forms import COLUMNS, EXPLANATIONS, MEDIA, OTHER_NAMES
 
 _ALL = 2**31
 _ROWS, _ROWS_OF_MEDIA = 2**16, 128
@@ -50,7 +50,7 @@ def read_table(piece: Slice, columns: Mapping[str, str]) -> Iterator[SourceRow]:
     if kind_of(piece.uri) == ".parquet":
         file = _parquet(piece.uri)
         names = file.schema_arrow.names
-        wanted = _wanted(file.schema_arrow, columns.values(), piece.uri)
+        wanted = _wanted(file.schema_arrow, columns, piece.uri)
         first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
         leaves = _media_leaves(file.schema, {*names} - {*wanted})
@@ -63,18 +63,20 @@ def read_table(piece: Slice, columns: Mapping[str, str]) -> Iterator[SourceRow]:
             return
         if number >= piece.start:
             names = batch.schema.names
-            wanted = _wanted(batch.schema, columns.values(), piece.uri)
+            wanted = _wanted(batch.schema, columns, piece.uri)
             media = [name for name in names if name in MEDIA and name not in wanted]
             yield from _rows(piece.uri, iter([batch.select([*wanted, *media])]), names, wanted, first, columns)
         first += batch.num_rows
 
 
-def _wanted(schema: pa.Schema, columns: Iterable[str], uri: str) -> list[str]:
+def _wanted(schema: pa.Schema, columns: Mapping[str, str], uri: str) -> list[str]:
     """Returns the known columns; without any, those that Python can hold, for a hint."""
     names = schema.names
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{uri}: has the column {twice} twice")
-    known = {*COLUMNS, *OTHER_NAMES, *columns}
+    known = {*COLUMNS, *OTHER_NAMES, *columns.values()}
+    if {"question", "answer"} <= ({*names} - {*columns.values()}) | {*columns}:
+        known |= {it.name for it in schema if it.name.lower() in EXPLANATIONS and not pa.types.is_nested(it.type)}
     return [name for name in names if name in known] or [
         field.name for field in schema if not any(pa.types.is_nested(kind) for kind in _key_types(field.type))
     ]

@@ -90,7 +90,7 @@ def print_survey(found: Survey, console: Console) -> None:
             f"   {found.leaked:,} rows are held out, too, and are not trained on (data.keep_leaks: true keeps them)",
         )
     if found.ignored:
-        _line(console, "   not read: " + ", ".join(f"{name} ({count:,} rows)" for name, count in found.ignored.items()))
+        _line(console, f"   {not_read(found)}")
     if found.skipped:
         _line(console, f"   {len(found.skipped):,} files are no data and not read, first {found.skipped[0]}")
     for reason, refusal in found.first.items():
@@ -102,6 +102,11 @@ def print_survey(found: Survey, console: Console) -> None:
         )
         for line in histogram(found.lengths):
             _line(console, f"   {line}")
+
+
+def not_read(found: Survey) -> str:
+    """Returns the columns and keys that are not read, with their rows."""
+    return "not read: " + ", ".join(f"{name} ({count:,} rows)" for name, count in found.ignored.items())
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:

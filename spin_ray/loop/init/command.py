@@ -21,7 +21,7 @@ from spin_ray.loop.init.look import Look, Machines, find_machines, heldout_besid
 from spin_ray.loop.init.settings import Setting, Settings, flattened, tree_of
 from spin_ray.loop.init.text import recipe_text
 from spin_ray.planning.run_cost import Phase
-from spin_ray.report.doctor import histogram
+from spin_ray.report.doctor import histogram, not_read
 from spin_ray.run_dir.events import exact_duration
 
 Ask = Callable[[str, str | None], str]
@@ -182,6 +182,8 @@ def _print(options: Options, seen: Look, machines: Machines, foreign: Foreign | 
     for found in seen.train:
         form = ", ".join(found.forms)
         console.print(f"[green]ok[/] data {found.source}: form {form}, {found.usable:,} of {found.read:,} rows usable")
+        if found.ignored:
+            console.print(f"   {not_read(found)}", markup=False, highlight=False, soft_wrap=True)
         for line in histogram(found.lengths):
             console.print(f"   {line}", markup=False, highlight=False)
     for note in (*seen.notes, machines.note):

@@ -262,7 +262,7 @@ def test_a_folder_of_several_splits_is_refused_and_one_of_them_taken(tmp_path):
     for name in ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "data/train_2.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(ROW)
-    with pytest.raises(UserError, match=r"several splits \(test, train\); name one .*/\*\*/\*train\*$"):
+    with pytest.raises(UserError, match=r"several splits \(test, train\); name one, e\.g\. .*/data/train\*$"):
         find_files(str(tmp_path))
     assert [Path(file).name for file in find_files(f"{tmp_path}/**/train*")] == [
         "train-00000-of-00001.jsonl",
@@ -300,8 +300,34 @@ def written(folder: Path, names: tuple[str, ...]) -> Path:
 def test_files_of_two_splits_are_not_joined(tmp_path, names):
     with pytest.raises(UserError, match="several splits") as caught:
         find_files(str(written(tmp_path, names)))
-    glob = str(caught.value).rpartition(" ")[2]
-    assert "/" in names[0] or [Path(file).stem for file in find_files(glob)] == [names[0]]
+    proposed = str(caught.value).partition("e.g. ")[2]
+    assert find_files(proposed) == [str(tmp_path / f"{names[0]}.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "taken"),
+    [
+        (["main/train-0", "main/test-0", "socratic/train-0"], "main/train, socratic/train", ["main/train-0"]),
+        (["main/train-0", "main/train-1", "main/test-0", "more/train-0"], "main/train, more/train",
+         ["main/train-0", "main/train-1"]),
+        (["data/train_gen-00000-of-00002", "data/train_gen-00001-of-00002", "data/train_sft-00000-of-00002-ab1",
+          "data/train_sft-00001-of-00002-ab2", "data/train_prefs", "data/test_sft-00000-of-00001"],
+         "data/train_gen, data/train_prefs, data/train_sft",
+         ["data/train_sft-00000-of-00002-ab1", "data/train_sft-00001-of-00002-ab2"]),
+        (["a/train/0", "a/train/1", "a/test/0", "b/train/0"], "a/train, b/train", ["a/train/0", "a/train/1"]),
+        (["train", "train_hard", "test"], "train, train_hard", ["train"]),
+    ],
+    ids=["GSM8K", "numbers", "UltraFeedback", "folders", "words"],
+)  # fmt: skip
+def test_the_proposed_files_of_a_split_are_those_of_one_configuration(tmp_path, names, said, taken):
+    for name in names:
+        (tmp_path / f"{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(ROW)
+    with pytest.raises(UserError, match="several splits") as caught:
+        find_files(str(tmp_path))
+    assert f"in several configurations ({said})" in str(caught.value)
+    proposed = str(caught.value).partition("e.g. ")[2]
+    assert find_files(proposed) == [str(tmp_path / f"{name}.jsonl") for name in taken]
 
 
 @pytest.mark.parametrize("names", [("train", "latest"), ("train", "contest"), ("train", "device"), ("a", "protest_1"),

@@ -9,8 +9,10 @@ import pytest
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError
+from spin_ray.inputs.check import FirstConversation, check_token_ids
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import find_in_rows, find_in_template
+from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
 from tests.support.tokenizer_kinds import tokenizer_of_kind
 
@@ -82,7 +84,12 @@ def test_every_render_of_a_run_writes_the_runs_date():
 
 @pytest.mark.parametrize(
     "asked", ["\n\nHuman: Why?\n\nAssistant:", "### Instruction:\nWhy?\n\n### Response:\n", "<|im_start|>user\nWhy?",
-              "[INST] Why? [/INST]"]
+              "[INST] Why? [/INST]", "USER: Why?\nASSISTANT:", "A chat with an AI.\n\nUSER: Why? ASSISTANT: ",
+              "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
+              "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n", "[|Human|] Why?\n[|AI|]",
+              "<\uff5cUser\uff5c>Why?<\uff5cAssistant\uff5c>", "<\uff5cUser\uff5c>Why?<\uff5cAssistant\uff5c><think>\n",
+              "<|start|>assistant",
+              "GPT4 Correct User: Why?<|end_of_turn|>GPT4 Correct Assistant:"]
 )  # fmt: skip
 def test_prompts_that_are_rendered_already_are_told(asked):
     rows = [([{"role": "user", "content": asked}, *said("So.")[1:]], None)] * 3
@@ -126,11 +133,48 @@ def test_thoughts_of_the_data_are_learnt():
     )
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
+@pytest.mark.parametrize("given", ["reasoning_content", "thinking"])
+def test_a_thought_is_written_under_the_key_that_the_template_reads(key, given):
+    """gpt-oss's template reads ``thinking``; a template may have a variable of that name as well."""
+    template = PLAIN.replace("m['content']", "('<thought>' + m.KEY + '</thought>' if m.KEY else '') + m['content']")
+    renderer = renderer_of("{% if thinking %}{% endif %}" + template.replace("KEY", key))
+    row = said("42", **{given: "add"})
+    rendered = renderer.render(parse_messages(row))
+    whole = renderer.tokenizer.apply_chat_template(said("42", **{key: "add"}), tokenize=True)["input_ids"]
+    assert rendered.prompt_ids + rendered.real_ids == whole
+    assert check_token_ids(renderer, [FirstConversation("f:1", parse_messages(row), None)]) == 1
+    assert "<thought>add</thought>42" in renderer.tokenizer.decode(rendered.real_ids)
+
+
 def test_thoughts_for_a_prompt_that_has_closed_them_are_an_error():
     renderer = renderer_of(THINKING, enable_thinking=False)
     (finding,) = find_in_rows(renderer, [(said("42", reasoning_content="add"), None)], "d.jsonl")
     assert "can write none of the first 1 rows" in finding.sentence
     assert "set model.chat_template_kwargs: {enable_thinking: true}" in finding.sentence
+
+
+SWITCHED = "{% if enable_thinking %}{% endif %}"
+CALLS = SWITCHED + TOOLS.replace("ARGUMENTS", "call.function.arguments | tojson")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "tools", "reason"),
+    [
+        (CALLS, called("city=Rome"), [WEATHER], "the arguments of get_weather are not JSON"),
+        (SWITCHED + PLAIN, said("42"), [WEATHER], "it has tools, which its chat template does not write"),
+        (SWITCHED + PLAIN, said("42", reasoning_content="hm"), None, "has reasoning_content, which its chat template"),
+        (CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:0]"), called({"city": "Rome"}), [WEATHER],
+         "its chat template leaves out call 1 of tool_calls"),
+        (SWITCHED + "{% set x = 'reasoning_content' %}" + PLAIN, said("42", reasoning_content="hm"), None,
+         "its chat template leaves reasoning_content out"),
+        (SWITCHED + PLAIN.replace("m['content']", "m['content'].split('</think>')[-1]"), said("<think>hm</think>42"),
+         None, "takes the thought that ends with </think> out"),
+    ],
+)  # fmt: skip
+def test_a_switch_of_thoughts_is_proposed_only_if_it_cures_the_row(template, row, tools, reason):
+    (finding,) = find_in_rows(renderer_of(template), [(row, tools)] * 3, "d.jsonl")
+    assert reason in finding.sentence and "chat_template_kwargs" not in finding.sentence
 
 
 def test_a_prompt_that_opens_a_thought_names_the_switch_that_cures_it():
@@ -167,6 +211,20 @@ def test_arguments_are_passed_as_the_template_takes_them(written, arguments):
     assert "tool\n20 degrees<|im_end|>" in text and '"parameters"' in text
     if ("tojson" in written) == isinstance(arguments, dict):
         assert_ids_of_transformers(renderer, called(arguments), [WEATHER])
+
+
+def test_tools_that_stand_in_the_system_message_too_are_told():
+    renderer = renderer_of(TOOLS.replace("ARGUMENTS", "''"))
+
+    def found(system: str, *tools: Any) -> list[str]:
+        row = [{"role": "system", "content": system}, *said("x")], [*tools]
+        return [finding.sentence for finding in find_in_rows(renderer, [row] * 2, "d.jsonl")]
+
+    system = f"You may call <tools>{json.dumps([WEATHER])}</tools>."
+    (sentence,) = found(system, WEATHER)
+    assert "2 of the first 2 rows with tools list them in the system message, too" in sentence
+    other = {"type": "function", "function": {"name": "get_time", "parameters": {}}}
+    assert not found("Call get_weather.", WEATHER) and not found(system) and not found(system, WEATHER, other)
 
 
 def test_no_call_and_no_tool_makes_a_control_token():

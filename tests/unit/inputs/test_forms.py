@@ -330,7 +330,152 @@ def test_a_wrong_form_says_which_form_is_nearest_and_what_it_lacks(row, message)
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "cure"),
+    [
+        (["type", "query", "original_question", "response"], '{prompt: "query"}'),
+        (["problem", "solution", "answer", "source"], '{prompt: "problem", response: "solution"}'),
+        (["problem", "answer", "solution"], '{prompt: "problem", response: "solution"}'),
+        (["query", "answer", "resource", "lang"], '{prompt: "query", response: "answer"}'),
+        (["id", "query", "answers", "tools"], '{prompt: "query", response: "answers"}'),
+        (["solution", "question", "cot", "attempt"], '{prompt: "question", response: "solution"}'),
+        (["system", "user", "assistant"], '{prompt: "user", response: "assistant"}'),
+    ],
+    ids=["MetaMathQA", "NuminaMath 1.5", "DeepScaleR", "CodeFeedback", "xLAM", "s1K", "system, user, assistant"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_every_kind_of_file_without_a_form_gets_the_same_cure(tmp_path, kind, columns, cure):
+    """Of tables only the known columns are read, e.g. ``answer``; the cure names others."""
+    path, table = tmp_path / f"a.{kind}", pa.table({name: ["x"] for name in columns})
+    if kind == "jsonl":
+        path.write_text(json.dumps(dict.fromkeys(columns, "x")) + "\n")
+    elif kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    rows = [row for piece in split([str(path)]) for row in read_slice(piece)]
+    with pytest.raises(DataError) as caught:
+        find_form(rows, DATA)
+    assert f"try data.columns: {cure} (it has " in str(caught.value)
+    assert set(str(caught.value).rpartition("(it has ")[2].rstrip(")").split(", ")) == set(columns)
+    (found,) = prompt_rows.rows_of(rows, task_of())
+    assert isinstance(found, Unusable) and found.detail.endswith(f"try data.columns: {cure}")
+
+
+@pytest.mark.parametrize(
+    ("columns", "cure"),
+    [
+        (["instruction", "input", "response"], {"output": "response"}),
+        (["instruction", "context", "response", "category"], {"input": "context", "output": "response"}),
+        (["question", "context", "response"], {"instruction": "question", "input": "context", "output": "response"}),
+        (["query", "input", "answer"], {"instruction": "query", "output": "answer"}),
+        (["system", "input", "output"], {"prompt": "input", "response": "output"}),
+    ],
+    ids=["GPTeacher", "Dolly", "question with context", "query with input", "input alone"],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_cure_of_a_file_without_a_form_keeps_the_whole_prompt(tmp_path, kind, columns, cure):
+    path, row = tmp_path / f"a.{kind}", {name: f"the {name}" for name in columns}
+    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    pieces = split([str(path)])
+    with pytest.raises(DataError) as caught:
+        find_form([each for piece in pieces for each in read_slice(piece)], DATA)
+    said = ", ".join(f'{ours}: "{theirs}"' for ours, theirs in cure.items())
+    assert f"try data.columns: {{{said}}}" in str(caught.value)
+    (cured,) = (each for piece in pieces for each in read_slice(piece, cure))
+    conversation = conversations_of(cured.content, DataConfig(train="d", columns=cure))[0]
+    asked = "\n\n".join(row[name] for name in ("instruction", "question", "query", "input", "context") if name in row)
+    assert [said["content"] for said in conversation[-2:]] == [asked, row[next(iter(reversed(cure.values())))]]
+
+
+HH = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+ORCA = {"system": "s", "input": "a", "chosen": "b", "rejected": "c", "rationale": "r"}
+UNASKED = "chosen is text, and there is no prompt that it answers; "
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (HH, UNASKED + "write the prompt into a column prompt, or chosen and rejected as lists of messages"),
+        ({"chosen": "b"}, UNASKED + "write the prompt into a column prompt, or chosen"),
+        (ORCA, UNASKED + 'try data.columns: {prompt: "input"}'),
+        ({"query": "a", "chosen": "b", "rejected": "c"}, UNASKED + 'try data.columns: {prompt: "query"}'),
+        ({"prompt": "a", "rejected": "c"}, "has rejected, but no chosen"),
+        (dict.fromkeys(("chosen", "rejected"), str(chat("a", "b"))), "chosen: holds messages as Python's text and not"),
+        ({"messages": None, "id": 1}, "nearest is messages, but messages is empty"),
+        ({"chosen": 5}, "nearest is chosen_rejected, but chosen is of type int and no list of messages"),
+    ],
+)
+def test_a_row_that_has_the_columns_of_a_form_is_not_said_to_lack_them(row, reason):
+    with pytest.raises(DataError) as caught:
+        find_form([at(1, **row)], DATA)
+    (found,) = prompt_rows.rows_of([at(1, **row)], task_of())
+    assert isinstance(found, Unusable)
+    for said in (str(caught.value), found.detail):
+        assert reason in said and "lacks" not in said
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("longer", ["solution", "rationale", "reasoning", "explanation", "thought", "Solution"])
+def test_a_short_answer_beside_its_solution_is_no_response_until_the_recipe_says_so(tmp_path, kind, longer):
+    path, row = tmp_path / f"a.{kind}", {"question": "2 + 2?", longer: "2 + 2 = 4", "answer": "4"}
+    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+
+    def read(**data):
+        (content,) = (row for piece in split([str(path)]) for row in read_slice(piece, data.get("columns")))
+        return read_row(content.content, DataConfig(train="d", **data), content.unread)
+
+    cure = {"prompt": "question", "response": longer}
+    with pytest.raises(Unusable) as caught:
+        read()
+    assert f'data.columns: {{prompt: "question", response: "{longer}"}}' in caught.value.detail
+    assert (read(columns=cure).ending_with_real, read(columns=cure).row["answer"]) == (
+        [chat("2 + 2?", row[longer])],
+        "4",
+    )
+    assert read(form="question_answer").ending_with_real == [chat("2 + 2?", "4")]
+
+
+@pytest.mark.parametrize("beside", [{}, {"solution": "4"}, {"solution": None}, {"solution": ["a long list"]}])
+def test_an_answer_without_a_longer_solution_is_a_response(beside):
+    assert conversations_of({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"} | beside, DATA)
+    assert conversations_of({"prompt": "2 + 2?", "response": "4", "solution": "2 + 2 = 4", "answer": "4"}, DATA)
+
+
 # Messages
+
+
+NUMPYS = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': \"it's\"}]"
+PYTHONS = [
+    str([{"role": "assistant", "content": "b"}]), str([{"content": "it's", "role": "assistant"}]), NUMPYS,
+    str([{"from": "gpt", "value": "b"}]), f"array({NUMPYS}, dtype=object)", " [ {'role': 'user'}]",
+    str({"role": "assistant", "content": "b"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PYTHONS)
+@pytest.mark.parametrize(
+    "columns", [("prompt", "chosen"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
+                ("instruction", "output"), ("instruction", "chosen"), ("question", "chosen")]
+)  # fmt: skip
+def test_messages_as_python_prints_them_are_no_text_of_a_message(columns, text):
+    rows = [dict.fromkeys(columns, "x") | {column: text} for column in columns]
+    for row in (*rows, {"prompt": "x", "chosen": "y", "rejected": text}):
+        with pytest.raises(Unusable) as caught:
+            conversations_of(row, DATA)
+        column = next(name for name, value in row.items() if value == text)
+        assert caught.value.detail.startswith(f"{column}: holds messages as Python's text and not as JSON")
+        assert "write the data as JSON lines" in caught.value.detail
+
+
+@pytest.mark.parametrize("text", ["[{'name': 'Bo', 'role': 'cook'}]", "Use [{'role': 'user'}].", "{'content': 'b'}"])
+def test_python_that_is_no_list_of_messages_is_text(text):
+    assert conversations_of({"prompt": "x", "response": text}, DATA) == [chat("x", text)]
 
 
 def test_a_column_system_may_differ_from_the_message_by_blanks():

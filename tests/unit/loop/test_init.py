@@ -59,6 +59,14 @@ def test_a_recipe_of_this_machine_s_model_and_data_is_written_and_read(tmp_path)
     assert "exists" in str(init(recipe, *HERE).exception), "a recipe is never written over"
 
 
+def test_columns_that_are_not_read_are_listed(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{n} + 1", "context": "c", "response": "{n + 1}"}}\n' for n in range(40)))
+    result = init(tmp_path / "mine.yaml", "--model", "embedded:tiny-llama", "--data", rows, "--gpu", "none")
+    assert result.exit_code == 0, result.output
+    assert "not read: context (40 rows)" in result.output
+
+
 def test_a_foreign_config_becomes_a_recipe_and_says_once_what_is_not_carried_over(tmp_path):
     source, recipe = tmp_path / "sft.yaml", tmp_path / "mine.yaml"
     said = {"model_name_or_path": "embedded:tiny-llama", "dataset_name": "x/y", "max_length": 128, "logging_steps": 5}
