@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.answers import MINUS
-from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form, why_short, why_unasked
+from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form, why_incomplete, why_unasked
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
@@ -116,8 +116,8 @@ def _form_of(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[
         raise Unusable("malformed", no_form(row, data, unread))
     if rejected is not None and "rejected" not in form.may and data.form is None:
         raise Unusable("malformed", why_unasked(row, unread))
-    if short := why_short(row, form, data):
-        raise Unusable("malformed", short)
+    if incomplete := why_incomplete(row, form, data):
+        raise Unusable("malformed", incomplete)
     if is_wanted(row.get("label")) is False:
         raise Unusable("rejected", "label is false: people did not want this response")
     return row, form

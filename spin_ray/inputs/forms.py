@@ -144,7 +144,7 @@ _HINTS = {
     "response": ("output", "outputs", "solution", "completion", "target", "targets", "assistant", "answer", "answers"),
 }
 """Other names of prompt and response, for hints only."""
-_MATERIAL = ("input", "context", "inputs")
+MATERIAL = ("input", "context", "inputs")
 """Names of a column that belongs to the prompt beside the question, as in Dolly."""
 EXPLANATIONS = ("solution", "rationale", "reasoning", "explanation", "thought", "thinking")
 """Columns whose text leads to a question's answer."""
@@ -255,20 +255,29 @@ def why_unasked(row: Columns, unread: Iterable[str]) -> str:
     return f"{why}; try data.columns: {{prompt: {json.dumps(asks, ensure_ascii=False)}}}"
 
 
-def why_short(row: Columns, form: Form, data: DataConfig) -> str | None:
-    """Returns why the answer to a question is no response: a longer explanation stands beside it, as in LIMO."""
+def why_incomplete(row: Columns, form: Form, data: DataConfig) -> str | None:
+    """Returns why question and answer alone would be learnt wrong.
+
+    A longer explanation stands beside them, as in LIMO, or what the question is about, as in sql-create-context.
+    """
     if form.name != "question_answer" or data.form is not None:
         return None
     least, spelt = len(str(row["answer"])), _spelt(row)
-    found = (spelt[name] for name in EXPLANATIONS if name in spelt)
-    longer = next((name for name in found if isinstance(row[name], str) and len(row[name]) > least), None)
-    if longer is None:
+    texts = {name: row[name] for name in spelt.values() if isinstance(row[name], str) and row[name].strip()}
+    longer = next((spelt[name] for name in EXPLANATIONS if len(texts.get(spelt.get(name, ""), "")) > least), None)
+    about = next((spelt[name] for name in MATERIAL if spelt.get(name, "") in texts), None)
+    if longer is None and about is None:
         return None
-    asks = data.columns.get("question", "question")
-    cure = f"{{prompt: {json.dumps(asks, ensure_ascii=False)}, response: {json.dumps(longer, ensure_ascii=False)}}}"
+    asks, answer = data.columns.get("question", "question"), data.columns.get("answer", "answer")
+    if about is None:
+        maps = {"prompt": asks, "response": longer}
+    else:
+        maps = {"instruction": asks, "input": about, "output": longer or answer}
+    columns = ", ".join(f"{ours}: {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in maps.items())
+    unread = " and ".join(name for name in (longer, about) if name)
     return (
-        f"answer would be the response, and {longer}, which is longer, would not be read; to learn {longer}, set "
-        f"data.columns: {cure}; to learn answer alone, data.form: question_answer"
+        f"answer would be the response to question alone, and {unread} would not be read; to read it, set "
+        f"data.columns: {{{columns}}}; to learn answer alone, data.form: question_answer"
     )
 
 
@@ -323,7 +332,7 @@ def _hint(has: set[str]) -> dict[str, str]:
     }
     if len(words) < len(_HINTS):
         return {}
-    rest = [spelt[name] for name in _MATERIAL if name in spelt and spelt[name] not in words.values()]
+    rest = [spelt[name] for name in MATERIAL if name in spelt and spelt[name] not in words.values()]
     if rest:  # the form prompt_response would leave it out of the prompt
         words = {"instruction": words["prompt"], "input": rest[0], "output": words["response"]}
     return {ours: theirs for ours, theirs in words.items() if ours != theirs}

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.files import Slice, SourceRow, filesystem, kind_of, other_kind
-from spin_ray.inputs.forms import COLUMNS, EXPLANATIONS, MEDIA, OTHER_NAMES
+from spin_ray.inputs.forms import COLUMNS, EXPLANATIONS, MATERIAL, MEDIA, OTHER_NAMES
 
 _ALL = 2**31
 _ROWS, _ROWS_OF_MEDIA = 2**16, 128
@@ -76,7 +76,11 @@ def _wanted(schema: pa.Schema, columns: Mapping[str, str], uri: str) -> list[str
         raise DataError(f"{uri}: has the column {twice} twice")
     known = {*COLUMNS, *OTHER_NAMES, *columns.values()}
     if {"question", "answer"} <= ({*names} - {*columns.values()}) | {*columns}:
-        known |= {it.name for it in schema if it.name.lower() in EXPLANATIONS and not pa.types.is_nested(it.type)}
+        known |= {
+            it.name
+            for it in schema
+            if it.name.lower() in {*EXPLANATIONS, *MATERIAL} and not pa.types.is_nested(it.type)
+        }
     return [name for name in names if name in known] or [
         field.name for field in schema if not any(pa.types.is_nested(kind) for kind in _key_types(field.type))
     ]

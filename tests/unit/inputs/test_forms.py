@@ -8,6 +8,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -441,10 +442,34 @@ def test_a_short_answer_beside_its_solution_is_no_response_until_the_recipe_says
     assert read(form="question_answer").ending_with_real == [chat("2 + 2?", "4")]
 
 
-@pytest.mark.parametrize("beside", [{}, {"solution": "4"}, {"solution": None}, {"solution": ["a long list"]}])
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"solution": "4"}, {"solution": None}, {"solution": ["a long list"]}, {"context": " "}, {"context": {}}],
+)
 def test_an_answer_without_a_longer_solution_is_a_response(beside):
     assert conversations_of({"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"} | beside, DATA)
     assert conversations_of({"prompt": "2 + 2?", "response": "4", "solution": "2 + 2 = 4", "answer": "4"}, DATA)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("about", ["context", "Context", "input"])
+def test_a_question_about_a_text_is_not_learnt_without_it_until_the_recipe_says_so(tmp_path, kind, about):
+    """sql-create-context: without the tables nobody can answer."""
+    path, row = tmp_path / f"a.{kind}", {"question": "How many?", about: "CREATE TABLE t", "answer": "SELECT COUNT(*)"}
+    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+
+    def read(**data):
+        (content,) = (row for piece in split([str(path)]) for row in read_slice(piece, data.get("columns")))
+        return read_row(content.content, DataConfig(train="d", **data), content.unread).ending_with_real
+
+    cure = f'{{instruction: "question", input: "{about}", output: "answer"}}'
+    with pytest.raises(Unusable) as caught:
+        read()
+    assert f"and {about} would not be read; to read it, set data.columns: {cure}" in caught.value.detail
+    assert read(columns=yaml.safe_load(cure)) == [chat("How many?\n\nCREATE TABLE t", "SELECT COUNT(*)")]
+    assert read(form="question_answer") == [chat("How many?", "SELECT COUNT(*)")]
 
 
 # Messages
