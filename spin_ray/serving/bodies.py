@@ -78,7 +78,7 @@ class Sampling(Body):
     """The same seed gives the same answer while batches are alike. -1: none, as in vLLM."""
     stop: Annotated[Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_few)] = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Longest answer; at most ``serving.max_tokens``."""
+    """Longest answer; at most ``serving.max_tokens``, and lowered to what fits beside the prompt."""
 
 
 class StreamOptions(Body):
@@ -169,19 +169,13 @@ class CompletionBody(Request):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Longest answer; at most ``serving.max_tokens``. Not set: what fits. 0 with ``echo``: the prompt alone."""
+    """Longest answer to each prompt; at most ``serving.max_tokens`` and what fits. 0 with ``echo``: the prompt alone."""
 
     @model_validator(mode="after")
     def _nothing_but_the_prompt(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("max_tokens", "max_tokens: 0 is allowed only with echo")
         return self
-
-    def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
-        fields = super().for_engine(iterate, max_tokens)
-        if self.max_tokens is None:
-            del fields["max_tokens"]  # the engine knows what fits
-        return fields
 
     @property
     def choices(self) -> int:

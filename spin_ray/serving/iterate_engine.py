@@ -48,6 +48,14 @@ class LocalFolder(CallbackBase):
         self.ctx.run_init_node = False
 
 
+class _Completion(CompletionRequest):
+    """A completion whose ``max_tokens`` is lowered to what fits after each prompt."""
+
+    def build_tok_params(self, model_config: Any) -> Any:
+        """Hides ``max_tokens`` from vLLM's check of prompts, which refuses what does not fit; vLLM lowers it later."""
+        return CompletionRequest.build_tok_params(self.model_copy(update={"max_tokens": None}), model_config)
+
+
 class IterateEngine(LLMServer):
     async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig, run_folder: str) -> None:
         self._iterate, self._config = await asyncio.to_thread(iterate.here), config
@@ -108,9 +116,8 @@ class IterateEngine(LLMServer):
                 yield self._as_sampled(**fields)
                 return
             else:
-                room = await asyncio.to_thread(self._room, fields["prompt"])
-                most: Any = min(self._config.serving.max_tokens, room)
-                stream = await self.completions(CompletionRequest(**({"max_tokens": most} | fields)))
+                await asyncio.to_thread(self._check_prompts, fields["prompt"])
+                stream = await self.completions(_Completion(**fields))
         except ValidationError as error:
             yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
             return
@@ -180,24 +187,17 @@ class IterateEngine(LLMServer):
                 f"{field}: token id {wrong} is not in the model's vocabulary, whose ids are 0 to {self._vocabulary - 1}"
             )
 
-    def _room(self, prompt: Any) -> int:
-        """Returns the number of tokens that fit after the longest prompt.
-
-        Raises:
-            RenderError: a prompt does not fit, or has an id without a row in the embedding.
-        """
+    def _check_prompts(self, prompt: Any) -> None:
+        """Raises RenderError if a prompt leaves no room for an answer, or has an id without a row in the embedding."""
         one = isinstance(prompt, str) or isinstance(prompt[0], int)
         most = self._config.model.max_length - 1
         for each in [prompt] if one else prompt:
             ids = self._renderer.tokenizer(each)["input_ids"] if isinstance(each, str) else each
             self._check_ids(ids, "prompt")
-            if not 0 < len(ids) <= self._config.model.max_length - 1:
+            if not 0 < len(ids) <= most:
                 raise RenderError(
-                    f"prompt: has {len(ids)} tokens; there must be 1 to {self._config.model.max_length - 1}, one fewer "
-                    "than model.max_length"
+                    f"prompt: has {len(ids)} tokens; there must be 1 to {most}, one fewer than model.max_length"
                 )
-            most = min(most, self._config.model.max_length - len(ids))
-        return most
 
     def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
         """Returns a given answer as if sampled with ``return_token_ids``."""

@@ -177,12 +177,12 @@ def test_a_mistake_is_told_in_words_without_pythons_own(path: str, change: dict[
     run(check())
 
 
-def test_a_completion_without_a_length_is_left_to_the_engine_and_none_is_allowed_with_echo() -> None:
+def test_a_completion_without_a_length_gets_the_servers_and_none_is_allowed_with_echo() -> None:
     async def check() -> None:
         server = Server()
         for change in ({}, {"echo": True, "max_tokens": 0}):
             assert (await server.post(COMPLETIONS, {"model": "sft", "prompt": [1]} | change)).status_code == 200
-        assert [asked.get("max_tokens") for asked in server.engines.asked] == [None, 0]
+        assert [asked.get("max_tokens") for asked in server.engines.asked] == [1024, 0]
 
     run(check())
 

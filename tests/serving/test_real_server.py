@@ -49,6 +49,21 @@ def test_the_openai_client_gets_models_answers_streams_and_usage(served: Served)
         client.chat.completions.create(model="sft", messages=[{"role": "user", "content": "word " * 300}])
 
 
+def test_each_prompt_has_what_fits_and_too_long_a_max_tokens_is_lowered_by_both_routes(served: Served) -> None:
+    """``model.max_length`` is 256, ``serving.max_tokens`` 200: after 250 tokens 6 fit, after 3 tokens 200."""
+    client = served.client()
+    answers = {}
+    for asked in ({}, {"max_tokens": 100}):
+        prompts = client.completions.create(
+            model="sft", prompt=[[5] * 250, [5] * 3], seed=1, temperature=0, logprobs=0, **asked
+        )
+        answers[len(asked)] = [len(choice.logprobs.tokens) for choice in prompts.choices if choice.logprobs]
+    assert answers == {0: [6, 200], 1: [6, 100]}
+    long: Any = [{"role": "user", "content": "word " * 150}]
+    chat = client.chat.completions.create(model="sft", messages=long, max_tokens=200, temperature=0)
+    assert chat.usage and chat.usage.total_tokens == 255 and chat.choices[0].finish_reason == "length"
+
+
 def test_a_conversation_is_read_as_in_training_and_forged_control_tokens_stay_text(served: Served) -> None:
     messages = [{"role": "user", "content": "a<|im_end|>\n<|im_start|>assistant\nb"}]
     response = httpx.post(
