@@ -64,13 +64,16 @@ def _printable(text: str | None) -> str | None:
 
 
 def from_engine(error: dict[str, Any]) -> Refusal:
-    """Keeps vLLM's 4xx and the 503 of a dead engine; makes every other error a 500."""
+    """Keeps an engine's 4xx and the 503 of a dead one; makes every other error a 500.
+
+    ``code`` is the HTTP status, as in vLLM, and ``name`` OpenAI's code.
+    """
     code = error.get("code")
     if code == 503:
         return Refusal(503, error["message"], code="engine_down", retry_s=error.get("retry_s", 1))
     status = code if isinstance(code, int) and 400 <= code < 500 else 500
     message = error.get("message", "") if status < 500 else "the engine failed; the request may be repeated"
-    return Refusal(status, str(message), param=error.get("param"))
+    return Refusal(status, str(message), code=error.get("name"), param=error.get("param"))
 
 
 def from_validation(errors: Any) -> Refusal:

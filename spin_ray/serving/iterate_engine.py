@@ -36,6 +36,8 @@ from spin_ray.serving.iterates import Iterate, open_iterate
 
 MOST_ADAPTERS = 8
 """Most adapters in one batch; vLLM reserves device memory for each."""
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code, at which clients shorten what they send."""
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
 """Seconds that the replica outlives vLLM's engine, so that running requests get their error."""
@@ -46,6 +48,20 @@ class LocalFolder(CallbackBase):
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
+
+
+class PromptError(RenderError):
+    """A prompt that vLLM must not see; ``param`` is the request's field, ``name`` OpenAI's code of the error."""
+
+    def __init__(self, param: str, message: str, name: str | None = None) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param, self.name = param, name
+
+
+class _Chat(ChatCompletionRequest):
+    """A conversation with its token ids."""
+
+    prompt_ids: list[int]
 
 
 class _Completion(CompletionRequest):
@@ -111,7 +127,7 @@ class IterateEngine(LLMServer):
             if operation == CHAT:
                 if fields["messages"][-1]["role"] != "assistant":
                     held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
-                stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=self._stops))
+                stream = await self.chat(self._rendered(fields))
             elif operation == TOKENS:
                 yield self._as_sampled(**fields)
                 return
@@ -121,8 +137,11 @@ class IterateEngine(LLMServer):
         except ValidationError as error:
             yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
             return
+        except PromptError as error:
+            yield {"error": {"message": str(error), "code": 400, "param": error.param, "name": error.name}}
+            return
         except RenderError as error:
-            yield {"error": {"message": str(error), "code": 400}}
+            yield {"error": {"message": str(error), "code": 400, "param": "messages"}}
             return
         pieces = without_held_back(_pieces(stream), held_back) if held_back else _pieces(stream)
         async with aclosing(in_bursts(pieces, self._config.serving.stream_interval_s)) as bursts:
@@ -153,21 +172,27 @@ class IterateEngine(LLMServer):
             )
 
     async def _render_chat(self, request: Any) -> Any:
-        """Renders as in training; lowers ``max_completion_tokens`` to what fits."""
+        """Replaces vLLM's rendering."""
         from vllm.inputs.engine import tokens_input
 
-        messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
-        ids = self._prompt_ids(self._with_system(messages))
+        return list(request.messages), [tokens_input(request.prompt_ids)]
+
+    def _rendered(self, fields: dict[str, Any]) -> _Chat:
+        """Renders a conversation as in training; lowers its longest answer to what fits."""
+        ids = self._prompt_ids(self._with_system(fields["messages"]))
         self._check_ids(ids, "messages")
         # One position stays free: vLLM scores an answer as a prompt, and must sample a token after it.
         room = self._config.model.max_length - 1 - len(ids)
         if room < 1:
-            raise RenderError(
-                f"messages: {len(ids)} tokens do not fit; with an answer there must be fewer than "
-                f"{self._config.model.max_length} (model.max_length)"
+            raise PromptError(
+                "messages",
+                f"{len(ids)} tokens do not fit; with an answer there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)",
+                TOO_LONG,
             )
-        request.max_completion_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
-        return list(request.messages), [tokens_input(ids)]
+        asked = fields.get("max_completion_tokens") or fields.get("max_tokens") or room
+        own = {"max_completion_tokens": min(asked, room), "prompt_ids": ids, "stop_token_ids": self._stops}
+        return _Chat(**fields | own)
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Returns the ids to continue; the turn of a last assistant message stays open."""
@@ -183,20 +208,22 @@ class IterateEngine(LLMServer):
         """
         wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if wrong is not None:
-            raise RenderError(
-                f"{field}: token id {wrong} is not in the model's vocabulary, whose ids are 0 to {self._vocabulary - 1}"
+            raise PromptError(
+                field, f"token id {wrong} is not in the model's vocabulary, whose ids are 0 to {self._vocabulary - 1}"
             )
 
     def _check_prompts(self, prompt: Any) -> None:
-        """Raises RenderError if a prompt leaves no room for an answer, or has an id without a row in the embedding."""
+        """Raises PromptError if a prompt leaves no room for an answer, or has an id without a row in the embedding."""
         one = isinstance(prompt, str) or isinstance(prompt[0], int)
         most = self._config.model.max_length - 1
         for each in [prompt] if one else prompt:
             ids = self._renderer.tokenizer(each)["input_ids"] if isinstance(each, str) else each
             self._check_ids(ids, "prompt")
             if not 0 < len(ids) <= most:
-                raise RenderError(
-                    f"prompt: has {len(ids)} tokens; there must be 1 to {most}, one fewer than model.max_length"
+                raise PromptError(
+                    "prompt",
+                    f"has {len(ids)} tokens; there must be 1 to {most}, one fewer than model.max_length",
+                    TOO_LONG if ids else None,
                 )
 
     def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
@@ -207,9 +234,11 @@ class IterateEngine(LLMServer):
         self._check_ids([*rendered.prompt_ids, *response], "answers")
         whole = len(rendered.prompt_ids) + len(response)
         if whole >= self._config.model.max_length:
-            raise RenderError(
-                f"answers: one has {whole} tokens with its prompt, which do not fit; there must be fewer than "
-                f"{self._config.model.max_length} (model.max_length)"
+            raise PromptError(
+                "answers",
+                f"one has {whole} tokens with its prompt, which do not fit; there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)",
+                TOO_LONG,
             )
         return {
             "prompt_token_ids": rendered.prompt_ids,

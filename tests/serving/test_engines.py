@@ -12,8 +12,8 @@ from ray.exceptions import RayActorError
 
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.serving.engines import CHAT, ServeEngines, whole
-from spin_ray.serving.errors import Refusal
+from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, ServeEngines, whole
+from spin_ray.serving.errors import Refusal, from_engine
 from spin_ray.serving.iterate_engine import IterateEngine, _Completion
 from spin_ray.serving.poison import POISON_S, PoisonList, request_digest
 from tests.support.tiny_runs import make_run
@@ -157,6 +157,35 @@ def test_a_prompt_must_leave_room_for_one_token(run: RunDir) -> None:
     for wrong in ([1] * 256, ""):
         with pytest.raises(RenderError, match="there must be 1 to 255"):
             made._check_prompts(wrong)
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields", "param", "code"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 300}]}, "messages", "context_length_exceeded"),
+        (COMPLETION, {"prompt": "word " * 300}, "prompt", "context_length_exceeded"),
+        (COMPLETION, {"prompt": [[1], [1] * 256]}, "prompt", "context_length_exceeded"),
+        (COMPLETION, {"prompt": ""}, "prompt", None),
+        (COMPLETION, {"prompt": [10**6]}, "prompt", None),
+        (
+            TOKENS,
+            {"messages": [{"role": "user", "content": "a"}], "content": "word " * 300, "finish_reason": "stop"},
+            "answers", "context_length_exceeded",
+        ),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_is_too_long_has_openais_code_by_which_clients_shorten_it(
+    run: RunDir, operation: str, fields: dict[str, Any], param: str, code: str | None
+) -> None:
+    async def refused() -> Refusal:
+        made = engine(run, 10**6)
+        made._client, made._iterate, made._stops = SimpleNamespace(errored=False), SimpleNamespace(name="sft"), []
+        (item,) = [item async for item in made.answer(operation, fields)]
+        return from_engine(item["error"])
+
+    refusal = asyncio.run(refused())
+    assert (refusal.status, refusal.param, refusal.code) == (400, param, code)
+    assert refusal.message.startswith(f"{param}: ")
 
 
 def test_vllm_checks_the_prompts_of_a_completion_without_its_max_tokens() -> None:

@@ -45,8 +45,10 @@ def test_the_openai_client_gets_models_answers_streams_and_usage(served: Served)
     assert completion.usage and completion.usage.completion_tokens == 3
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="iter-7", messages=HELLO)
-    with pytest.raises(openai.BadRequestError, match="tokens do not fit; with an answer there must be fewer than 256"):
+    told = "tokens do not fit; with an answer there must be fewer than 256"
+    with pytest.raises(openai.BadRequestError, match=told) as refused:
         client.chat.completions.create(model="sft", messages=[{"role": "user", "content": "word " * 300}])
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_each_prompt_has_what_fits_and_too_long_a_max_tokens_is_lowered_by_both_routes(served: Served) -> None:
