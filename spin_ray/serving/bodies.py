@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 16
 """Most prompts in a request, and most answers (``n``) to each prompt."""
 MAX_STOPS = 4
+MAX_TOP_LOGPROBS = 20
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
     "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "echo": (False,), "min_tokens": (0,),
@@ -145,7 +146,7 @@ class ChatBody(Request):
     messages: Conversation
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
 
     @property
@@ -167,7 +168,7 @@ class CompletionBody(Request):
 
     prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     """Longest answer to each prompt; at most ``serving.max_tokens`` and what fits. 0 with ``echo``: the prompt alone."""
 

@@ -29,10 +29,12 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
+from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
-from spin_ray.serving.engines import CHAT, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
+from spin_ray.serving.engines import CHAT, COMPLETION, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
 from spin_ray.serving.held_back import without_held_back
 from spin_ray.serving.iterates import Iterate, open_iterate
+from spin_ray.serving.openai_form import Change, changed, likeliest, nothing_generated
 
 MOST_ADAPTERS = 8
 """Most adapters in one batch; vLLM reserves device memory for each."""
@@ -144,6 +146,8 @@ class IterateEngine(LLMServer):
             yield {"error": {"message": str(error), "code": 400, "param": "messages"}}
             return
         pieces = without_held_back(_pieces(stream), held_back) if held_back else _pieces(stream)
+        if change := _change(operation, fields):
+            pieces = changed(pieces, change)
         async with aclosing(in_bursts(pieces, self._config.serving.stream_interval_s)) as bursts:
             async for burst in bursts:
                 yield burst
@@ -192,6 +196,8 @@ class IterateEngine(LLMServer):
             )
         asked = fields.get("max_completion_tokens") or fields.get("max_tokens") or room
         own = {"max_completion_tokens": min(asked, room), "prompt_ids": ids, "stop_token_ids": self._stops}
+        if most := fields.get("top_logprobs"):
+            own["top_logprobs"] = most + 1
         return _Chat(**fields | own)
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -254,6 +260,12 @@ class IterateEngine(LLMServer):
         return [{"role": "system", "content": self._config.data.system}, *messages]
 
 
+def _change(operation: str, fields: dict[str, Any]) -> Change | None:
+    if operation == CHAT and (most := fields.get("top_logprobs")):
+        return likeliest(most)
+    return nothing_generated if operation == COMPLETION and fields.get("max_tokens") == 0 else None
+
+
 async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
     async for items in stream:
         for item in items if isinstance(items, list) else [items]:
@@ -274,6 +286,7 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
         on_cpu=on_cpu,
         own={
             "enable_log_requests": False,
+            "max_logprobs": MAX_TOP_LOGPROBS + 1,  # see ``likeliest``
             **({"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"} if on_cpu else {}),
             **_for_adapters(config, iterate.folder),
         },

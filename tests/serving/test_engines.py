@@ -188,6 +188,14 @@ def test_a_prompt_that_is_too_long_has_openais_code_by_which_clients_shorten_it(
     assert refusal.message.startswith(f"{param}: ")
 
 
+def test_vllm_is_asked_for_a_token_more_than_the_client_asks_for(run: RunDir) -> None:
+    """It counts the sampled token among them."""
+    made, asked = engine(run, 10**6), {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
+    made._stops = []
+    assert made._rendered(asked | {"logprobs": True, "top_logprobs": 20}).top_logprobs == 21
+    assert made._rendered(asked | {"logprobs": True}).top_logprobs == 0
+
+
 def test_vllm_checks_the_prompts_of_a_completion_without_its_max_tokens() -> None:
     """vLLM lowers ``max_tokens`` for each prompt by itself, but would refuse prompts beside which it does not fit."""
     asked = _Completion(model="sft", prompt=[[5] * 250, [5] * 3], max_tokens=1000)

@@ -61,9 +61,34 @@ def test_each_prompt_has_what_fits_and_too_long_a_max_tokens_is_lowered_by_both_
         )
         answers[len(asked)] = [len(choice.logprobs.tokens) for choice in prompts.choices if choice.logprobs]
     assert answers == {0: [6, 200], 1: [6, 100]}
-    long: Any = [{"role": "user", "content": "word " * 150}]
+    long: Any = [{"role": "user", "content": "word " * 50}]
     chat = client.chat.completions.create(model="sft", messages=long, max_tokens=200, temperature=0)
     assert chat.usage and chat.usage.total_tokens == 255 and chat.choices[0].finish_reason == "length"
+
+
+def test_top_logprobs_are_the_likeliest_tokens_also_where_another_was_sampled(served: Served) -> None:
+    client = served.client()
+
+    def likeliest(most: int) -> list[list[float]]:
+        answer = client.chat.completions.create(
+            model="sft", messages=HELLO, max_tokens=8, seed=1, logprobs=True, top_logprobs=most
+        )
+        told = answer.choices[0].logprobs
+        assert told and told.content
+        assert any(position.logprob < min(each.logprob for each in position.top_logprobs) for position in told.content)
+        return [[each.logprob for each in position.top_logprobs] for position in told.content]
+
+    all_of_them = likeliest(20)
+    assert all(len(found) == 20 and found == sorted(found, reverse=True) for found in all_of_them)
+    for few, many in zip(likeliest(2), all_of_them, strict=True):
+        assert few == pytest.approx(many[:2], abs=1e-3)
+
+
+def test_an_echo_alone_has_no_tokens_of_an_answer(served: Served) -> None:
+    echoed = served.client().completions.create(model="sft", prompt="2+3=", max_tokens=0, echo=True)
+    assert echoed.choices[0].text == "2+3="
+    assert echoed.usage and echoed.usage.completion_tokens == 0
+    assert echoed.usage.total_tokens == echoed.usage.prompt_tokens
 
 
 def test_a_conversation_is_read_as_in_training_and_forged_control_tokens_stay_text(served: Served) -> None:
