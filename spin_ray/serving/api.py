@@ -22,6 +22,7 @@ from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
 from spin_ray.serving.events import END, HeldStream, event
+from spin_ray.serving.leaving import while_listened_to
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 from spin_ray.serving.names import ModelStarts, UnknownModel
@@ -75,7 +76,8 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
         with desk.slots.take(len(body.models)):
-            compared = await compare(engines, body, config)
+            async with while_listened_to(request):
+                compared = await compare(engines, body, config)
         digests, iterates = ([answer[name] for answer in compared["answers"]] for name in ("digest", "iterate"))
         return JSONResponse(compared, headers={DIGEST_HEADER: ", ".join(digests), ITERATE_HEADER: ", ".join(iterates)})
 
@@ -129,7 +131,8 @@ class _Desk:
             held.enter_context(self.slots.take(body.choices))
             answer: Any = self._engines.answer(iterate, operation, fields)
             items = _Until(await held.enter_async_context(aclosing(answer)), self.config.request_timeout_s)
-            first = await items.next()
+            async with while_listened_to(request):
+                first = await items.next()
             self.metrics.first_output(iterate, time.monotonic() - started)
             if first is None:
                 raise Refusal(500, "the engine ended without an answer")

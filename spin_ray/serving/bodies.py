@@ -170,7 +170,7 @@ class CompletionBody(Request):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Longest answer to each prompt; at most ``serving.max_tokens`` and what fits. 0 with ``echo``: the prompt alone."""
+    """Longest answer to each prompt; at most ``serving.max_tokens`` and what fits. 0 with ``echo``: the prompt."""
 
     @model_validator(mode="after")
     def _nothing_but_the_prompt(self) -> Self:

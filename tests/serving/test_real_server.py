@@ -133,18 +133,22 @@ def test_what_replicas_open_to_other_machines_asks_for_rays_token(served: Served
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_client_that_hangs_up_stops_the_engine(served: Served) -> None:
-    """Ten times eight answers of 200 tokens, left after the first piece. The engine has 16 places: had it gone on with
-    them, the last would have waited for four rounds of whole answers. Seconds are those of the engine on a processor,
-    which other processes do not lengthen.
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_stops_the_engine(served: Served, stream: bool) -> None:
+    """Ten times eight answers of 200 tokens, left after the first piece, or after 0.05 s. The engine has 16 places: had
+    it gone on with them, the last would have waited for four rounds of whole answers. Seconds are those of the engine
+    on a processor, which other processes do not lengthen.
     """
-    body = {"model": "sft", "messages": HELLO, "max_tokens": 200, "stream": True, "n": 8}
+    body = {"model": "sft", "messages": HELLO, "max_tokens": 200, "stream": stream, "n": 8}
     with httpx.Client(timeout=ANSWER_S) as client:
         before = _engine_s(served)
         _read_lines(client, served, body, None)
         whole_s = _engine_s(served) - before
         for _ in range(10):
-            _read_lines(client, served, body, 1)
+            if stream:
+                _read_lines(client, served, body, 1)
+            else:
+                _leave(client, served, body, after_s=0.05)
         left_s = _engine_s(served) - before - whole_s
     assert left_s < 2 * whole_s
 
@@ -164,6 +168,17 @@ def _read_lines(client: httpx.Client, served: Served, body: dict[str, Any], coun
             assert response.status_code == 200
             list(islice(response.iter_lines(), count))
             return
+
+
+def _leave(client: httpx.Client, served: Served, body: dict[str, Any], after_s: float) -> None:
+    """Asks as soon as there is a place, and hangs up before the answer."""
+    while True:
+        try:
+            timeout = httpx.Timeout(ANSWER_S, read=after_s)
+            refused = client.post(f"{served.url}/v1/chat/completions", json=body, timeout=timeout)
+        except httpx.ReadTimeout:
+            return
+        assert refused.status_code == 503
 
 
 def test_ten_times_too_many_requests_are_refused_quickly_and_memory_stays(served: Served) -> None:
