@@ -17,7 +17,7 @@ from spin_ray.run_dir.names import LATEST, api_spelling
 from spin_ray.serving.access import Key
 from spin_ray.serving.arena.routes import arena_router
 from spin_ray.serving.arena.votes import VoteStore
-from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
+from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, Sampling, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
@@ -72,7 +72,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
     @router.post("/v1/compare")
     async def compare_models(body: CompareBody, request: HttpRequest) -> Response:
         """Asks several models the same, with the same sampling and seed."""
-        desk.check_length(body.max_tokens)
+        desk.check_length(body)
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
         with desk.slots.take(len(body.models)):
@@ -117,7 +117,7 @@ class _Desk:
         self.slots = Slots(config.serving.max_concurrent)
 
     async def answer(self, operation: str, body: ChatBody | CompletionBody, request: HttpRequest) -> Response:
-        self.check_length(body.longest)
+        self.check_length(body)
         iterate = self._engines.names.resolve(body.model)
         request.state.log |= {"model": iterate, "stream": bool(body.stream)}
         text = plain(body.messages) if isinstance(body, ChatBody) else body.prompt
@@ -144,11 +144,10 @@ class _Desk:
         finally:
             await held.aclose()
 
-    def check_length(self, asked: int | None) -> None:
-        if asked and asked > self.config.max_tokens:
-            raise Refusal(
-                400, f"max_tokens: {asked} is more than the {self.config.max_tokens} allowed here", param="max_tokens"
-            )
+    def check_length(self, body: Sampling) -> None:
+        most, field = self.config.max_tokens, body.length_field
+        if body.longest and body.longest > most:
+            raise Refusal(400, f"{field}: {body.longest} is more than the {most} allowed here", param=field)
 
     def log_text(self, request: HttpRequest, text: Any) -> None:
         if self.config.log_prompts:

@@ -81,6 +81,15 @@ class Sampling(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer; at most ``serving.max_tokens``, and lowered to what fits beside the prompt."""
 
+    @property
+    def length_field(self) -> str:
+        """Name of the field that limits the answer."""
+        return "max_tokens"
+
+    @property
+    def longest(self) -> int | None:
+        return getattr(self, self.length_field)
+
 
 class StreamOptions(Body):
     include_usage: bool | None = None
@@ -101,10 +110,6 @@ class Request(Sampling):
     @property
     def choices(self) -> int:
         return self.n or 1
-
-    @property
-    def longest(self) -> int | None:
-        return self.max_tokens
 
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
         fields = self.model_dump(exclude_none=True, exclude=set(_LABELS))
@@ -150,8 +155,8 @@ class ChatBody(Request):
     response_format: ResponseFormat | None = None
 
     @property
-    def longest(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def length_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
         return super().for_engine(iterate, max_tokens) | {"messages": plain(self.messages)}

@@ -195,7 +195,11 @@ class IterateEngine(LLMServer):
                 TOO_LONG,
             )
         asked = fields.get("max_completion_tokens") or fields.get("max_tokens") or room
-        own = {"max_completion_tokens": min(asked, room), "prompt_ids": ids, "stop_token_ids": self._stops}
+        own: dict[str, Any] = {
+            "max_completion_tokens": min(asked, room),
+            "prompt_ids": ids,
+            "stop_token_ids": self._stops,
+        }
         if most := fields.get("top_logprobs"):
             own["top_logprobs"] = most + 1
         return _Chat(**fields | own)
