@@ -98,8 +98,9 @@ def from_validation(errors: Any) -> Refusal:
 def _where(error: Any) -> str:
     if error["type"] == "json_invalid":  # its ``loc`` is a position in the text
         return ""
-    is_known = error["type"] != "extra_forbidden"
-    return ".".join(str(part) for part in error["loc"] if part != "body" and (_is_field(part) or not is_known))
+    path = list(error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"])
+    unknown = [path.pop()] if error["type"] == "extra_forbidden" else []  # by whatever name the client gave it
+    return ".".join(str(part) for part in [*filter(_is_field, path), *unknown])
 
 
 def _in_words(error: Any) -> str:

@@ -32,6 +32,10 @@ def answer(method: str, path: str, **asked: Any) -> httpx.Response:
     return asyncio.run(asyncio.wait_for(ask(), 20))
 
 
+def text_part(**fields: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "text", "text": "x"} | fields]}
+
+
 def test_fields_that_ask_for_nothing_are_let_through_and_others_are_named() -> None:
     nothing = {"tool_choice": "none", "modalities": ["text"], "repetition_penalty": 1.0, "min_tokens": 0, "tools": []}
     assert answer("POST", CHAT, json=HELLO | nothing).status_code == 200
@@ -47,6 +51,28 @@ def test_fields_that_ask_for_nothing_are_let_through_and_others_are_named() -> N
         response = answer("POST", CHAT, json=HELLO | {field: value})
         assert response.status_code == 400
         assert response.json()["error"]["message"] == f"{field}: is not supported here"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "told"),
+    [
+        (
+            CHAT,
+            {"messages": [text_part(cache_control={"a": 1})]},
+            "messages.0.content.0.cache_control: is not supported here",
+        ),
+        (CHAT, {"messages": [text_part(**{"list[a]": 1})]}, "messages.0.content.0.list[a]: is not supported here"),
+        (CHAT, {"messages": [text_part(type="image_url")]}, "messages.0.content.0.type: must be 'text'"),
+        (CHAT, {"stream": True, "stream_options": {"every": 1}}, "stream_options.every: is not supported here"),
+        (CHAT, {"response_format": {"type": "text", "Schema-1": 1}}, "response_format.Schema-1: is not supported here"),
+        (CHAT, {"body": 1}, "body: is not supported here"),
+        (COMPLETIONS, {"prompt": [[1], [-1]]}, "prompt.1.0: must be at least 0"),
+    ],
+)
+def test_a_field_is_named_as_the_client_knows_it(path: str, change: dict[str, Any], told: str) -> None:
+    body = HELLO if path == CHAT else {"model": "sft"}
+    error = answer("POST", path, json=body | change).json()["error"]
+    assert (error["message"], error["param"]) == (told, told.partition(":")[0])
 
 
 @pytest.mark.parametrize(
