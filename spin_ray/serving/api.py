@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -36,6 +37,8 @@ _ERROR = {
 _UNREADABLE = "body: is not JSON that can be read: is it UTF-8, not compressed, and not nested thousands deep?"
 """Message for the 400 that FastAPI itself raises."""
 _START_RETRY_S = 5
+_LONGEST_PATH = 200
+"""Most characters of an unknown path that an error repeats."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
 }
@@ -219,7 +222,22 @@ def _answer_errors(app: FastAPI) -> None:
         return from_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: HttpRequest, error: HTTPException) -> Response:
-        response = Refusal(error.status_code, _UNREADABLE if error.status_code == 400 else str(error.detail)).response()
+    async def http(request: HttpRequest, error: HTTPException) -> Response:
+        response = _routeless(app, request, error).response()
         response.headers.update(error.headers or {})
         return response
+
+
+def _routeless(app: FastAPI, request: HttpRequest, error: HTTPException) -> Refusal:
+    """Returns what a client is told whose request reached no route's code."""
+    status, path = error.status_code, request.scope["path"][:_LONGEST_PATH]
+    asked = f"{request.method} {path}"
+    if status == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return Refusal(405, f"{asked}: is not offered, {allowed} is", code="method_not_allowed")
+    if status == 404:
+        routes = [route.path for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+        there = list(dict.fromkeys(routes))
+        hint = f"; there is /v1{path}: the client's base URL should end in /v1" if f"/v1{path}" in there else ""
+        return Refusal(404, f"{asked}: is no route here{hint}. Routes: {', '.join(there)}", code="unknown_url")
+    return Refusal(status, _UNREADABLE if status == 400 else str(error.detail))

@@ -205,7 +205,21 @@ def test_unknown_paths_and_methods_are_errors_in_the_same_form() -> None:
         server = Server()
         for path in ("/nope", "/v1/nope", "/reset_prefix_cache", "/collective_rpc", "/metrics", "/docs", "/tokenize"):
             refused(await server.client.get(path), 404)
-        refused(await server.client.get(CHAT), 405)
+        assert refused(await server.client.get(CHAT), 405)["message"] == f"GET {CHAT}: is not offered, POST is"
+
+    run(check())
+
+
+def test_a_missing_route_is_named_with_those_that_are_there() -> None:
+    async def check() -> None:
+        server = Server()
+        for path in ("/v1/embeddings", "/v1/responses", "/chat/completions"):
+            error = refused(await server.post(path, HELLO), 404)
+            assert error["message"].startswith(f"POST {path}: is no route here") and error["code"] == "unknown_url"
+            assert f"{CHAT}, {COMPLETIONS}, {COMPARE}, /v1/models" in error["message"]
+            assert "arena.js" not in error["message"]
+            assert ("should end in /v1" in error["message"]) == (path == "/chat/completions")
+        assert len((await server.client.get("/" + "a" * 5000)).content) < 1000
 
     run(check())
 
