@@ -17,6 +17,8 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "include_obfuscation": (False,),
 }  # fmt: skip
 """Neutral values of unsupported fields, besides null and empty ones: such a field is dropped, not refused."""
+_ASKING_EMPTY = ("web_search_options",)
+"""Unsupported fields whose empty object asks for something, too."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
@@ -55,11 +57,13 @@ class Body(BaseModel):
     def _without_empty_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {
-            key: value
-            for key, value in given.items()
-            if key in cls.model_fields or value not in (None, [], {}, *_NOTHING.get(key, ()))
-        }
+        return {key: value for key, value in given.items() if key in cls.model_fields or _asks(key, value)}
+
+
+def _asks(field: str, value: Any) -> bool:
+    """Tells whether an unsupported field asks for anything."""
+    empty = () if field in _ASKING_EMPTY else ([], {})
+    return value not in (None, *empty, *_NOTHING.get(field, ()))
 
 
 class Sampling(Body):

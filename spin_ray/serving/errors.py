@@ -1,5 +1,6 @@
 """Errors in OpenAI's form."""
 
+import random
 import re
 from typing import Any
 
@@ -28,6 +29,10 @@ _NAMED = ("stream_options", "top_logprobs", "max_tokens")
 """Error types about several fields; their messages begin with the field's name."""
 
 
+_SPREAD_S = 2
+"""Most seconds by chance that a 503 adds to ``Retry-After``."""
+
+
 class Refusal(Exception):
     """An error with an HTTP status."""
 
@@ -44,10 +49,14 @@ class Refusal(Exception):
         self.status, self.message, self.code, self.param, self.retry_s = status, message, code, param, retry_s
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        headers = {} if self.retry_s is None else {"Retry-After": str(self._wait_s(self.retry_s))}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.content(), self.status, headers)
+
+    def _wait_s(self, least: int) -> int:
+        """Spreads clients that are refused together, so that they do not all come back together."""
+        return least + (random.randint(0, _SPREAD_S) if self.status == 503 else 0)
 
     def content(self) -> dict[str, Any]:
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}

@@ -252,7 +252,7 @@ def test_not_ready_before_a_model_serves() -> None:
         server.engines.names.serve_now([], None, settled=False)
         assert (await server.client.get("/readyz")).status_code == 503
         early = await server.post(CHAT, HELLO | {"model": "latest"})
-        assert (early.status_code, early.headers["retry-after"]) == (503, "5")
+        assert early.status_code == 503 and early.headers["retry-after"] in ("5", "6", "7")
         assert early.json()["error"]["code"] == "model_starts"
         refused(await server.post(CHAT, HELLO | {"model": "gpt-4"}), 404)
         assert (await server.client.get("/healthz")).status_code == 200

@@ -46,7 +46,9 @@ def test_fields_that_ask_for_nothing_are_let_through_and_others_are_named() -> N
     streamed = {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": True}}
     assert answer("POST", CHAT, json=HELLO | streamed).status_code == 200
     assert answer("POST", COMPLETIONS, json={"model": "sft", "prompt": "a", "best_of": 1}).status_code == 200
+    assert answer("POST", CHAT, json=HELLO | {"web_search_options": None, "logit_bias": {}}).status_code == 200
     steering = {"tool_choice": "required", "best_of": 2, "repetition_penalty": 1.1, "ignore_eos": True, "echo": True}
+    steering |= {"web_search_options": {}}  # OpenAI's models search
     for field, value in steering.items():
         response = answer("POST", CHAT, json=HELLO | {field: value})
         assert response.status_code == 400
