@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -17,11 +18,12 @@ from spin_ray.run_dir.names import LATEST, api_spelling
 from spin_ray.serving.access import Key
 from spin_ray.serving.arena.routes import arena_router
 from spin_ray.serving.arena.votes import VoteStore
-from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
+from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, Sampling, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
 from spin_ray.serving.events import END, HeldStream, event
+from spin_ray.serving.leaving import while_listened_to
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 from spin_ray.serving.names import ModelStarts, UnknownModel
@@ -35,6 +37,8 @@ _ERROR = {
 _UNREADABLE = "body: is not JSON that can be read: is it UTF-8, not compressed, and not nested thousands deep?"
 """Message for the 400 that FastAPI itself raises."""
 _START_RETRY_S = 5
+_LONGEST_PATH = 200
+"""Most characters of an unknown path that an error repeats."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
 }
@@ -71,11 +75,12 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
     @router.post("/v1/compare")
     async def compare_models(body: CompareBody, request: HttpRequest) -> Response:
         """Asks several models the same, with the same sampling and seed."""
-        desk.check_length(body.max_tokens)
+        desk.check_length(body)
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
         with desk.slots.take(len(body.models)):
-            compared = await compare(engines, body, config)
+            async with while_listened_to(request):
+                compared = await compare(engines, body, config)
         digests, iterates = ([answer[name] for answer in compared["answers"]] for name in ("digest", "iterate"))
         return JSONResponse(compared, headers={DIGEST_HEADER: ", ".join(digests), ITERATE_HEADER: ", ".join(iterates)})
 
@@ -115,7 +120,7 @@ class _Desk:
         self.slots = Slots(config.serving.max_concurrent)
 
     async def answer(self, operation: str, body: ChatBody | CompletionBody, request: HttpRequest) -> Response:
-        self.check_length(body.longest)
+        self.check_length(body)
         iterate = self._engines.names.resolve(body.model)
         request.state.log |= {"model": iterate, "stream": bool(body.stream)}
         text = plain(body.messages) if isinstance(body, ChatBody) else body.prompt
@@ -129,7 +134,8 @@ class _Desk:
             held.enter_context(self.slots.take(body.choices))
             answer: Any = self._engines.answer(iterate, operation, fields)
             items = _Until(await held.enter_async_context(aclosing(answer)), self.config.request_timeout_s)
-            first = await items.next()
+            async with while_listened_to(request):
+                first = await items.next()
             self.metrics.first_output(iterate, time.monotonic() - started)
             if first is None:
                 raise Refusal(500, "the engine ended without an answer")
@@ -141,11 +147,10 @@ class _Desk:
         finally:
             await held.aclose()
 
-    def check_length(self, asked: int | None) -> None:
-        if asked and asked > self.config.max_tokens:
-            raise Refusal(
-                400, f"max_tokens: {asked} is more than the {self.config.max_tokens} allowed here", param="max_tokens"
-            )
+    def check_length(self, body: Sampling) -> None:
+        most, field = self.config.max_tokens, body.length_field
+        if body.longest and body.longest > most:
+            raise Refusal(400, f"{field}: {body.longest} is more than the {most} allowed here", param=field)
 
     def log_text(self, request: HttpRequest, text: Any) -> None:
         if self.config.log_prompts:
@@ -217,7 +222,22 @@ def _answer_errors(app: FastAPI) -> None:
         return from_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: HttpRequest, error: HTTPException) -> Response:
-        response = Refusal(error.status_code, _UNREADABLE if error.status_code == 400 else str(error.detail)).response()
+    async def http(request: HttpRequest, error: HTTPException) -> Response:
+        response = _routeless(app, request, error).response()
         response.headers.update(error.headers or {})
         return response
+
+
+def _routeless(app: FastAPI, request: HttpRequest, error: HTTPException) -> Refusal:
+    """Returns what a client is told whose request reached no route's code."""
+    status, path = error.status_code, request.scope["path"][:_LONGEST_PATH]
+    asked = f"{request.method} {path}"
+    if status == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return Refusal(405, f"{asked}: is not offered, {allowed} is", code="method_not_allowed")
+    if status == 404:
+        routes = [route.path for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+        there = list(dict.fromkeys(routes))
+        hint = f"; there is /v1{path}: the client's base URL should end in /v1" if f"/v1{path}" in there else ""
+        return Refusal(404, f"{asked}: is no route here{hint}. Routes: {', '.join(there)}", code="unknown_url")
+    return Refusal(status, _UNREADABLE if status == 400 else str(error.detail))

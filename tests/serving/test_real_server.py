@@ -45,8 +45,50 @@ def test_the_openai_client_gets_models_answers_streams_and_usage(served: Served)
     assert completion.usage and completion.usage.completion_tokens == 3
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="iter-7", messages=HELLO)
-    with pytest.raises(openai.BadRequestError, match="tokens do not fit; with an answer there must be fewer than 256"):
+    told = "tokens do not fit; with an answer there must be fewer than 256"
+    with pytest.raises(openai.BadRequestError, match=told) as refused:
         client.chat.completions.create(model="sft", messages=[{"role": "user", "content": "word " * 300}])
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_each_prompt_has_what_fits_and_too_long_a_max_tokens_is_lowered_by_both_routes(served: Served) -> None:
+    """``model.max_length`` is 256, ``serving.max_tokens`` 200: after 250 tokens 6 fit, after 3 tokens 200."""
+    client = served.client()
+    answers = {}
+    for asked in ({}, {"max_tokens": 100}):
+        prompts = client.completions.create(
+            model="sft", prompt=[[5] * 250, [5] * 3], seed=1, temperature=0, logprobs=0, **asked
+        )
+        answers[len(asked)] = [len(choice.logprobs.tokens) for choice in prompts.choices if choice.logprobs]
+    assert answers == {0: [6, 200], 1: [6, 100]}
+    long: Any = [{"role": "user", "content": "word " * 50}]
+    chat = client.chat.completions.create(model="sft", messages=long, max_tokens=200, temperature=0)
+    assert chat.usage and chat.usage.total_tokens == 255 and chat.choices[0].finish_reason == "length"
+
+
+def test_top_logprobs_are_the_likeliest_tokens_also_where_another_was_sampled(served: Served) -> None:
+    client = served.client()
+
+    def likeliest(most: int) -> list[list[float]]:
+        answer = client.chat.completions.create(
+            model="sft", messages=HELLO, max_tokens=8, seed=1, logprobs=True, top_logprobs=most
+        )
+        told = answer.choices[0].logprobs
+        assert told and told.content
+        assert any(position.logprob < min(each.logprob for each in position.top_logprobs) for position in told.content)
+        return [[each.logprob for each in position.top_logprobs] for position in told.content]
+
+    all_of_them = likeliest(20)
+    assert all(len(found) == 20 and found == sorted(found, reverse=True) for found in all_of_them)
+    for few, many in zip(likeliest(2), all_of_them, strict=True):
+        assert few == pytest.approx(many[:2], abs=1e-3)
+
+
+def test_an_echo_alone_has_no_tokens_of_an_answer(served: Served) -> None:
+    echoed = served.client().completions.create(model="sft", prompt="2+3=", max_tokens=0, echo=True)
+    assert echoed.choices[0].text == "2+3="
+    assert echoed.usage and echoed.usage.completion_tokens == 0
+    assert echoed.usage.total_tokens == echoed.usage.prompt_tokens
 
 
 def test_a_conversation_is_read_as_in_training_and_forged_control_tokens_stay_text(served: Served) -> None:
@@ -91,18 +133,22 @@ def test_what_replicas_open_to_other_machines_asks_for_rays_token(served: Served
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_client_that_hangs_up_stops_the_engine(served: Served) -> None:
-    """Ten times eight answers of 200 tokens, left after the first piece. The engine has 16 places: had it gone on with
-    them, the last would have waited for four rounds of whole answers. Seconds are those of the engine on a processor,
-    which other processes do not lengthen.
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_stops_the_engine(served: Served, stream: bool) -> None:
+    """Ten times eight answers of 200 tokens, left after the first piece, or after 0.05 s. The engine has 16 places: had
+    it gone on with them, the last would have waited for four rounds of whole answers. Seconds are those of the engine
+    on a processor, which other processes do not lengthen.
     """
-    body = {"model": "sft", "messages": HELLO, "max_tokens": 200, "stream": True, "n": 8}
+    body = {"model": "sft", "messages": HELLO, "max_tokens": 200, "stream": stream, "n": 8}
     with httpx.Client(timeout=ANSWER_S) as client:
         before = _engine_s(served)
         _read_lines(client, served, body, None)
         whole_s = _engine_s(served) - before
         for _ in range(10):
-            _read_lines(client, served, body, 1)
+            if stream:
+                _read_lines(client, served, body, 1)
+            else:
+                _leave(client, served, body, after_s=0.05)
         left_s = _engine_s(served) - before - whole_s
     assert left_s < 2 * whole_s
 
@@ -117,11 +163,22 @@ def _read_lines(client: httpx.Client, served: Served, body: dict[str, Any], coun
     while True:
         with client.stream("POST", f"{served.url}/v1/chat/completions", json=body) as response:
             if response.status_code == 503:
-                assert response.headers["retry-after"] == "1"
+                assert response.headers["retry-after"] in ("1", "2", "3")
                 continue
             assert response.status_code == 200
             list(islice(response.iter_lines(), count))
             return
+
+
+def _leave(client: httpx.Client, served: Served, body: dict[str, Any], after_s: float) -> None:
+    """Asks as soon as there is a place, and hangs up before the answer."""
+    while True:
+        try:
+            timeout = httpx.Timeout(ANSWER_S, read=after_s)
+            refused = client.post(f"{served.url}/v1/chat/completions", json=body, timeout=timeout)
+        except httpx.ReadTimeout:
+            return
+        assert refused.status_code == 503
 
 
 def test_ten_times_too_many_requests_are_refused_quickly_and_memory_stays(served: Served) -> None:

@@ -96,7 +96,7 @@ class Desk(Protocol):
     metrics: Metrics
     config: ServingConfig
 
-    def check_length(self, asked: int | None) -> None: ...
+    def check_length(self, body: Sampling) -> None: ...
 
     def log_text(self, request: HttpRequest, text: Any) -> None: ...
 
@@ -126,7 +126,7 @@ def _add_comparing(routes: APIRouter, votes: VoteStore, engines: Engines, desk: 
     )
     async def battle(body: BattleRequest, request: HttpRequest) -> StreamingResponse:
         """Draws two iterates, asks both the same and streams both answers, each event with its side."""
-        desk.check_length(body.max_tokens)
+        desk.check_length(body)
         models = _draw(body.models, engines)
         request.state.log |= {"model": ",".join(sorted(models)), "stream": True}
         question = body.question(desk.config.max_tokens)
