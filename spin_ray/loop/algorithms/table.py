@@ -9,8 +9,9 @@ from spin_ray.errors import ConfigError
 from spin_ray.inputs.graders import find_grader, graders_of
 from spin_ray.learner.backends import check_backend
 from spin_ray.learner.import_path import import_object
-from spin_ray.learner.losses import Loss, MarginLoss, SpaceLoss, resolve_loss
+from spin_ray.learner.losses import LOSSES, Loss, MarginLoss, SpaceLoss, resolve_loss
 from spin_ray.learner.optimizers import find_optimizer
+from spin_ray.learner.trials import try_loss, try_optimizer
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
@@ -56,6 +57,26 @@ def check_algorithm(config: SpinConfig) -> None:
     """
     check_settings(config)
     check_packages(config)
+    try_own_objects(config)
+
+
+def try_own_objects(config: SpinConfig) -> None:
+    """Tries the losses and optimizers that the recipe gives by import path on a few numbers.
+
+    Raises:
+        ConfigError: one fails, or does not what training needs.
+    """
+    algorithm = find_algorithm(config.algorithm)
+    evaluates = bool(config.data.heldout) and config.objective.reference_alpha == 1
+    for iteration in range(config.iterations):
+        objective = algorithm.objective(config, iteration)
+        if objective.loss is not None and objective.loss not in LOSSES:
+            in_fp64 = evaluates and objective.is_of_log_ratios()
+            try_loss(objective.resolve(), objective.loss, objective.beta, in_fp64=in_fp64)
+    on_gpus, adapters = bool(config.train.resources.gpus), config.train.lora is not None
+    for section in (config.train, config.sft, config.reviser):
+        if section is not None:
+            try_optimizer(section.optimizer, matrices_only=adapters and section is config.train, on_gpus=on_gpus)
 
 
 def check_packages(config: SpinConfig) -> None:

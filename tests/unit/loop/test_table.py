@@ -306,6 +306,43 @@ def test_a_loss_or_an_optimizer_that_the_recipe_cannot_serve_is_told_before_anyt
     assert re.search(problem, problems(**sections))
 
 
+def mean(margin):
+    return margin.mean()
+
+
+def fp32_alone(margin):
+    assert margin.dtype == torch.float32
+    return -margin
+
+
+OWN: dict[str, Any] = {"optimizer": {"name": "torch.optim:LBFGS"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"objective": {"loss": f"{__name__}:mean"}}, r"objective\.loss: .*:mean gives shape \(\)"),
+        (
+            {"objective": {"loss": f"{__name__}:fp32_alone"}, "data": {"train": "d", "heldout": "h"}},
+            r"objective\.loss: .* in float64",
+        ),
+        ({"train": OWN}, r"optimizer\.name: torch\.optim:LBFGS fails .*closure"),
+        ({"sft": OWN}, r"optimizer\.name: torch\.optim:LBFGS fails .*closure"),
+        ({"algorithm": "seft", "reviser": OWN}, r"optimizer\.name: torch\.optim:LBFGS fails .*closure"),
+    ],
+)
+def test_own_losses_and_optimizers_are_tried_before_anything_runs(sections, problem):
+    assert re.search(problem, problems(**sections))
+
+
+def test_a_loss_that_the_evaluation_does_not_compute_may_work_in_fp32_alone():
+    check_algorithm(parse(objective={"loss": f"{__name__}:fp32_alone"}))
+
+
+def test_muon_by_its_path_trains_adapters():
+    check_algorithm(parse(train={"lora": {}, "optimizer": {"name": "torch.optim:Muon"}}))
+
+
 def test_a_module_that_fails_while_it_is_imported_is_named_with_its_error(tmp_path, monkeypatch):
     (tmp_path / "breaks.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
