@@ -9,7 +9,8 @@ import torch
 from spin_ray.config import packages
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
-from spin_ray.learner.backends import BACKENDS, find_backend
+from spin_ray.learner.backends import BACKENDS, METHODS, find_backend, make_backend
+from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm
 from tests.support.paths import RECIPES
@@ -214,7 +215,7 @@ def test_the_backends_by_name_have_what_any_algorithm_needs():
     """So the check at the start imports none of them."""
     for kind in BACKENDS:
         for algorithm in ALGORITHMS.values():
-            assert all(hasattr(find_backend(kind), method) for method in algorithm.backend_methods)
+            assert all(hasattr(find_backend(kind), method) for method in (*METHODS, *algorithm.backend_methods))
 
 
 def test_a_mesh_is_for_backends_that_build_it():
@@ -304,6 +305,66 @@ needs_wins, reference_free, three = NeedsWins(), ReferenceFree(), 3
 )
 def test_a_loss_or_an_optimizer_that_the_recipe_cannot_serve_is_told_before_anything_runs(sections, problem):
     assert re.search(problem, problems(**sections))
+
+
+class Bare:
+    """Lacks what training asks for at its end alone."""
+
+    def __init__(self, model_dir, settings, device):
+        pass
+
+    def logps(self, batch):
+        raise NotImplementedError
+
+    score = backward = step = load = logps
+
+
+class Forwarding(Bare):
+    def __getattr__(self, name):
+        if name == "export_hf":
+            raise AttributeError(name)
+        return self.logps
+
+
+class OneArgument(Bare):
+    save = export_hf = Bare.logps
+
+    def __init__(self, model_dir):
+        pass
+
+
+def builds(model_dir, settings):
+    raise NotImplementedError
+
+
+def builds_all(*arguments):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("Bare", "train.backend: .*:Bare has no method save, export_hf, which training needs"),
+        (
+            "OneArgument",
+            r"train.backend: .*:OneArgument is not called as \(model_dir\), but as \(model_dir, settings, ",
+        ),
+        ("builds", r"train.backend: .*:builds is not called as \(model_dir, settings\), but as "),
+    ],
+)
+def test_a_backend_that_training_cannot_use_to_its_end_is_told_before_anything_runs(name, problem):
+    assert re.search(problem, problems(train={"backend": f"{__name__}:{name}"}))
+
+
+def test_a_function_may_build_the_backend_and_a_class_may_forward_to_another():
+    for name in ("builds_all", "Forwarding"):
+        check_algorithm(parse(train={"backend": f"{__name__}:{name}"}))
+
+
+def test_a_backend_that_forwards_is_asked_once_it_is_built():
+    settings = BackendSettings(kind=f"{__name__}:Forwarding", max_length=8)
+    with pytest.raises(ConfigError, match="Forwarding has no method export_hf, which training needs"):
+        make_backend("model", settings, torch.device("cpu"))
 
 
 def mean(margin):
