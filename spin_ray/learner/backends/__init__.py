@@ -68,8 +68,14 @@ def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
 
 
 def _refuse_without(backend: object, methods: Iterable[str], kind: str) -> None:
-    if missing := [method for method in methods if not callable(getattr(backend, method, None))]:
+    if missing := [method for method in methods if not _has(backend, method)]:
         raise ConfigError(f"train.backend: {kind} has no method {', '.join(missing)}, which training needs")
+
+
+def _has(backend: object, method: str) -> bool:
+    """Returns False also for a method that does nothing because it is inherited from the protocol."""
+    found = getattr(backend, method, None)
+    return callable(found) and getattr(found, "__func__", found) is not getattr(TrainBackend, method)
 
 
 def _refuse_other_arguments(build: Callable[..., TrainBackend], kind: str) -> None:

@@ -10,7 +10,8 @@ from spin_ray.config import packages
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
 from spin_ray.learner.backends import BACKENDS, METHODS, find_backend, make_backend
-from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.base import BackendSettings, TrainBackend
+from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm
 from tests.support.paths import RECIPES
@@ -307,6 +308,60 @@ def test_a_loss_or_an_optimizer_that_the_recipe_cannot_serve_is_told_before_anyt
     assert re.search(problem, problems(**sections))
 
 
+class WithArgument(Outside):
+    def __init__(self, value):
+        pass
+
+
+class Abstract(Algorithm):
+    pass
+
+
+class LateLoss(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss=f"{__name__}:of_nothing" if iteration else "logistic")
+
+
+class LateOwnLoss(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss=f"{__name__}:mean" if iteration else "logistic")
+
+
+class MisspeltLoss(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss="logistc")
+
+
+class WithoutWins(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss="square")
+
+
+class WithoutObjective(Outside):
+    def objective(self, config, iteration):
+        return "logistic"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("WithArgument", "cannot be made .*missing 1 required positional argument: 'value'"),
+        ("Abstract", "cannot be made .*make_pairs"),
+        ("Outside", r"its objective of iteration 0 fails \(NotImplementedError"),
+        ("LateLoss", r"its objective of iteration 1: objective\.loss: module .* has no of_nothing"),
+        ("LateOwnLoss", r"its objective of iteration 1: objective\.loss: .*:mean gives shape"),
+        ("MisspeltLoss", r"its objective of iteration 0: objective\.loss: 'logistc' is unknown; use logistic"),
+        (
+            "WithoutWins",
+            "its objective of iteration 0 has the loss square, which needs win probabilities; .*makes_wins",
+        ),
+        ("WithoutObjective", "its objective of iteration 0 is a str; expected a spin_ray.learner.step.Objective"),
+    ],
+)
+def test_an_algorithm_that_would_fail_in_an_iteration_is_told_before_anything_runs(name, problem):
+    assert re.search(f"^algorithm: {__name__}:{name}:? {problem}", problems(algorithm=f"{__name__}:{name}"))
+
+
 class Bare:
     """Lacks what training asks for at its end alone."""
 
@@ -324,6 +379,14 @@ class Forwarding(Bare):
         if name == "export_hf":
             raise AttributeError(name)
         return self.logps
+
+
+class OfTheProtocol(TrainBackend):
+    def __init__(self, model_dir, settings, device):
+        pass
+
+    def step(self):
+        raise NotImplementedError
 
 
 class OneArgument(Bare):
