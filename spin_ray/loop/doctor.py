@@ -58,7 +58,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     check_builds(config)
     connect(config)
     check_fits(config)
-    check_on_workers(graders_of(config), config.generation.start_timeout_s)
+    check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
     wanted = demands(config)
     for stage, bundles in wanted.items():
         console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")
