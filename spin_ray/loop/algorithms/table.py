@@ -107,9 +107,13 @@ def check_packages(config: SpinConfig) -> None:
         return
     if config.train.backend == "deepspeed":
         check_installed("train.backend: deepspeed", "deepspeed")
-    plays = type(find_algorithm(config.algorithm)).plays is not Algorithm.plays
-    if plays or config.data.heldout:
+    if starts_engines(config):
         check_installed("generation", "gpu" if config.generation.resources.gpus else "cpu")
+
+
+def starts_engines(config: SpinConfig) -> bool:
+    """Returns True if a model answers prompts or held-out prompts."""
+    return type(find_algorithm(config.algorithm)).plays is not Algorithm.plays or bool(config.data.heldout)
 
 
 def check_settings(config: SpinConfig) -> None:
