@@ -1,6 +1,8 @@
 """Errors that the user can repair (one line, exit code 2), and failures of a run (exit code 1)."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -47,6 +49,15 @@ class StageError(RuntimeError):
 
 class TransientError(StageError):
     """A failure that another attempt may not meet, such as a file that did not arrive from another machine."""
+
+
+@contextmanager
+def writing(place: object) -> Iterator[None]:
+    """Raises ConfigError if the file or folder ``place``, which the user named, cannot be made or written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be written ({error})") from error
 
 
 LONGEST_LINE = 400
