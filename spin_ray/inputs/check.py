@@ -35,7 +35,7 @@ from spin_ray.inputs.model_folder import (
 )
 from spin_ray.inputs.needs import most_pairs, needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
-from spin_ray.inputs.scorers import refuse_no_scorer
+from spin_ray.inputs.scorers import refuse_no_scorer, refuse_other_roles, refuse_too_long
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 from spin_ray.learner.tokenizer_file import warn_of_other_tokens
@@ -170,9 +170,21 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
         if finding.severity == "error":
             raise DataError(finding.sentence)
     _refuse_unusable_models(config, inputs)  # last, because it is slow
+    if inputs.scorer is not None and config.scorer is not None:
+        refuse_too_long(inputs.scorer.path, config.scorer.max_length)
+        if config.scorer.kind == "reward":
+            read = [each for source in _paths(inputs.train) for each in _rendered(renderer, rows[source])]
+            variables = {**config.model.chat_template_kwargs, "strftime_now": renderer.template.date.strftime}
+            refuse_other_roles(inputs.scorer.path, [(each.origin, each.messages) for each in read], variables)
     return Start(
         **vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings), graded=graded
     )
+
+
+def _rendered(renderer: ChatRenderer, first: Sequence[FirstConversation]) -> list[FirstConversation]:
+    """Leaves out the conversations that go to quarantine."""
+    made = renderer.render_all([each.messages for each in first], [each.tools for each in first])
+    return [each for each, it in zip(first, made, strict=True) if not isinstance(it, RenderError)]
 
 
 def _first_graded(config: SpinConfig, inputs: Inputs, heads: Mapping[str, list[list[SourceRow]]]) -> dict[str, Graded]:
