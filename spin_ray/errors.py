@@ -1,6 +1,8 @@
 """Errors that the user can repair (one line, exit code 2), and failures of a run (exit code 1)."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -49,6 +51,15 @@ class TransientError(StageError):
     """A failure that another attempt may not meet, such as a file that did not arrive from another machine."""
 
 
+@contextmanager
+def writing(place: object) -> Iterator[None]:
+    """Raises ConfigError if the file or folder ``place``, which the user named, cannot be made or written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be written ({error})") from error
+
+
 LONGEST_LINE = 400
 
 
@@ -64,13 +75,18 @@ def last_line(error: BaseException) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """Skips Ray's advice and Ray Data's trailer, whose cause is the last exception before it."""
+    """Skips Ray's and pydantic's advice and Ray Data's trailer, whose cause is the last exception before it."""
     text = str(error)
     before, trailer, _ = text.rpartition("UserCodeException")
     if trailer:
         text = before.rpartition("The above exception was the direct cause")[0] or text
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("Refer to the doc")]
+    if len(lines) > 2 and lines[-1].strip().startswith(_PYDANTICS_ADVICE):
+        return ": ".join(line.strip() for line in lines[-3:-1])  # the field and what is wrong with it
     return lines[-1] if lines else type(error).__name__
+
+
+_PYDANTICS_ADVICE = "For further information visit https://errors.pydantic.dev"
 
 
 def user_error_in(error: BaseException) -> UserError | None:

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.engine_sizes import EngineSizes, check_engines
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
-from spin_ray.inputs.graders import refuse_no_pattern
+from spin_ray.inputs.graders import Graded, first_graded, graders_of, refuse_no_pattern
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import find_model
 from spin_ray.inputs.mixture import shares_of
@@ -35,7 +35,7 @@ from spin_ray.inputs.model_folder import (
 )
 from spin_ray.inputs.needs import most_pairs, needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
-from spin_ray.inputs.scorers import refuse_no_scorer
+from spin_ray.inputs.scorers import refuse_no_scorer, refuse_other_roles, refuse_too_long
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 from spin_ray.learner.tokenizer_file import warn_of_other_tokens
@@ -85,6 +85,8 @@ class Start(Inputs):
     other_ends: tuple[int, ...] = ()
     """Further tokens at which generation stops."""
     findings: tuple[Finding, ...] = ()
+    graded: Mapping[str, Graded] = field(default_factory=dict)
+    """A row that a grader of the user's own can be tried on, by setting."""
 
 
 class FirstConversation(NamedTuple):
@@ -154,12 +156,9 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
     """Checks that model and data can be used; raises UserError if not."""
     inputs = inputs or find_inputs(config)
     heads = {source: _first_rows(source, config.data) for source in _paths(inputs.train, inputs.heldout)}
-    questions = [head for source in _paths(inputs.questions) for head in _first_rows(source, config.data)]
-    _refuse_absent_columns(chain(*chain(*heads.values()), *questions), config.data)
-    heldout = chain(*(chain(*heads[source]) for source in _paths(inputs.heldout)))
-    refuse_no_pattern(
-        config, [(row.origin, mapped(row.content, config.data).get("answer")) for row in heldout if row.content]
-    )
+    questions = {source: _first_rows(source, config.data) for source in _paths(inputs.questions)}
+    _refuse_absent_columns(chain(*chain(*heads.values(), *questions.values())), config.data)
+    graded = _first_graded(config, inputs, heads | questions)
     rows = {source: _first_conversations(each, config.data) for source, each in heads.items()}
     renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
@@ -171,7 +170,39 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
         if finding.severity == "error":
             raise DataError(finding.sentence)
     _refuse_unusable_models(config, inputs)  # last, because it is slow
-    return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings))
+    if inputs.scorer is not None and config.scorer is not None:
+        refuse_too_long(inputs.scorer.path, config.scorer.max_length)
+        if config.scorer.kind == "reward":
+            read = [each for source in _paths(inputs.train) for each in _rendered(renderer, rows[source])]
+            variables = {**config.model.chat_template_kwargs, "strftime_now": renderer.template.date.strftime}
+            refuse_other_roles(inputs.scorer.path, [(each.origin, each.messages) for each in read], variables)
+    return Start(
+        **vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings), graded=graded
+    )
+
+
+def _rendered(renderer: ChatRenderer, first: Sequence[FirstConversation]) -> list[FirstConversation]:
+    """Leaves out the conversations that go to quarantine."""
+    made = renderer.render_all([each.messages for each in first], [each.tools for each in first])
+    return [each for each, it in zip(first, made, strict=True) if not isinstance(it, RenderError)]
+
+
+def _first_graded(config: SpinConfig, inputs: Inputs, heads: Mapping[str, list[list[SourceRow]]]) -> dict[str, Graded]:
+    """Returns a row for each grader of the user's own.
+
+    Raises:
+        DataError: a first row's answer, to be graded by ``regex``, is no pattern.
+    """
+    given, found = {"evaluation": inputs.heldout, "scorer": inputs.train, "self_filter": inputs.questions}, {}
+    for setting, grade in graders_of(config).items():
+        sources = _paths(given[setting.partition(".")[0]])
+        rows = [row for source in sources for row in chain(*heads[source]) if row.content]
+        if grade == "regex":
+            answers = ((row.origin, mapped(row.content, config.data).get("answer")) for row in rows if row.content)
+            refuse_no_pattern(setting, answers)
+        if ":" in grade and (first := first_graded(rows, config.data)):
+            found[setting] = first
+    return found
 
 
 def _find_all(

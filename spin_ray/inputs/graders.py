@@ -1,6 +1,8 @@
 """Graders, which compare a response with its row's ``answer``."""
 
+import inspect
 import json
+import math
 import re
 import signal
 import threading
@@ -9,13 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError, first_line
 from spin_ray.inputs.answers import extract_number, is_correct
-from spin_ray.inputs.conversations import answer_of
+from spin_ray.inputs.conversations import Unusable, answer_of, read_row
+from spin_ray.inputs.files import SourceRow
 from spin_ray.learner.import_path import import_object
 
 Grader = Callable[[str, str], float | None]
 """Function from a response and its row's answer to a grade from 0 to 1; None if the answer cannot be graded."""
+Graded = tuple[str, str, str]
+"""Response, answer and row id."""
 
 _TEX = r"\\(?:(?:boxed|fbox|text[a-z]*|math[a-z]*)\{)?"
 _BEFORE = rf"""(?:[\s:*_$(\["'`]|{_TEX}){{0,200}}"""
@@ -78,15 +84,18 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
 
 
-def refuse_no_pattern(config: SpinConfig, rows: Iterable[tuple[str, Any]]) -> None:
-    """Raises DataError if the recipe grades by ``regex`` and an answer in ``rows`` (place, answer) is no pattern."""
-    if config.evaluation.grade != "regex":
-        return
-    for origin, answer in rows:
+def refuse_no_pattern(setting: str, rows: Iterable[tuple[str, Any]]) -> None:
+    """Raises DataError if an answer in ``rows`` (place, answer) is no pattern, and ``setting`` is ``regex``."""
+    known = set[str]()
+    for place, answer in rows:
+        text = answer_text(answer) or ""
+        if text in known:
+            continue
+        known.add(text)
         try:
-            regex("", answer_text(answer) or "")
+            regex("", text)
         except ValueError as error:
-            raise DataError(f"{origin}: answer {error}, and evaluation.grade is regex; mend the pattern") from None
+            raise DataError(f"{place}: answer {error}, and {setting} is regex; mend the pattern") from None
 
 
 def multiple_choice(response: str, answer: str) -> float | None:
@@ -152,9 +161,27 @@ def find_grader(grade: str, setting: str = "evaluation.grade") -> Grader:
     if grade in GRADERS:
         return GRADERS[grade]
     found = import_object(grade, setting, GRADERS)
-    if not callable(found):
+    if isinstance(found, type) or not callable(found):
         raise ConfigError(f"{setting}: {grade} is no function of a response and an answer")
+    try:
+        inspect.signature(found).bind("response", "answer")
+    except TypeError as error:
+        raise ConfigError(f"{setting}: {grade} is not called with a response and an answer ({error})") from error
+    except ValueError:  # some functions in C tell no signature
+        pass
     return found
+
+
+def first_graded(rows: Iterable[SourceRow], data: DataConfig) -> Graded | None:
+    """Returns response, answer and place of the first row that has an answer, if any."""
+    for row in rows:
+        try:
+            found = read_row(row.content, data)
+        except Unusable:
+            continue
+        if (answer := answer_text(found.row.get("answer"))) is not None:
+            return found.ending_with_real[-1][-1]["content"], answer, row.origin
+    return None
 
 
 def refuse_no_answer(source: str, answers: Iterable[str | None], grade: str, setting: str) -> None:
@@ -177,13 +204,21 @@ def graded(grade: str, response: str, answer: str, row: str, setting: str = "eva
     where = f"held-out row {row}" if setting == "evaluation.grade" else f"row {row}"
     try:
         found = grader(response, answer)
-        number = None if found is None else float(found)
     except Exception as error:  # a user's function may raise anything
         said = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{setting} {grade}: failed on the {where} ({said})") from error
+    try:
+        number = None if found is None else float(found)
+    except Exception:  # a user's class may raise anything
+        number = math.nan
     if number is not None and not 0 <= number <= 1:
-        raise DataError(f"{setting} {grade}: gave {found!r} for the {where}; expected 0 to 1, or None")
+        shown = repr(found).split("\n")[0][:_SHOWN]
+        raise DataError(f"{setting} {grade}: gave {shown} for the {where}; expected 0 to 1, or None")
     return number
+
+
+_SHOWN = 80
+"""Most characters of a wrong grade in an error."""
 
 
 def answer_text(value: Any) -> str | None:

@@ -1,10 +1,13 @@
 """Checks of SPPO's preference models before sampling."""
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from spin_ray.errors import ModelError, first_line
-from spin_ray.inputs.model_folder import read_config, refuse_adapter
+from spin_ray.errors import ConfigError, DataError, ModelError, first_line
+from spin_ray.inputs.conversations import Conversation
+from spin_ray.inputs.model_folder import positions_of, read_config, refuse_adapter
 from spin_ray.learner.tokenizer_file import open_tokenizer
 from spin_ray.learner.weights import find_packed, refuse_damaged, tensor_shapes
 
@@ -19,6 +22,54 @@ def refuse_no_scorer(folder: Path, kind: Literal["reward", "pairrm"]) -> None:
     reason = _why_no_reward(folder) if kind == "reward" else _why_no_pairrm(folder)
     if reason := reason or _why_no_tokenizer(folder):
         raise ModelError(f"scorer.path {folder}: is no {kind} model ({reason})")
+
+
+def refuse_too_long(folder: Path, max_length: int) -> None:
+    """Raises ConfigError if ``scorer.max_length`` is more than the positions that the model has learnt.
+
+    Rotary and relative positions have no end; PairRM reads 2048 tokens, though its config.json says 512.
+    """
+    tables = [shape for name, shape in tensor_shapes(folder).items() if _TABLE.search(name) and "vision" not in name]
+    if not tables:
+        return
+    described = read_config(folder)
+    rows = min(shape[0] for shape in tables)
+    if any(family in str(described.get("model_type")) for family in _AFTER_THE_PAD):
+        pad_id = described.get("pad_token_id")
+        limit = rows - 1 - (1 if pad_id is None else pad_id)
+    else:
+        limit = min(rows, positions_of(described) or rows)  # OPT's table has two rows more
+    if max_length > limit:
+        raise ConfigError(
+            f"scorer.max_length: {max_length} is more than the {limit} positions of {folder}; set {limit} or less"
+        )
+
+
+_TABLE = re.compile(r"(^|\.)(wpe|position_embeddings|embed_positions)\.weight$")
+_AFTER_THE_PAD = (
+    "roberta", "camembert", "longformer", "mpnet", "xmod", "data2vec-text", "esm", "ibert", "luke", "markuplm", "lilt",
+)  # fmt: skip
+"""Families whose first position is the one after ``pad_token_id``."""
+
+
+def refuse_other_roles(folder: Path, rows: Iterable[tuple[str, Conversation]], variables: Mapping[str, Any]) -> None:
+    """Renders rows (place, messages) as the preference model reads them.
+
+    Raises:
+        DataError: its chat template refuses one.
+    """
+    tokenizer = open_tokenizer(folder)
+    if not tokenizer.chat_template:
+        return
+    for place, messages in rows:
+        try:
+            tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+        except Exception as error:  # the template's own, and jinja's
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise DataError(
+                f"scorer.path {folder}: its chat template refuses {place}, with the roles {roles} "
+                f"({first_line(error)}); take another preference model, or mend the rows"
+            ) from error
 
 
 def _why_no_reward(folder: Path) -> str | None:

@@ -56,6 +56,11 @@ class Objective:
             return replace(loss, positive_weight=self.positive_weight)
         return replace(loss, mu=self.mu) if isinstance(loss, SpaceLoss) else loss
 
+    def is_of_log_ratios(self) -> bool:
+        """Returns True if the log-ratios of a pair alone give its loss, as the evaluation computes it."""
+        loss = self.resolve()
+        return loss.needs_reference and not loss.needs_wins and not self.length_normalised
+
     def parameters(self) -> dict[str, float]:
         """Returns the parameters that later versions added, unless they have their defaults.
 

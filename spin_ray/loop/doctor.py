@@ -11,7 +11,7 @@ from spin_ray.inputs.findings import template_facts
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
-from spin_ray.loop.algorithms.table import check_algorithm, find_algorithm
+from spin_ray.loop.algorithms.table import check_algorithm, find_algorithm, starts_engines
 from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.mesh import check_mesh
@@ -20,7 +20,8 @@ from spin_ray.report.grading import check_on_workers
 from spin_ray.report.tracking import check_trackers
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
-from spin_ray.runtime.gpu import check_builds
+from spin_ray.runtime.engine_names import check_engine
+from spin_ray.runtime.gpu import check_builds, check_compiler
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
 from spin_ray.runtime.placement import demands, room_for
 
@@ -57,10 +58,19 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     console.print(f"[green]ok[/] precision {precision}: {reason}")
     room = _print_room(config, precision, start.model.path, out, console)
     check_builds(config)
+<<<<<<< HEAD
     check_trackers(config)
     connect(config)
     with room_for(config):
         check_on_workers(graders_of(config), config.generation.start_timeout_s)
+=======
+    if starts_engines(config):
+        check_engine(config)
+    check_compiler(config)
+    connect(config)
+    check_fits(config)
+    check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
+>>>>>>> late-errors
     wanted = demands(config)
     for stage, bundles in wanted.items():
         console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")

@@ -22,7 +22,7 @@ from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
-from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers, samples_of
+from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers, refuse_no_patterns, samples_of
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
@@ -50,7 +50,7 @@ Play = Callable[[ModelFolder, list[Job]], None]
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
     """Runs Algorithm 1 of arXiv 2401.01335, or another ``algorithm``."""
-    with _working(run, config):
+    with _working(run, config, start):
         start = _for_every_machine(start)
         initial = _prepare(run, config, start)
         play = _player(run, start, start_engine)
@@ -66,16 +66,16 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 
 def look(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> dict[str, Any]:
     """Makes prompts and θ_0, and returns the findings of a probe."""
-    with _working(run, config):
+    with _working(run, config, start):
         start = _for_every_machine(start)
         return probe.run(run, config, _prepare(run, config, start), _player(run, start, start_engine))
 
 
 @contextmanager
-def _working(run: RunDir, config: SpinConfig) -> Iterator[None]:
+def _working(run: RunDir, config: SpinConfig, start: Start) -> Iterator[None]:
     connect(config)
     with room_for(config):
-        check_on_workers(graders_of(config), config.generation.start_timeout_s)
+        check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
         with RunProgress(run, config):
             yield
 
@@ -98,8 +98,10 @@ def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
 
 
 def _check_answers(run: RunDir, config: SpinConfig) -> None:
-    """Raises DataError if held-out responses are to be graded and no row has an answer."""
+    """Raises DataError if no held-out row has an answer to grade by, or a row's answer is no pattern for ``regex``."""
     for setting, grade in graders_of(config).items():
+        if grade == "regex":
+            refuse_no_patterns(setting, run)
         if config.data.heldout is not None and setting.startswith("evaluation."):
             refuse_no_answers(run.heldout, config.data.heldout, grade, setting)
 

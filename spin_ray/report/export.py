@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from spin_ray.errors import ConfigError, RunDirError, first_line
+from spin_ray.errors import ConfigError, RunDirError, first_line, writing
 from spin_ray.report.history import find_iterate
 from spin_ray.report.model_card import model_card
 from spin_ray.report.redaction import hide_in_text
@@ -23,7 +23,7 @@ def export(run: RunDir, iterate: str, target: str) -> str:
     """Copies an iterate's checked files to a folder or ``hub:OWNER/NAME``, an adapter merged; returns the target.
 
     Raises:
-        UserError: no such iterate, a damaged file, a folder that is not empty, or the hub refuses.
+        UserError: no such iterate, a damaged file, a folder that is not empty or cannot be written, or the hub refuses.
     """
     number = find_iterate(run, iterate)
     artefact = run.model(number)
@@ -37,20 +37,25 @@ def export(run: RunDir, iterate: str, target: str) -> str:
         return _upload(run, number, artefact.checked_folder(), target.removeprefix(HUB))
     if "://" in target:
         raise ConfigError(f"--to {target}: is no folder of this machine; export to one, and copy that to the store")
-    folder = Path(target)
+    with writing(target):
+        _write(run, number, Path(target))
+    return str(Path(target))
+
+
+def _write(run: RunDir, iterate: int, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty; give another folder by --to")
-    if run.is_adapter(number):
-        write_whole_model(run, number, folder)
-        card = _card(run, number, folder)
+    if run.is_adapter(iterate):
+        write_whole_model(run, iterate, folder)
+        card = _card(run, iterate, folder)
     else:
+        artefact = run.model(iterate)
         checked = artefact.checked_folder()
-        card = _card(run, number, checked)
+        card = _card(run, iterate, checked)
         for name in artefact.manifest().files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checked / name, folder / name)
     (folder / CARD).write_text(card, encoding="utf-8")
-    return str(folder)
 
 
 def _card(run: RunDir, iterate: int, folder: Path) -> str:

@@ -9,13 +9,11 @@ import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, StageError, last_line, user_error_in
-from spin_ray.inputs.graders import find_grader, graded
+from spin_ray.inputs.graders import Graded, find_grader, graded
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.runtime.placement import in_the_cluster
 
 ROWS_A_TASK = 256
-Graded = tuple[str, str, str]
-"""Response, answer and row id."""
 
 
 def grade_all(
@@ -76,24 +74,26 @@ def answers_of(prompts: Artefact) -> dict[str, str]:
     return {row["prompt_id"]: row["answer_text"] for row in rows if row["answer_text"] is not None}
 
 
-def check_on_workers(graders: Mapping[str, str], limit_s: float) -> None:
-    """Imports each setting's grader on a worker.
+def check_on_workers(graders: Mapping[str, str], limit_s: float, rows: Mapping[str, Graded] | None = None) -> None:
+    """Imports each setting's grader on a worker, and grades the setting's row there.
 
     Args:
         limit_s: ``generation.start_timeout_s``.
 
     Raises:
         ConfigError: a worker cannot import one.
-        StageError: a task died, or an import took longer than ``limit_s``.
+        DataError: one fails on its row, or gives no number from 0 to 1.
+        StageError: a task died, or took longer than ``limit_s``.
     """
-    task = ray.remote(_import_grader).options(num_cpus=0)
+    task = ray.remote(_try_grader).options(num_cpus=0)
     for setting, grade in graders.items():
-        importing = task.remote(grade, setting)
+        importing = task.remote(grade, setting, (rows or {}).get(setting))
         if _first_ended([importing], limit_s) is None:
             ray.cancel(importing, force=True)
             raise StageError(
-                f"{setting} {grade}: waited {limit_s:.0f} s for a worker to import it (generation.start_timeout_s); "
-                f"{in_the_cluster()}; see what its module does when it is imported, then run the command again"
+                f"{setting} {grade}: waited {limit_s:.0f} s for a worker to import it and to grade a row "
+                f"(generation.start_timeout_s); {in_the_cluster()}; see what its module does when it is imported, then "
+                "run the command again"
             )
         try:
             with _raised_there(setting, grade):
@@ -103,5 +103,7 @@ def check_on_workers(graders: Mapping[str, str], limit_s: float) -> None:
             raise ConfigError(f"on the workers, {error}, {cure}") from error
 
 
-def _import_grader(grade: str, setting: str) -> None:
+def _try_grader(grade: str, setting: str, row: Graded | None) -> None:
     find_grader(grade, setting)
+    if row is not None:
+        graded(grade, *row, setting)

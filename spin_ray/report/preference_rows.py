@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from spin_ray.errors import ConfigError, RunDirError
+from spin_ray.errors import ConfigError, RunDirError, writing
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.messages import Conversation, Message
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, open_renderer
@@ -102,22 +102,21 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
         ConfigError: the file exists, or cannot be written.
     """
     path = Path(target)
-    if path.exists():
-        raise ConfigError(f"{path}: exists; give another file by --to")
     part = path.with_name(f"{path.name}.part")
-    try:
+    with writing(path):
+        if path.exists():
+            raise ConfigError(f"{path}: exists; give another file by --to")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            for row in rows:
-                made = as_trl(row) if form == "trl" else as_sharegpt(row)
-                counts["left out" if made is None else "written"] += 1
-                if made is not None:
-                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
-        part.rename(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                for row in rows:
+                    made = as_trl(row) if form == "trl" else as_sharegpt(row)
+                    counts["left out" if made is None else "written"] += 1
+                    if made is not None:
+                        file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)
     return str(path)
 
 

@@ -4,6 +4,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from spin_ray.config.compilers import C_COMPILER, has_c_compiler
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError
 
@@ -57,6 +58,16 @@ def _check(section: str, gpus: float, config: SpinConfig) -> None:
             f"{section}.resources.gpus: {gpus:g} are asked for, but {library} in this environment computes on CPUs "
             "alone; use the environment of `make gpu-setup`, or set 0"
         )
+
+
+def check_compiler(config: SpinConfig) -> None:
+    """Checks that this machine can compile layers, if the recipe insists on it.
+
+    Raises:
+        ConfigError: there is no C compiler.
+    """
+    if config.train.compile is True and not runs_elsewhere(config) and not has_c_compiler():
+        raise ConfigError(f"train.compile: needs {C_COMPILER}; install it or set train.compile: false")
 
 
 def runs_elsewhere(config: SpinConfig) -> bool:

@@ -175,9 +175,15 @@ def test_a_grader_that_workers_cannot_import_is_said_at_the_start(monkeypatch: p
     here = ModuleType("only_on_the_driver")
     here.grade = float  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, here.__name__, here)
-    check_on_workers({"evaluation.grade": "exact", "scorer.path": "statistics:mean"}, 60)
+    check_on_workers({"evaluation.grade": "exact", "scorer.path": "operator:eq"}, 60)
     with pytest.raises(ConfigError, match=r"on the workers, self_filter\.grade: only_on_the_driver:grade cannot"):
         check_on_workers({"self_filter.grade": "only_on_the_driver:grade"}, 60)
+
+
+def test_a_grader_that_gives_no_number_is_said_at_the_start() -> None:
+    check_on_workers({"scorer.path": "operator:eq"}, 60, {"scorer.path": ("a", "a", "d:1")})
+    with pytest.raises(DataError, match=r"^scorer\.path operator:add: gave 'ab' for the row d:1; expected 0 to 1"):
+        check_on_workers({"scorer.path": "operator:add"}, 60, {"scorer.path": ("a", "b", "d:1")})
 
 
 def hang_on_the_first(grade: str, response: str, answer: str, *_: str) -> float:

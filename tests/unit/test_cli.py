@@ -102,6 +102,10 @@ def test_a_plan_loads_neither_transformers_nor_ray():
         ({"data": {"train": "embedded:none"}}, "names no embedded asset"),
         ({"model": {"path": "none", "max_length": 128}}, "model.path none: no such folder"),
         ({"model": {"path": "embedded:tiny-llama", "max_length": 600}}, "600 is more than the 512 positions"),
+        (
+            {"generation": RECIPE["generation"] | {"engine": {"extra": {"zzz": 1}}}},
+            "generation.engine.extra.zzz: vLLM has no such argument",
+        ),
         ({"objective": {"beta": [1.0]}}, "objective.beta: has 1 values for 4 iterations"),
     ],
 )

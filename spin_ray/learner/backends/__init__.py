@@ -1,5 +1,6 @@
 """The training backends."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,10 +16,20 @@ BACKENDS = {
     "deepspeed": "spin_ray.learner.backends.deepspeed:DeepSpeedBackend",
 }
 """Import paths, so that only the chosen backend is imported."""
+METHODS = ("logps", "score", "backward", "step", "save", "load", "export_hf")
+"""Methods of ``TrainBackend`` that every algorithm needs."""
 
 
 def make_backend(model_dir: str | Path, settings: BackendSettings, device: torch.device) -> TrainBackend:
-    return find_backend(settings.kind)(model_dir, settings, device)
+    """Builds the backend that ``settings`` name.
+
+    Raises:
+        ConfigError: there is none, or it lacks a method that training would ask for only at its end.
+    """
+    backend = find_backend(settings.kind)(model_dir, settings, device)
+    if settings.kind not in BACKENDS:
+        _refuse_without(backend, METHODS, settings.kind)
+    return backend
 
 
 def find_backend(kind: str) -> Callable[[str | Path, BackendSettings, torch.device], TrainBackend]:
@@ -37,19 +48,45 @@ def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
     """Checks a backend that is given by its path. Those by name have all methods, and are not imported.
 
     Args:
-        methods: methods that the algorithm needs.
+        methods: methods that the algorithm needs beside ``METHODS``.
 
     Raises:
-        ConfigError: as ``find_backend`` does, or the backend lacks a method or does not build ``mesh``.
+        ConfigError: as ``find_backend`` does, or the backend lacks a method, takes other arguments or does not build
+            ``mesh``.
     """
     if kind in BACKENDS:
         return
     build = find_backend(kind)
-    for method in methods:
-        if not hasattr(build, method):
-            raise ConfigError(f"train.backend: {kind} has no method {method}, which the algorithm needs")
     if mesh is not None:
         from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 
         if not (isinstance(build, type) and issubclass(build, Fsdp2Backend)):
             raise ConfigError(f"train.mesh: {kind} is no subclass of Fsdp2Backend, which builds it; leave it out")
+    if isinstance(build, type) and not hasattr(build, "__getattr__"):  # else only its objects tell what they have
+        _refuse_without(build, (*methods, *METHODS), kind)
+    _refuse_other_arguments(build, kind)
+
+
+def _refuse_without(backend: object, methods: Iterable[str], kind: str) -> None:
+    if missing := [method for method in methods if not _has(backend, method)]:
+        raise ConfigError(f"train.backend: {kind} has no method {', '.join(missing)}, which training needs")
+
+
+def _has(backend: object, method: str) -> bool:
+    """Returns False also for a method that does nothing because it is inherited from the protocol."""
+    found = getattr(backend, method, None)
+    return callable(found) and getattr(found, "__func__", found) is not getattr(TrainBackend, method)
+
+
+def _refuse_other_arguments(build: Callable[..., TrainBackend], kind: str) -> None:
+    try:
+        signature = inspect.signature(build)
+    except ValueError:  # some functions in C tell none
+        return
+    try:
+        signature.bind("model_dir", "settings", "device")
+    except TypeError as error:
+        raise ConfigError(
+            f"train.backend: {kind} is not called as ({', '.join(signature.parameters)}), but as (model_dir, settings, "
+            f"device): {error}"
+        ) from error

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spin_ray.config.compilers import C_COMPILER, has_c_compiler
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapter_folder import write_adapter
 from spin_ray.learner.adapters import file_name, is_adapter, merge_adapters, stored_name
@@ -53,8 +53,8 @@ def compiles(wanted: bool | Literal["auto"], device: torch.device, *, split: boo
     missing = None
     if device.type == "cuda" and find_spec("triton") is None:
         missing = "the package triton"
-    elif not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
-        missing = "a C compiler (gcc or clang)"
+    elif not has_c_compiler():
+        missing = C_COMPILER
     if missing and wanted == "auto":
         logger.warning("train.compile: needs %s; training goes on uncompiled, which is slower", missing)
     elif missing:

@@ -1,5 +1,6 @@
 """The interface of an algorithm."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import Train, name_of
 from spin_ray.errors import DataError
 from spin_ray.inputs.check import Start
-from spin_ray.inputs.graders import refuse_no_answer
+from spin_ray.inputs.graders import refuse_no_answer, refuse_no_pattern
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
 from spin_ray.loop.stages.generation.shards import Job, prompt_slice
@@ -112,6 +113,7 @@ def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str)
         refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
 
 
+<<<<<<< HEAD
 def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: int = 1) -> None:
     """Raises DataError if no prompt that ``made`` makes of the first rows leaves room for its response.
 
@@ -125,6 +127,25 @@ def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: 
             f"{made}: the prompts that it makes of the first {len(prompts)} rows have {min(prompts)} tokens and more, "
             f"and a response needs {room}, so that none fits model.max_length, {longest}; raise that"
         )
+=======
+def refuse_no_patterns(setting: str, run: RunDir) -> None:
+    """Raises DataError if a committed row's answer, which ``setting`` grades by ``regex``, is no pattern."""
+    graded = {"evaluation": run.heldout, "scorer": run.prompts, "self_filter": run.questions}
+    prompts = graded[setting.partition(".")[0]]
+    if prompts.is_committed:
+        tables = (table for table in prompts.tables() if "answer_text" in table.column_names)
+        rows = (row for table in tables for row in table.select(["messages", "answer_text"]).to_pylist())
+        refuse_no_pattern(setting, ((_asked(row["messages"]), row["answer_text"]) for row in rows))
+
+
+def _asked(messages: str) -> str:
+    """Names a committed row, which does not keep its place, by its last question."""
+    asked = [message["content"] for message in json.loads(messages) if message["role"] == "user"]
+    return f"the row that asks {' '.join(asked[-1].split())[:_SHOWN]!r}" if asked else "a row without a question"
+
+
+_SHOWN = 80
+>>>>>>> late-errors
 
 
 def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:

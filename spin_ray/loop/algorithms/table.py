@@ -1,16 +1,19 @@
 """The algorithms by name, and the checks of a recipe."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from spin_ray.config.packages import check_installed
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, ObjectiveConfig
-from spin_ray.errors import ConfigError
+from spin_ray.errors import ConfigError, first_line
 from spin_ray.inputs.graders import find_grader, graders_of
 from spin_ray.learner.backends import check_backend
 from spin_ray.learner.import_path import import_object
-from spin_ray.learner.losses import Loss, MarginLoss, SpaceLoss, resolve_loss
+from spin_ray.learner.losses import LOSSES, Loss, MarginLoss, SpaceLoss, resolve_loss
 from spin_ray.learner.optimizers import find_optimizer
+from spin_ray.learner.step import Objective
+from spin_ray.learner.trials import try_loss, try_optimizer
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
@@ -45,7 +48,12 @@ def find_algorithm(name: str) -> Algorithm:
     found = import_object(name, "algorithm", ALGORITHMS)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ConfigError(f"algorithm: {name} is no subclass of spin_ray.loop.algorithms.base.Algorithm")
-    return found()
+    try:
+        return found()
+    except Exception as error:  # the class's own code
+        raise ConfigError(
+            f"algorithm: {name} cannot be made without arguments ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def check_algorithm(config: SpinConfig) -> None:
@@ -56,6 +64,27 @@ def check_algorithm(config: SpinConfig) -> None:
     """
     check_settings(config)
     check_packages(config)
+    try_own_objects(config)
+
+
+def try_own_objects(config: SpinConfig) -> None:
+    """Tries the losses and optimizers that the recipe gives by import path on a few numbers.
+
+    Raises:
+        ConfigError: one fails, or does not what training needs.
+    """
+    algorithm = find_algorithm(config.algorithm)
+    evaluates = bool(config.data.heldout) and config.objective.reference_alpha == 1
+    for iteration in range(config.iterations):
+        objective = algorithm.objective(config, iteration)
+        if objective.loss is not None and objective.loss not in LOSSES:
+            in_fp64 = evaluates and objective.is_of_log_ratios()
+            with _named(config.algorithm, iteration):
+                try_loss(objective.resolve(), objective.loss, objective.beta, in_fp64=in_fp64)
+    on_gpus, adapters = bool(config.train.resources.gpus), config.train.lora is not None
+    for section in (config.train, config.sft, config.reviser):
+        if section is not None:
+            try_optimizer(section.optimizer, matrices_only=adapters and section is config.train, on_gpus=on_gpus)
 
 
 def check_packages(config: SpinConfig) -> None:
@@ -78,9 +107,13 @@ def check_packages(config: SpinConfig) -> None:
         return
     if config.train.backend == "deepspeed":
         check_installed("train.backend: deepspeed", "deepspeed")
-    plays = type(find_algorithm(config.algorithm)).plays is not Algorithm.plays
-    if plays or config.data.heldout:
+    if starts_engines(config):
         check_installed("generation", "gpu" if config.generation.resources.gpus else "cpu")
+
+
+def starts_engines(config: SpinConfig) -> bool:
+    """Returns True if a model answers prompts or held-out prompts."""
+    return type(find_algorithm(config.algorithm)).plays is not Algorithm.plays or bool(config.data.heldout)
 
 
 def check_settings(config: SpinConfig) -> None:
@@ -91,11 +124,43 @@ def check_settings(config: SpinConfig) -> None:
         raise ConfigError("; ".join(problems))
     mesh = config.train.mesh if isinstance(config.train.mesh, Mesh) else None
     check_backend(config.train.backend, mesh, algorithm.backend_methods)
+    _check_objectives(config, algorithm)
     for setting, grade in graders_of(config).items():
         find_grader(grade, setting)
     for section in (config.train, config.sft, config.reviser):
         if section is not None:
             find_optimizer(section.optimizer)
+
+
+def _check_objectives(config: SpinConfig, algorithm: Algorithm) -> None:
+    """Raises ConfigError if an algorithm given by its path has no usable objective in an iteration."""
+    name = config.algorithm
+    for iteration in range(0 if name in ALGORITHMS else config.iterations):
+        own = f"algorithm: {name}: its objective of iteration {iteration}"
+        try:
+            objective = algorithm.objective(config, iteration)
+        except Exception as error:  # the algorithm's own code
+            raise ConfigError(f"{own} fails ({type(error).__name__}: {first_line(error)})") from error
+        if not isinstance(objective, Objective):
+            raise ConfigError(f"{own} is a {type(objective).__name__}; expected a spin_ray.learner.step.Objective")
+        with _named(name, iteration):
+            loss = objective.resolve()
+        if loss.needs_wins and not algorithm.makes_wins:
+            raise ConfigError(
+                f"{own} has the loss {objective.loss}, which needs win probabilities; commit iter_NNN/wins and set "
+                "makes_wins, or take another"
+            )
+
+
+@contextmanager
+def _named(name: str, iteration: int) -> Iterator[None]:
+    """Says in errors about a loss which iteration of an algorithm from outside has it."""
+    try:
+        yield
+    except ConfigError as error:
+        if name in ALGORITHMS:
+            raise
+        raise ConfigError(f"algorithm: {name}: its objective of iteration {iteration}: {error}") from error
 
 
 def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:

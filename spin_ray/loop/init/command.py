@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ConfigError
+from spin_ray.errors import ConfigError, writing
 from spin_ray.loop.algorithms.table import check_packages, check_settings, find_algorithm
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.foreign import Foreign
@@ -68,7 +68,8 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
     fitted, phases, misfit = fit(settings, seen, machines, options.values)
     config = parse_config(tree_of(fitted), source=str(options.recipe))
     check_settings(config)
-    options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
+    with writing(options.recipe):
+        options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
     _print(options, seen, machines, foreign, console)
     _warn(config, fitted, misfit, console)
     _print_next(options, fitted, seen, phases, machines, foreign, console)

@@ -108,10 +108,10 @@ def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[An
 
     Returns None for the logistic loss, which is always measured, and for losses that need more than log-ratios.
     """
-    if objective is None or objective.length_normalised or config.objective.reference_alpha < 1:
+    if objective is None or not objective.is_of_log_ratios() or config.objective.reference_alpha < 1:
         return None
     loss, beta = objective.resolve(), objective.beta
-    if loss == LOSSES["logistic"] or not loss.needs_reference or loss.needs_wins:
+    if loss == LOSSES["logistic"]:
         return None
 
     def of_rows(rows: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from spin_ray.errors import writing
 from spin_ray.report.conditions import in_words
 from spin_ray.report.first_loss import first_loss, spelt
 from spin_ray.report.measures import BY_KEY, GUESSING, MEASURES, Measure
@@ -45,10 +46,15 @@ Chart = dict[str, Any]
 
 
 def write_report(runs: Sequence[RunDir], path: Path) -> Path:
-    """Writes one page about one or more runs; returns ``path``. Raises as ``report_page``."""
+    """Writes one page about one or more runs; returns ``path``.
+
+    Raises:
+        UserError: as ``report_page`` does, or ``path`` cannot be written.
+    """
     page = report_page(runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
     return path
 
 

@@ -51,6 +51,14 @@ def test_a_recipe_that_can_run_is_resolved():
     }  # fmt: skip
 
 
+def test_an_own_grader_gets_a_first_row_to_be_tried_on():
+    grade = "operator:eq"
+    found = check_recipe(config_for(evaluation={"grade": grade})).graded
+    response, answer, place = found.pop("evaluation.grade")
+    assert response.endswith(answer) and ".jsonl:1" in place and not found
+    assert not check_recipe(config_for(evaluation={"grade": "exact"})).graded
+
+
 def test_names_of_layers_that_the_model_lacks_are_refused_at_the_start():
     with pytest.raises(ModelError, match=r"train\.lora\.target_modules: .* no linear layer v_porj; it has v_proj"):
         check_recipe(config_for(train={"lora": {"target_modules": ["q_proj", "v_porj"]}}))

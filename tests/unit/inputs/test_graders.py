@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError
 from spin_ray.inputs import graders
+from spin_ray.inputs.files import SourceRow
 from spin_ray.inputs.graders import answer_text, find_grader, graded, regex
 
 
@@ -87,13 +88,44 @@ def test_the_limit_is_cpu_time_and_leaves_other_timers_alone():
 
 
 def test_an_answer_that_is_no_pattern_is_told_at_the_start():
-    data = {"train": "d", "heldout": "h"}
-    config = SpinConfig.model_validate({"model": {"path": "m"}, "data": data, "evaluation": {"grade": "regex"}})
-    graders.refuse_no_pattern(config, [("h:1", "a+"), ("h:2", None), ("h:3", 12)])
-    with pytest.raises(DataError, match=r"h:4: answer 'f\(' is no pattern .*evaluation\.grade is regex"):
-        graders.refuse_no_pattern(config, [("h:4", "f(")])
-    exact = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"grade": "exact"})})
-    graders.refuse_no_pattern(exact, [("h:4", "f(")])
+    graders.refuse_no_pattern("evaluation.grade", [("h:1", "a+"), ("h:2", None), ("h:3", 12)])
+    with pytest.raises(DataError, match=r"h:4: answer 'f\(' is no pattern .*scorer\.path is regex"):
+        graders.refuse_no_pattern("scorer.path", [("h:4", "f(")])
+
+
+def one_argument(response):
+    return 1.0
+
+
+class Grades:
+    def __init__(self, response, answer):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("one_argument", r"is not called with a response and an answer \(too many positional arguments\)"),
+        ("Grades", "is no function of a response and an answer"),
+    ],
+)
+def test_what_cannot_grade_is_told_before_anything_runs(name, said):
+    with pytest.raises(ConfigError, match=f"^self_filter.grade: {__name__}:{name} {said}"):
+        find_grader(f"{__name__}:{name}", "self_filter.grade")
+
+
+@pytest.mark.parametrize(("found", "shown"), [("yes", "'yes'"), ((1.0, "ok"), r"\(1.0, 'ok'\)"), (5, "5")])
+def test_a_grade_that_is_no_number_from_0_to_1_is_shown(monkeypatch, found, shown):
+    monkeypatch.setitem(graders.GRADERS, "mine", lambda response, answer: found)
+    with pytest.raises(DataError, match=f"^scorer.path mine: gave {shown} for the row r1; expected 0 to 1, or None$"):
+        graded("mine", "x", "y", "r1", "scorer.path")
+
+
+def test_a_grader_is_tried_on_the_first_row_with_an_answer():
+    contents = [None, {"prompt": "1", "response": "a"}, {"prompt": "2", "response": "b", "answer": 12.0}]
+    rows = [SourceRow(f"h:{number}", content, b"") for number, content in enumerate(contents)]
+    assert graders.first_graded(rows, DataConfig(train="d")) == ("b", "12", "h:2")
+    assert graders.first_graded(rows[:2], DataConfig(train="d")) is None
 
 
 def test_a_grader_that_is_not_there_is_named_before_anything_runs():

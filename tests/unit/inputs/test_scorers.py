@@ -8,11 +8,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
-from spin_ray.errors import ModelError
+from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.check import check_recipe
-from spin_ray.inputs.scorers import refuse_no_scorer
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.scorers import refuse_no_scorer, refuse_too_long
 from tests.support.model_kinds import KINDS
 from tests.support.preference_models import save_pairrm, save_reward_model
 from tests.unit.inputs.test_check import config_for
@@ -115,6 +126,73 @@ def test_what_compares_no_pairs_is_named(tmp_path: Path) -> None:
         refuse_no_scorer(tmp_path, "pairrm")
     with pytest.raises(ModelError, match=r"is no pairrm model \(config\.json has no source_prefix_id\)"):
         refuse_no_scorer(save_reward_model(tmp_path), "pairrm")
+
+
+def with_positions(folder: Path, kind: str) -> Path:
+    """Saves a classifier with a learnt table of 24 positions."""
+    vocabulary = {"vocab_size": 64, "num_labels": 1}
+    if kind == "gpt2":
+        GPT2ForSequenceClassification(
+            GPT2Config(n_positions=24, n_embd=16, n_layer=1, n_head=2, pad_token_id=0, **vocabulary)
+        ).save_pretrained(folder)
+        return folder
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    of_text = {
+        "max_position_embeddings": 26 if kind == "roberta" else 24,
+        "pad_token_id": 1 if kind == "roberta" else 0,
+    }
+    config = {"roberta": RobertaConfig, "bert": BertConfig}[kind](**vocabulary, **shape, **of_text)
+    model = {"roberta": RobertaForSequenceClassification, "bert": BertForSequenceClassification}[kind](config)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        model.eval()(input_ids=torch.full((1, 24), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, 25), 5))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "roberta"])
+def test_texts_longer_than_the_learnt_positions_are_refused(kind: str, tmp_path: Path) -> None:
+    folder = with_positions(tmp_path / "model", kind)
+    refuse_too_long(folder, 24)
+    with pytest.raises(ConfigError, match=r"^scorer\.max_length: 25 is more than the 24 positions of .*; set 24 or"):
+        refuse_too_long(folder, 25)
+
+
+def test_rotary_and_relative_positions_have_no_end(tmp_path: Path) -> None:
+    """PairRM's config.json has 512 positions, and the paper's inputs 2048 tokens."""
+    refuse_too_long(save_reward_model(tmp_path / "reward"), 10_000)
+    relative = DebertaV2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1,
+        max_position_embeddings=512, position_biased_input=False, relative_attention=True,
+    )  # fmt: skip
+    DebertaV2ForSequenceClassification(relative).save_pretrained(tmp_path / "relative")
+    refuse_too_long(tmp_path / "relative", 2048)
+
+
+def sppo_with(folder: Path, **scorer: Any) -> Any:
+    recipe = config_for(generation={"samples_per_prompt": 2}).model_dump()
+    return type(config_for()).model_validate(
+        recipe | {"algorithm": "sppo", "scorer": {"path": str(folder), "max_length": 64} | scorer}
+    )
+
+
+def test_a_template_that_refuses_the_roles_of_a_row_is_told_at_the_start(tmp_path: Path) -> None:
+    folder = save_reward_model(tmp_path / "reward")
+    check_recipe(sppo_with(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    tokenizer.save_pretrained(folder)
+    said = r"^scorer\.path .*: its chat template refuses .*:1, with the roles user, assistant \(no user here\); "
+    with pytest.raises(DataError, match=said):
+        check_recipe(sppo_with(folder))
+
+
+def test_a_start_compares_the_positions(tmp_path: Path) -> None:
+    folder = with_positions(tmp_path / "gpt2", "gpt2")
+    AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama")).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"^scorer\.max_length: 64 is more than the 24 positions"):
+        check_recipe(sppo_with(folder))
 
 
 def test_a_start_asks_it(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import torch
 from spin_ray.config import packages
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
-from spin_ray.learner.backends import BACKENDS, find_backend
+from spin_ray.learner.backends import BACKENDS, METHODS, find_backend, make_backend
+from spin_ray.learner.backends.base import BackendSettings, TrainBackend
+from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm
 from tests.support.paths import RECIPES
@@ -214,7 +216,7 @@ def test_the_backends_by_name_have_what_any_algorithm_needs():
     """So the check at the start imports none of them."""
     for kind in BACKENDS:
         for algorithm in ALGORITHMS.values():
-            assert all(hasattr(find_backend(kind), method) for method in algorithm.backend_methods)
+            assert all(hasattr(find_backend(kind), method) for method in (*METHODS, *algorithm.backend_methods))
 
 
 def test_a_mesh_is_for_backends_that_build_it():
@@ -304,6 +306,165 @@ needs_wins, reference_free, three = NeedsWins(), ReferenceFree(), 3
 )
 def test_a_loss_or_an_optimizer_that_the_recipe_cannot_serve_is_told_before_anything_runs(sections, problem):
     assert re.search(problem, problems(**sections))
+
+
+class WithArgument(Outside):
+    def __init__(self, value):
+        pass
+
+
+class Abstract(Algorithm):
+    pass
+
+
+class LateLoss(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss=f"{__name__}:of_nothing" if iteration else "logistic")
+
+
+class LateOwnLoss(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss=f"{__name__}:mean" if iteration else "logistic")
+
+
+class MisspeltLoss(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss="logistc")
+
+
+class WithoutWins(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss="square")
+
+
+class WithoutObjective(Outside):
+    def objective(self, config, iteration):
+        return "logistic"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("WithArgument", "cannot be made .*missing 1 required positional argument: 'value'"),
+        ("Abstract", "cannot be made .*make_pairs"),
+        ("Outside", r"its objective of iteration 0 fails \(NotImplementedError"),
+        ("LateLoss", r"its objective of iteration 1: objective\.loss: module .* has no of_nothing"),
+        ("LateOwnLoss", r"its objective of iteration 1: objective\.loss: .*:mean gives shape"),
+        ("MisspeltLoss", r"its objective of iteration 0: objective\.loss: 'logistc' is unknown; use logistic"),
+        (
+            "WithoutWins",
+            "its objective of iteration 0 has the loss square, which needs win probabilities; .*makes_wins",
+        ),
+        ("WithoutObjective", "its objective of iteration 0 is a str; expected a spin_ray.learner.step.Objective"),
+    ],
+)
+def test_an_algorithm_that_would_fail_in_an_iteration_is_told_before_anything_runs(name, problem):
+    assert re.search(f"^algorithm: {__name__}:{name}:? {problem}", problems(algorithm=f"{__name__}:{name}"))
+
+
+class Bare:
+    """Lacks what training asks for at its end alone."""
+
+    def __init__(self, model_dir, settings, device):
+        pass
+
+    def logps(self, batch):
+        raise NotImplementedError
+
+    score = backward = step = load = logps
+
+
+class Forwarding(Bare):
+    def __getattr__(self, name):
+        if name == "export_hf":
+            raise AttributeError(name)
+        return self.logps
+
+
+class OfTheProtocol(TrainBackend):
+    def __init__(self, model_dir, settings, device):
+        pass
+
+    def step(self):
+        raise NotImplementedError
+
+
+class OneArgument(Bare):
+    save = export_hf = Bare.logps
+
+    def __init__(self, model_dir):
+        pass
+
+
+def builds(model_dir, settings):
+    raise NotImplementedError
+
+
+def builds_all(*arguments):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("Bare", "train.backend: .*:Bare has no method save, export_hf, which training needs"),
+        (
+            "OneArgument",
+            r"train.backend: .*:OneArgument is not called as \(model_dir\), but as \(model_dir, settings, ",
+        ),
+        ("builds", r"train.backend: .*:builds is not called as \(model_dir, settings\), but as "),
+    ],
+)
+def test_a_backend_that_training_cannot_use_to_its_end_is_told_before_anything_runs(name, problem):
+    assert re.search(problem, problems(train={"backend": f"{__name__}:{name}"}))
+
+
+def test_a_function_may_build_the_backend_and_a_class_may_forward_to_another():
+    for name in ("builds_all", "Forwarding"):
+        check_algorithm(parse(train={"backend": f"{__name__}:{name}"}))
+
+
+def test_a_backend_that_forwards_is_asked_once_it_is_built():
+    settings = BackendSettings(kind=f"{__name__}:Forwarding", max_length=8)
+    with pytest.raises(ConfigError, match="Forwarding has no method export_hf, which training needs"):
+        make_backend("model", settings, torch.device("cpu"))
+
+
+def mean(margin):
+    return margin.mean()
+
+
+def fp32_alone(margin):
+    assert margin.dtype == torch.float32
+    return -margin
+
+
+OWN: dict[str, Any] = {"optimizer": {"name": "torch.optim:LBFGS"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"objective": {"loss": f"{__name__}:mean"}}, r"objective\.loss: .*:mean gives shape \(\)"),
+        (
+            {"objective": {"loss": f"{__name__}:fp32_alone"}, "data": {"train": "d", "heldout": "h"}},
+            r"objective\.loss: .* in float64",
+        ),
+        ({"train": OWN}, r"optimizer\.name: torch\.optim:LBFGS fails .*closure"),
+        ({"sft": OWN}, r"optimizer\.name: torch\.optim:LBFGS fails .*closure"),
+        ({"algorithm": "seft", "reviser": OWN}, r"optimizer\.name: torch\.optim:LBFGS fails .*closure"),
+    ],
+)
+def test_own_losses_and_optimizers_are_tried_before_anything_runs(sections, problem):
+    assert re.search(problem, problems(**sections))
+
+
+def test_a_loss_that_the_evaluation_does_not_compute_may_work_in_fp32_alone():
+    check_algorithm(parse(objective={"loss": f"{__name__}:fp32_alone"}))
+
+
+def test_muon_by_its_path_trains_adapters():
+    check_algorithm(parse(train={"lora": {}, "optimizer": {"name": "torch.optim:Muon"}}))
 
 
 def test_a_module_that_fails_while_it_is_imported_is_named_with_its_error(tmp_path, monkeypatch):

@@ -235,3 +235,29 @@ def test_rows_that_lack_what_the_algorithm_needs_end_the_run_before_anything_is_
         run_with(tmp_path, monkeypatch, changes)
     run = RunDir(Storage(tmp_path / "run"))
     assert not run.model(0).is_committed and not run.generations(0).is_committed
+
+
+@pytest.mark.parametrize(
+    ("place", "setting", "changes"),
+    [
+        ("heldout", "evaluation.grade", {"evaluation": {"grade": "regex"}}),
+        ("train", "scorer.path", {"algorithm": "sppo", "scorer": {"kind": "grade", "path": "regex"},
+                                  "generation": {"samples_per_prompt": 2}}),
+        ("questions", "self_filter.grade", {"algorithm": "self_reinforcement", "sft": {},
+                                            "self_filter": {"grade": "regex"}}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("bad", [3, 80])
+def test_an_answer_that_is_no_pattern_ends_the_run_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, setting: str, changes: dict[str, Any], bad: int
+) -> None:
+    """Row 3 is among the first rows that the start reads, row 80 is not."""
+    monkeypatch.setattr(driver, "check_on_workers", lambda *_: None)
+    rows = [{"prompt": f"{n} + 3 = ?", "response": str(n + 3), "answer": f"{n}+"} for n in range(81)]
+    rows[bad]["answer"] = "f("
+    (tmp_path / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = rf"{bad + 1}: answer" if bad == 3 else rf"the row that asks '{bad} \+ 3 = \?': answer"
+    with pytest.raises(DataError, match=rf"{said} 'f\(' is no pattern .*, and {setting} is regex; mend the pattern"):
+        run_with(tmp_path, monkeypatch, changes | {"data": {place: str(tmp_path / "graded.jsonl")}})
+    run = RunDir(Storage(tmp_path / "run"))
+    assert not run.model(0).is_committed and not run.generations(0).is_committed

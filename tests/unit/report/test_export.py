@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from spin_ray.loop.algorithms.table import ALGORITHMS
 from spin_ray.report.export import export
 from spin_ray.report.methods import METHODS
 from spin_ray.report.model_card import model_card, write_card
+from spin_ray.report.preference_rows import write_rows
 from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.storage import MANIFEST, folder_digest
 from tests.support.made_up_run import TINY, made_up_run
@@ -182,6 +184,24 @@ def test_nothing_is_written_over(run, tmp_path):
     with pytest.raises(ConfigError, match="is not empty"):
         export(run, "1", str(tmp_path / "out"))
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("place", ["/proc/nope/x", "file/x", "file"])
+def test_a_place_that_cannot_be_written_is_one_line(call, run, tmp_path, place):
+    (tmp_path / "file").touch()
+    target = str(tmp_path / place)
+    for command in (["export", "--iterate", "1", "--to"], ["report", "--out"]):
+        place_of_it = "/proc/nope" if command[0] == "report" and place == "file" else target
+        code, _, error = call(command[0], run.storage.root, *command[1:], place_of_it)
+        assert code == 2 and error.count("\n") == 1
+        assert error.startswith(f"error: {place_of_it}: cannot be written (")
+
+
+def test_rows_for_a_place_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("/proc/nope/x.jsonl", str(tmp_path / "file/x.jsonl")):
+        with pytest.raises(ConfigError, match=rf"^{place}: cannot be written \("):
+            write_rows([], "trl", place, Counter())
 
 
 def test_the_command_says_where_it_is(call, run, tmp_path):

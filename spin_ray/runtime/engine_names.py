@@ -1,0 +1,75 @@
+"""Checks of the engine's arguments before anything runs. They import no vLLM, which takes seconds."""
+
+import ast
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from spin_ray.config.compilers import CXX_COMPILER, has_cxx_compiler
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError
+from spin_ray.runtime.gpu import runs_elsewhere
+
+_OF_GENERATION = {"engine/arg_utils.py": ("EngineArgs",)}
+"""Classes whose fields are the arguments, by file."""
+_OF_SERVING = {
+    "engine/arg_utils.py": ("EngineArgs", "AsyncEngineArgs"),
+    "entrypoints/launchers/cli_args.py": ("BaseFrontendArgs", "FrontendArgs"),
+}
+_OF_LLM = {"chat_template"}
+"""Arguments of ``vllm.LLM`` alone."""
+
+
+def check_engine(config: SpinConfig) -> None:
+    """Checks what this machine's vLLM would refuse; the nodes of a cluster have their own.
+
+    Raises:
+        ConfigError: an argument in ``extra`` is unknown, or there is no compiler for CPUs.
+    """
+    if runs_elsewhere(config):
+        return
+    check_extra(config)
+    engine = config.generation.engine
+    compiles = not (engine.enforce_eager or "compilation_config" in engine.extra or config.generation.resources.gpus)
+    if compiles and not has_cxx_compiler():
+        raise ConfigError(
+            f"generation.engine.enforce_eager: false compiles for the CPU, for which {CXX_COMPILER} is missing; "
+            "install it or set true"
+        )
+
+
+def check_extra(config: SpinConfig) -> None:
+    """Raises ConfigError if the local vLLM has no argument of a name in an engine's ``extra``."""
+    for place, engine in (("generation", config.generation.engine), ("serving", config.serving.engine)):
+        known = argument_names(serving=place == "serving") if engine and engine.extra else None
+        for name in engine.extra if engine and known else ():
+            if known and name not in known:
+                near = get_close_matches(name, known, n=1, cutoff=0.6)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ConfigError(f"{place}.engine.extra.{name}: vLLM has no such argument{hint}")
+
+
+@cache
+def argument_names(*, serving: bool) -> frozenset[str] | None:
+    """Returns the names that the local vLLM takes; None if it is not installed, or has them elsewhere."""
+    spec = find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    found = set[str](() if serving else _OF_LLM)
+    for file, classes in (_OF_SERVING if serving else _OF_GENERATION).items():
+        path = Path(spec.submodule_search_locations[0]) / file
+        names = set(_fields(path, classes)) if path.is_file() else set()
+        if not names:
+            return None
+        found |= names
+    return frozenset(found)
+
+
+def _fields(path: Path, classes: tuple[str, ...]) -> Iterator[str]:
+    for definition in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(definition, ast.ClassDef) and definition.name in classes:
+            for line in definition.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    yield line.target.id

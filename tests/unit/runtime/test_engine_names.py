@@ -1,0 +1,90 @@
+"""What vLLM would refuse after a warm-up is told at the start."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError, last_line
+from spin_ray.runtime import engine_names, gpu
+from spin_ray.runtime.engine_names import argument_names, check_engine
+
+
+def recipe(**sections: Any) -> SpinConfig:
+    return SpinConfig.model_validate({"model": {"path": "m"}, "data": {"train": "d"}} | sections)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "hint"),
+    [
+        ("generation", "max_num_batched_token", r" \(did you mean max_num_batched_tokens\?\)"),
+        ("generation", "enable_log_requests", ".*"),
+        ("generation", "zzz", ""),
+        ("serving", "kv_cache_dtyp", r" \(did you mean kv_cache_dtype\?\)"),
+    ],
+)
+def test_an_argument_that_vllm_lacks_is_named_with_the_nearest(place: str, name: str, hint: str) -> None:
+    said = rf"^{place}\.engine\.extra\.{name}: vLLM has no such argument{hint}$"
+    with pytest.raises(ConfigError, match=said):
+        check_engine(recipe(**{place: {"engine": {"extra": {name: 1}}}}))
+
+
+def test_arguments_that_vllm_has_pass_and_a_cluster_has_a_vllm_of_its_own() -> None:
+    check_engine(recipe(generation={"engine": {"extra": {"kv_cache_dtype": "fp8", "block_size": 32}}}))
+    check_engine(recipe(serving={"engine": {"extra": {"enable_auto_tool_choice": True, "kv_cache_dtype": "fp8"}}}))
+    check_engine(recipe(generation={"engine": {"extra": {"zzz": 1}}}, cluster={"address": "head:6379"}))
+
+
+def test_without_vllm_or_with_one_that_keeps_its_arguments_elsewhere_no_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for found in (None, SimpleNamespace(submodule_search_locations=[str(tmp_path)])):
+        argument_names.cache_clear()
+        monkeypatch.setattr(engine_names, "find_spec", lambda name, found=found: found)
+        check_engine(recipe(generation={"engine": {"extra": {"zzz": 1}}}))
+    argument_names.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_names_are_the_fields_of_vllms_own_classes() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    def names(*kinds: Any) -> set[str]:
+        return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+
+    assert argument_names(serving=False) == names(EngineArgs) | {"chat_template"}
+    assert argument_names(serving=True) == names(AsyncEngineArgs, FrontendArgs)
+
+
+def test_a_missing_compiler_is_told_before_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for name in ("CXX", "CC", "TORCH_INDUCTOR_INSTALL_GXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ConfigError, match=r"^generation\.engine\.enforce_eager: .* a C\+\+ compiler \(g\+\+\) is missing"
+    ):
+        check_engine(recipe())
+    check_engine(recipe(generation={"engine": {"enforce_eager": True}}))
+    check_engine(recipe(generation={"resources": {"gpus": 1}}))
+    check_engine(recipe(cluster={"address": "head:6379"}))
+    with pytest.raises(ConfigError, match=r"^train\.compile: needs a C compiler \(gcc or clang\)"):
+        gpu.check_compiler(recipe(train={"compile": True}))
+    gpu.check_compiler(recipe(train={"compile": "auto"}))
+
+
+def test_pydantics_advice_is_no_cause() -> None:
+    class Error(Exception):
+        pass
+
+    said = (
+        "ray.exceptions.RayTaskError(ValidationError): \n1 validation error for CacheConfig\ncache_dtype\n"
+        "  Input should be 'auto' or 'fp8' [type=literal_error, input_value='fp9', input_type=str]\n"
+        "    For further information visit https://errors.pydantic.dev/2.12/v/literal_error"
+    )
+    assert last_line(Error(said)) == (
+        "cache_dtype: Input should be 'auto' or 'fp8' [type=literal_error, input_value='fp9', input_type=str]"
+    )
