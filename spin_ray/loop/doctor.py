@@ -58,19 +58,13 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     console.print(f"[green]ok[/] precision {precision}: {reason}")
     room = _print_room(config, precision, start.model.path, out, console)
     check_builds(config)
-<<<<<<< HEAD
-    check_trackers(config)
-    connect(config)
-    with room_for(config):
-        check_on_workers(graders_of(config), config.generation.start_timeout_s)
-=======
     if starts_engines(config):
         check_engine(config)
     check_compiler(config)
+    check_trackers(config)
     connect(config)
-    check_fits(config)
-    check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
->>>>>>> late-errors
+    with room_for(config):
+        check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
     wanted = demands(config)
     for stage, bundles in wanted.items():
         console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")

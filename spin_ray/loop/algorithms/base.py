@@ -113,7 +113,6 @@ def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str)
         refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
 
 
-<<<<<<< HEAD
 def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: int = 1) -> None:
     """Raises DataError if no prompt that ``made`` makes of the first rows leaves room for its response.
 
@@ -127,7 +126,8 @@ def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: 
             f"{made}: the prompts that it makes of the first {len(prompts)} rows have {min(prompts)} tokens and more, "
             f"and a response needs {room}, so that none fits model.max_length, {longest}; raise that"
         )
-=======
+
+
 def refuse_no_patterns(setting: str, run: RunDir) -> None:
     """Raises DataError if a committed row's answer, which ``setting`` grades by ``regex``, is no pattern."""
     graded = {"evaluation": run.heldout, "scorer": run.prompts, "self_filter": run.questions}
@@ -145,7 +145,6 @@ def _asked(messages: str) -> str:
 
 
 _SHOWN = 80
->>>>>>> late-errors
 
 
 def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
