@@ -1,7 +1,8 @@
 """How well do discriminators tell replies from people's (0.5: not at all)?
 
 Iterate and temperature are chosen on dev conversations and reported on test conversations. Continued SFT has its own
-best temperature, at its first iterate with at least as many training tokens.
+best temperature, at its first iterate with at least as many training tokens. Iterates of more tokens than any of
+continued SFT are no choice.
 """
 
 import json
@@ -70,12 +71,9 @@ def against_sft(arm: dict[int, Run], sft: dict[int, Run], by: Sequence[str]) -> 
     """
     seeds = sorted(arm.keys() & sft.keys())
     mine, theirs = ({seed: runs[seed] for seed in seeds} for runs in (arm, sft))
-    chosen = best(mine, choices(mine), by) if by else None
-    if chosen is None:
-        return None
-    spent = {seed: (numbered(run, chosen[0]) or {})["train_tokens"] for seed, run in mine.items()}
-    other = best(theirs, choices(theirs, spent), by)
-    if other is None:
+    matched = {choice: others for choice in choices(mine) if (others := _as_long(mine, choice[0], theirs))}
+    chosen = best(mine, [*matched], by) if by else None
+    if chosen is None or (other := best(theirs, matched[chosen], by)) is None:
         return None
     values = on(mine, chosen, "test", by) - on(theirs, other, "test", by)
     return {
@@ -83,6 +81,18 @@ def against_sft(arm: dict[int, Run], sft: dict[int, Run], by: Sequence[str]) -> 
         "sft_iterate": other[0], "sft_temperature": other[1],
         "on_dev": float(on(mine, chosen, "dev", by).mean()),
     }  # fmt: skip
+
+
+def beyond(arm: dict[int, Run], sft: dict[int, Run]) -> list[int]:
+    """Returns the arm's iterates that have more training tokens than any iterate of continued SFT."""
+    return sorted({number for number, _ in choices(arm) if not _as_long(arm, number, sft)})
+
+
+def _as_long(arm: dict[int, Run], number: int, sft: dict[int, Run]) -> list[Choice]:
+    """Returns the choices of continued SFT at as many training tokens as iterate ``number`` of an arm."""
+    seeds = arm.keys() & sft.keys()
+    spent = {seed: (numbered(arm[seed], number) or {})["train_tokens"] for seed in seeds}
+    return choices({seed: sft[seed] for seed in sorted(seeds)}, spent)
 
 
 def table_row(run: Run, iterate: dict[str, Any], temperature: str, split: str = "test") -> dict[str, Any]:
@@ -128,6 +138,10 @@ def analyse(results: Path, setting: str) -> dict[str, Any]:
         best_minus_sft = {"measure": f"{MEASURE}, lower is closer to people", "arm": chosen, **compared[chosen]}
     return {
         "setting": setting, "pass": shown, "best_minus_sft": best_minus_sft, "against_sft": compared,
+        "beyond_sft": [
+            f"{arm.name} θ_{number}"
+            for arm in arms if arm.is_spin for number in beyond(runs[arm.name], runs.get(SFT, {}))
+        ],
         "discriminators": list(by),
         "target_met": bool(best_minus_sft and best_minus_sft["value"] <= TARGET and best_minus_sft["high"] < 0),
         "theta_0": {"warm_up_iterate": plateau(warm_up), "complete": warm_up["complete"]} if warm_up else None,

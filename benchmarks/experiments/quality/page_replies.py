@@ -62,6 +62,8 @@ def markdown(found: dict[str, Any]) -> str:
             cells = [name, len(one["seeds"]), one["iterate"], one["temperature"], one["sft_iterate"]]
             lines.append(table_line([*map(str, cells), one["sft_temperature"], interval(one)]))
         lines.append("")
+    if found["beyond_sft"]:
+        lines += [f"Not compared, as continued SFT has not been trained as long: {', '.join(found['beyond_sft'])}.", ""]
     lines += _rows(found)
     lines += ["", "## Arms", ""]
     lines += [f"- `{name}`: {why}" for name, why in found["why"].items()]

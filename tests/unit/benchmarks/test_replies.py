@@ -9,7 +9,7 @@ import numpy as np
 import page_replies
 import pytest
 import torch
-from analyse_replies import against_sft, analyse, shared
+from analyse_replies import against_sft, analyse, beyond, shared
 from arms import SFT, WARM_UP, recipe_of
 from likeness import DISCRIMINATORS, mauve, self_bleu, tokens
 from measure_replies import replies
@@ -116,7 +116,15 @@ def test_an_arm_is_compared_at_equal_tokens_and_chosen_on_dev_rows_alone():
     assert (found["low"], found["high"]) == pytest.approx((-0.05, -0.05))
     assert against_sft({1: SPIN_RUN}, {0: SFT_RUN}, DISCRIMINATORS) is None
     late = run_of("spin", iterate(1, 400, {"1": 0.5}, {"1": 0.5}))
-    assert against_sft({0: late}, {0: SFT_RUN}, DISCRIMINATORS) is None
+    assert against_sft({0: late}, {0: SFT_RUN}, DISCRIMINATORS) is None and beyond({0: late}, {0: SFT_RUN}) == [1]
+
+
+def test_an_iterate_that_was_trained_longer_than_sft_is_no_choice_and_is_told():
+    further = run_of("spin", *SPIN_RUN["iterates"], iterate(2, 400, {"1": 0.5}, {"1": 0.5}))
+    assert against_sft({0: further}, {0: SFT_RUN}, DISCRIMINATORS) == against_sft(
+        {0: SPIN_RUN}, {0: SFT_RUN}, DISCRIMINATORS
+    )
+    assert beyond({0: further}, {0: SFT_RUN}) == [2]
 
 
 def test_all_runs_are_compared_by_the_discriminators_that_all_of_them_have(tmp_path):
