@@ -17,13 +17,13 @@ _PACKAGES: dict[Extra, list[str]] = {
 }
 
 
-def check_installed(setting: str, extra: Extra = "quantised") -> None:
+def check_installed(setting: str, extra: Extra) -> None:
     """Raises ConfigError if a package of an extra is missing. Imports none."""
     for package in _PACKAGES[extra]:
         if find_spec(package) is None:
-            raise ConfigError(f"{setting}: needs the package {package}; {install(extra)}")
+            raise ConfigError(f"{setting}: needs the package {package}; {install_command(extra)}")
 
 
-def install(extra: Extra) -> str:
+def install_command(extra: Extra) -> str:
     """Returns the command that installs an extra."""
     return f"pip install 'spin-ray[{extra}]'"

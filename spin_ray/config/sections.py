@@ -6,7 +6,7 @@ paper (arXiv 2401.01335, section 6.1 and appendix B), which are the defaults.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -598,6 +598,12 @@ class EvaluationConfig(Section):
 class ServingConfig(Section):
     """The endpoint of ``spin-ray serve``."""
 
+    not_of_engines: ClassVar[tuple[str, ...]] = (
+        "models", "host", "port", "keys", "requests_per_minute", "max_tokens", "max_body_bytes", "body_timeout_s",
+        "ingress_replicas", "follow_interval_s", "start_timeout_s", "retry_failed_s", "drain_grace_s", "log_prompts",
+        "votes",
+    )  # fmt: skip
+    """Fields that no engine reads. A change of the others replaces a RayService's engines."""
     models: tuple[str, ...] = ("sft", "latest")
     """Iterates that have an engine: ``sft``, ``iter-0``, …, ``latest`` (follows RUN/LATEST), or ``all``."""
     host: str = "127.0.0.1"

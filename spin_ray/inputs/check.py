@@ -198,7 +198,7 @@ def _first_graded(config: SpinConfig, inputs: Inputs, heads: Mapping[str, list[l
         sources = _paths(given[setting.partition(".")[0]])
         rows = [row for source in sources for row in chain(*heads[source]) if row.content]
         if grade == "regex":
-            answers = ((row.origin, mapped(row.content, config.data).get("answer")) for row in rows if row.content)
+            answers = ((row.origin, mapped(row.content or {}, config.data).get("answer")) for row in rows)
             refuse_no_pattern(setting, answers)
         if ":" in grade and (first := first_graded(rows, config.data)):
             found[setting] = first

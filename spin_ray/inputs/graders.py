@@ -21,7 +21,7 @@ from spin_ray.learner.import_path import import_object
 Grader = Callable[[str, str], float | None]
 """Function from a response and its row's answer to a grade from 0 to 1; None if the answer cannot be graded."""
 Graded = tuple[str, str, str]
-"""Response, answer and row id."""
+"""Response, answer, and the row's id or place."""
 
 _TEX = r"\\(?:(?:boxed|fbox|text[a-z]*|math[a-z]*)\{)?"
 _BEFORE = rf"""(?:[\s:*_$(\["'`]|{_TEX}){{0,200}}"""
@@ -85,7 +85,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def refuse_no_pattern(setting: str, rows: Iterable[tuple[str, Any]]) -> None:
-    """Raises DataError if an answer in ``rows`` (place, answer) is no pattern, and ``setting`` is ``regex``."""
+    """Raises DataError if an answer in ``rows`` (place, answer) is no pattern, by which ``setting`` grades."""
     known = set[str]()
     for place, answer in rows:
         text = answer_text(answer) or ""

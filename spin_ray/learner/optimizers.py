@@ -39,7 +39,7 @@ class AdamW8bit(Optimizer):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> None:
-        check_installed("optimizer.name: adamw_8bit")
+        check_installed("optimizer.name: adamw_8bit", "quantised")
         from bitsandbytes.optim import AdamW8bit as Local  # type: ignore[import-not-found]
 
         shards = list(parameters)

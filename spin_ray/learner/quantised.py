@@ -25,7 +25,7 @@ def load_quantised(
     Raises:
         ConfigError: bitsandbytes or accelerate is missing.
     """
-    check_installed(f"train.lora.base: {base}")
+    check_installed(f"train.lora.base: {base}", "quantised")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     how = BitsAndBytesConfig(

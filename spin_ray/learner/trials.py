@@ -1,5 +1,6 @@
 """Trials of a user's own loss and optimizer on a few numbers, before anything runs."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -14,6 +15,8 @@ from spin_ray.errors import ConfigError, first_line
 from spin_ray.learner.losses import Loss, MarginLoss, PairValues
 from spin_ray.learner.optimizers import BY_PATH, OPTIMIZERS, allocate_by_a_step, find_optimizer, make_optimizer
 
+logger = logging.getLogger(__name__)
+
 _POLICY = ((-30.0, -29.0), (-3.0, -4.0), (-12.5, -12.0), (-7.0, -6.5))
 """log p of y and y' of four pairs."""
 _REFERENCE = ((-30.0, -29.0), (-3.2, -4.0), (-12.0, -12.5), (-7.0, -6.0))
@@ -21,12 +24,13 @@ _REFERENCE = ((-30.0, -29.0), (-3.2, -4.0), (-12.0, -12.5), (-7.0, -6.0))
 _WINS = ((0.9, 0.2), (0.5, 0.5), (0.6, 0.4), (0.7, 0.1))
 
 
-def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool) -> None:
+def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool, on_gpus: bool) -> None:
     """Computes a loss of several pairs, and of one, with its gradient.
 
     Args:
         name: its path.
         in_fp64: True also computes it in fp64, as the evaluation does.
+        on_gpus: True if it will run on GPUs, so that failing on a CPU may mean nothing.
 
     Raises:
         ConfigError: the loss fails, or is no finite, differentiable sum over pairs.
@@ -35,11 +39,12 @@ def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool) -> None:
     if per not in ("pair", "token"):
         raise ConfigError(f"objective.loss: {name} has per {per!r}; expected 'pair' or 'token'")
     for dtype in (torch.float32, *((torch.float64,) if in_fp64 else ())):
-        each = [_try(loss, name, beta, slice(at, at + 1), dtype) for at in range(len(_POLICY))]
-        total = _try(loss, name, beta, slice(None), dtype)
-        mean, tolerance = sum(each) / len(each), 1e-3 * (abs(total) + 1e-3)
-        if abs(total - mean) < tolerance < abs(total - sum(each)):
-            raise ConfigError(f"objective.loss: {name} gives the mean of the pairs; expected their sum")
+        with _told(f"objective.loss: {name}", f"in {str(dtype).removeprefix('torch.')}", on_gpus=on_gpus):
+            each = [_try(loss, name, beta, slice(at, at + 1), dtype) for at in range(len(_POLICY))]
+            total = _try(loss, name, beta, slice(None), dtype)
+            mean, tolerance = sum(each) / len(each), 1e-3 * (abs(total) + 1e-3)
+            if abs(total - mean) < tolerance < abs(total - sum(each)):
+                raise ConfigError(f"objective.loss: {name} gives the mean of the pairs; expected their sum")
 
 
 def _try(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype) -> float:
@@ -48,15 +53,14 @@ def _try(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype) -
     wins = _values(_WINS, pairs, dtype) if loss.needs_wins else None
     count = len(policy.real)
     where = f"for {count} pair{'s' if count > 1 else ''} in {str(dtype).removeprefix('torch.')}"
-    with _told(f"objective.loss: {name}", where):
-        if isinstance(loss, MarginLoss):
-            margins = loss.margin(policy, reference, beta)
-            _expect_tensor(loss.function(margins), (count,), name, where)
-        total = loss(policy, reference, wins, beta)
-        _expect_tensor(total, (), name, where)
-        if (margin := loss.margin(policy, reference, beta)) is not None:
-            _expect_tensor(margin, (count,), f"{name}.margin", where)
-        _expect_gradient(total, policy, name, where)
+    if isinstance(loss, MarginLoss):
+        margins = loss.margin(policy, reference, beta)
+        _expect_tensor(loss.function(margins), (count,), name, where)
+    total = loss(policy, reference, wins, beta)
+    _expect_tensor(total, (), name, where)
+    if (margin := loss.margin(policy, reference, beta)) is not None:
+        _expect_tensor(margin, (count,), f"{name}.margin", where)
+    _expect_gradient(total, policy, name, where)
     return float(total.detach())
 
 
@@ -125,14 +129,15 @@ def _step_and_save(config: OptimizerConfig, name: str, *, matrices_only: bool) -
 
 
 @contextmanager
-def _told(what: str, where: str, *, on_gpus: bool = False) -> Iterator[None]:
-    """Turns any error of a user's code into a ConfigError; some may be due to the CPU alone."""
+def _told(what: str, where: str, *, on_gpus: bool) -> Iterator[None]:
+    """Turns any error of a user's code into a ConfigError; all but wrong arguments may be due to the CPU alone."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
-        if on_gpus and not isinstance(error, TypeError | ValueError):
+        if on_gpus and not isinstance(error, TypeError):
+            logger.warning("%s could not be tried on this CPU (%s)", what, _said(error))
             return
         raise ConfigError(f"{what} fails {where} ({_said(error)})") from error
 

@@ -37,25 +37,26 @@ def export(run: RunDir, iterate: str, target: str) -> str:
         return _upload(run, number, artefact.checked_folder(), target.removeprefix(HUB))
     if "://" in target:
         raise ConfigError(f"--to {target}: is no folder of this machine; export to one, and copy that to the store")
-    with writing(target):
-        _write(run, number, Path(target))
+    _write(run, number, Path(target))
     return str(Path(target))
 
 
 def _write(run: RunDir, iterate: int, folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: is not empty; give another folder by --to")
-    if run.is_adapter(iterate):
+    with writing(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder}: is not empty; give another folder by --to")
+    artefact, merges = run.model(iterate), run.is_adapter(iterate)
+    source = folder if merges else artefact.checked_folder()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if merges:
         write_whole_model(run, iterate, folder)
-        card = _card(run, iterate, folder)
-    else:
-        artefact = run.model(iterate)
-        checked = artefact.checked_folder()
-        card = _card(run, iterate, checked)
-        for name in artefact.manifest().files:
+    card = _card(run, iterate, source)
+    with writing(folder):
+        for name in () if merges else artefact.manifest().files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checked / name, folder / name)
-    (folder / CARD).write_text(card, encoding="utf-8")
+            shutil.copyfile(source / name, folder / name)
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _card(run: RunDir, iterate: int, folder: Path) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig, flatten
@@ -61,16 +61,24 @@ def check_trackers(config: SpinConfig) -> None:
 def _check_key(settings: WandbConfig) -> None:
     import wandb
 
-    if settings.mode == "online" and not wandb.login(prompt=False):
+    if settings.mode == "offline" or wandb.run is not None:
+        return
+    try:
+        found = wandb.login(prompt=False)
+    except Exception as error:  # of W&B or its network
+        raise ConfigError(f"tracking.wandb.mode: online cannot be used ({first_line(error).strip()})") from error
+    if not found:
         raise ConfigError(
-            "tracking.wandb.mode: online needs a key; set WANDB_API_KEY, run `wandb login` first, or set offline"
+            "tracking.wandb.mode: online needs a key; set WANDB_API_KEY (and not WANDB_MODE), run `wandb login` first, "
+            "or set offline"
         )
 
 
 def track_all(run: RunDir, config: SpinConfig, newest: int) -> None:
-    """Logs the iterates up to ``newest`` that a tracker lacks, as after its settings were corrected."""
+    """Logs the iterates up to ``newest`` that a tracker lacks, until it fails, as after its settings were corrected."""
+    failed: set[str] = set()
     for iterate in range(newest + 1):
-        _log(run, config, iterate)
+        failed |= _log(run, config, iterate, failed)
 
 
 def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
@@ -80,19 +88,22 @@ def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
     set_gauges(run.storage.name, newest | {"eval/iterate": float(iterate)})
 
 
-def _log(run: RunDir, config: SpinConfig, iterate: int) -> None:
-    name, state = iterate_name(iterate), _read_state(run)
+def _log(run: RunDir, config: SpinConfig, iterate: int, without: Collection[str] = ()) -> set[str]:
+    """Returns the trackers that failed."""
+    name, state, failed = iterate_name(iterate), _read_state(run), set[str]()
     for tracker, log in _trackers(config).items():
         mine = state.setdefault(tracker, {"logged": []})
-        if name in mine["logged"]:
+        if name in mine["logged"] or tracker in without:
             continue
         try:
             mine |= log(run, config, list(points(run, iterate)), mine)
         except Exception as error:  # whatever a tracker's client, network or disk does, the run goes on
             logger.warning("%s: could not log %s (%s: %s)", tracker, name, type(error).__name__, first_line(error))
+            failed.add(tracker)
             continue
         mine["logged"].append(name)
         run.storage.replace(STATE, json.dumps(state, indent=1).encode())
+    return failed
 
 
 def points(run: RunDir, iterate: int) -> Iterator[Point]:

@@ -52,18 +52,19 @@ class Lease:
         return self
 
     def _take(self) -> None:
-        first, began = None, time.monotonic()
+        first, began = None, 0.0
         while True:  # repeated if another driver was faster
             found = self._storage.find(LEASE)
             holder = holder_in(found, f"{self._storage.root}/{LEASE}")
-            if holder is not None and not self._is_stale(holder) and time.monotonic() - began < self._timeout_s:
+            if holder is not None and not self._is_stale(holder):
                 if holder["boot"] == _boot_id() or first not in (None, found):
                     raise RunDirError(f"{self._in_use(holder)}; wait for it, stop it, or choose another --out")
                 if first is None:
+                    first, began = found, time.monotonic()
                     logger.warning("%s: waiting up to %.0f s to see if it lives", self._in_use(holder), self._timeout_s)
-                first = found
-                time.sleep(min(1.0, self._timeout_s / 10))
-                continue
+                if time.monotonic() - began < self._timeout_s:
+                    time.sleep(min(1.0, self._timeout_s / 10))
+                    continue
             if self._write_over(found):
                 break
         if holder is not None:

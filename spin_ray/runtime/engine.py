@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from spin_ray.config.packages import install
+from spin_ray.config.packages import install_command
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import cpu
@@ -158,8 +158,8 @@ def _importing() -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(
-            f"generation: vLLM cannot be imported on {socket.gethostname()} ({error}); {install('gpu')} there, or "
-            f"{install('cpu')} on machines without GPUs"
+            f"generation: vLLM cannot be imported on {socket.gethostname()} ({error}); {install_command('gpu')} there, "
+            f"or {install_command('cpu')} on machines without GPUs"
         ) from error
 
 

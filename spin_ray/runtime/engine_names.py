@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spin_ray.config.compilers import CXX_COMPILER, has_cxx_compiler
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime.gpu import runs_elsewhere
 
@@ -30,8 +31,10 @@ def check_engine(config: SpinConfig) -> None:
     """
     if runs_elsewhere(config):
         return
-    check_extra(config)
     engine = config.generation.engine
+    _refuse_unknown("generation", engine, serving=False)
+    if config.serving.engine:
+        _refuse_unknown("serving", config.serving.engine, serving=True)
     compiles = not (engine.enforce_eager or "compilation_config" in engine.extra or config.generation.resources.gpus)
     if compiles and not has_cxx_compiler():
         raise ConfigError(
@@ -40,15 +43,18 @@ def check_engine(config: SpinConfig) -> None:
         )
 
 
-def check_extra(config: SpinConfig) -> None:
-    """Raises ConfigError if the local vLLM has no argument of a name in an engine's ``extra``."""
-    for place, engine in (("generation", config.generation.engine), ("serving", config.serving.engine)):
-        known = argument_names(serving=place == "serving") if engine and engine.extra else None
-        for name in engine.extra if engine and known else ():
-            if known and name not in known:
-                near = get_close_matches(name, known, n=1, cutoff=0.6)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ConfigError(f"{place}.engine.extra.{name}: vLLM has no such argument{hint}")
+def check_serving_engine(config: SpinConfig) -> None:
+    """Raises ConfigError if the local vLLM has no argument of a name in ``extra`` of the engines that serve."""
+    _refuse_unknown("serving" if config.serving.engine else "generation", config.serving_engine, serving=True)
+
+
+def _refuse_unknown(section: str, engine: EngineConfig, *, serving: bool) -> None:
+    known = argument_names(serving=serving) if engine.extra else None
+    for name in engine.extra if known else ():
+        if known and name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"{section}.engine.extra.{name}: vLLM has no such argument{hint}")
 
 
 @cache

@@ -234,7 +234,7 @@ def _routeless(app: FastAPI, request: HttpRequest, error: HTTPException) -> Refu
     asked = f"{request.method} {path}"
     if status == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        return Refusal(405, f"{asked}: is not offered, {allowed} is", code="method_not_allowed")
+        return Refusal(405, f"{asked}: use {allowed}", code="method_not_allowed")
     if status == 404:
         routes = [route.path for route in app.routes if isinstance(route, APIRoute) and route.include_in_schema]
         there = list(dict.fromkeys(routes))

@@ -35,7 +35,7 @@ STOP_MARGIN_S = 10.0
 @serve.ingress()
 class Ingress:
     async def __init__(self, run_folder: str, config: SpinConfig, keeper: Any) -> None:
-        await keeper.table.remote(-1, 0.0)  # a changed config's first replica would know no model yet
+        await keeper.table.remote(-1, 0.0)  # waits until the keeper is ready, without which no model is known
         self._arguments = (run_folder, config, keeper)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -61,6 +61,7 @@ def application(
         Ingress,
         name="ingress",
         num_replicas=serving.ingress_replicas,
+        max_surge_percent=100,  # a changed config's replicas start beside those that answer
         max_ongoing_requests=10 * serving.max_concurrent,  # refusals must not wait behind answers
         graceful_shutdown_timeout_s=serving.request_timeout_s + STOP_MARGIN_S,
         ray_actor_options={"num_cpus": 0},

@@ -38,11 +38,6 @@ ENGINE_PREFIX = "engine."
 _LOOK_S = 0.5
 _COMPARE_S = 30.0
 """Seconds between two looks at the manifests of what serves, which cost a store's requests."""
-_NOT_OF_ENGINES = {
-    "models", "host", "port", "keys", "requests_per_minute", "max_body_bytes", "body_timeout_s", "ingress_replicas",
-    "follow_interval_s", "start_timeout_s", "retry_failed_s", "drain_grace_s", "log_prompts", "votes",
-}  # fmt: skip
-"""Fields of ``serving`` that no engine reads."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
@@ -74,7 +69,8 @@ class Keeper:
 
         Args:
             engines: prefix of the names of the engines' applications.
-            holds: True is ready only when each first engine serves or has failed. Ray Serve then takes it for starting.
+            holds: True returns only when each wanted iterate serves, by an engine of earlier settings too, or has
+                failed, at most ``serving.start_timeout_s`` later. Until then Ray Serve takes the keeper for starting.
         """
         self._run, self._config, self._prefix = open_run(run_folder), config, engines
         self._settings = settings_mark(config)
@@ -104,8 +100,9 @@ class Keeper:
         self._looking = asyncio.get_running_loop().create_task(self._look())
         self._loop = asyncio.get_running_loop().create_task(self._keep())
         if holds:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._has_looked and not self._steps)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(config.serving.start_timeout_s), self._changed:
+                    await self._changed.wait_for(self._has_dealt_with_all)
 
     async def table(self, known: int, wait_s: float) -> dict[str, Any]:
         """Returns the table once its version differs from ``known``, or after ``wait_s``."""
@@ -125,6 +122,9 @@ class Keeper:
             "running": sorted(self._seen_running) if self._has_seen else None,
             "settled": self._has_looked and not self._steps and self._latest in (self._newest, None),
         }
+
+    def _has_dealt_with_all(self) -> bool:
+        return self._has_looked and self._steps.keys() <= self._engines.keys() | self._problems.keys()
 
     def check_health(self) -> None:
         """Raises RuntimeError if a loop has ended; Ray Serve then restarts the keeper."""
@@ -355,9 +355,9 @@ class Keeper:
 
 def settings_mark(config: SpinConfig) -> str:
     """Returns a mark of the settings that engines read. An engine of another mark is replaced."""
-    serving = config.serving.model_dump(mode="json", exclude=_NOT_OF_ENGINES)
+    serving = config.serving.model_dump(mode="json", exclude=set(config.serving.not_of_engines))
     engine, model = (section.model_dump(mode="json") for section in (config.serving_engine, config.model))
-    return digest([serving, engine, model])[:8]
+    return digest([serving, engine, model, config.data.system, config.train.precision])[:8]
 
 
 def _step(application: Any) -> str:

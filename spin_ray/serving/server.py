@@ -15,7 +15,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
-from spin_ray.runtime.engine_names import check_extra
+from spin_ray.runtime.engine_names import check_serving_engine
 from spin_ray.runtime.gpu import check_serving_build, runs_elsewhere
 from spin_ray.runtime.placement import is_selected, missing
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
@@ -62,7 +62,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     check_serving_build(config)
     if not runs_elsewhere(config):
         check_installed("serving", "gpu" if serving.resources.gpus else "cpu")
-        check_extra(config)
+        check_serving_engine(config)
     check_devices(config)
     if serving.keys:
         read_keys(serving.keys)

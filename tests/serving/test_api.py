@@ -205,7 +205,7 @@ def test_unknown_paths_and_methods_are_errors_in_the_same_form() -> None:
         server = Server()
         for path in ("/nope", "/v1/nope", "/reset_prefix_cache", "/collective_rpc", "/metrics", "/docs", "/tokenize"):
             refused(await server.client.get(path), 404)
-        assert refused(await server.client.get(CHAT), 405)["message"] == f"GET {CHAT}: is not offered, POST is"
+        assert refused(await server.client.get(CHAT), 405)["message"] == f"GET {CHAT}: use POST"
 
     run(check())
 

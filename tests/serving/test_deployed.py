@@ -186,7 +186,7 @@ def test_changed_settings_reach_the_engines_while_clients_are_answered(deployed:
     deployed.deploy()
 
     def replaced() -> bool:
-        answer = deployed.client().completions.create(model="sft", prompt="1", max_tokens=1)
+        answer = deployed.client().with_options(timeout=30).completions.create(model="sft", prompt="1", max_tokens=1)
         assert answer.choices
         engines = deployed.replicas()
         return earlier not in engines and list(engines.values()) == [["RUNNING"]]

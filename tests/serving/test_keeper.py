@@ -174,6 +174,7 @@ def test_an_engine_of_other_settings_answers_until_its_successor_does(run: RunDi
         ({"request_timeout_s": 33}, True),
         ({"engine": {"gpu_memory_utilization": 0.5}}, True),
         ({"keys": "/other/keys"}, False),
+        ({"max_tokens": 7}, False),
         ({"models": ["sft"]}, False),
     ],
 )
@@ -189,7 +190,7 @@ def test_in_a_rayservice_the_keeper_is_ready_once_each_first_engine_serves_or_ha
     async def main() -> None:
         keeper = SlowKeeper.__new__(SlowKeeper)
         ready = asyncio.create_task(keeper.__init__(run, holds=True))  # type: ignore[misc]
-        while set(getattr(keeper, "gates", ())) < {"sft", "iter-0"}:
+        while not {"sft", "iter-0"} <= set(getattr(keeper, "gates", ())):
             await asyncio.sleep(0.05)
         keeper.broken = {"iter-0"}
         keeper.let("sft")
@@ -199,6 +200,20 @@ def test_in_a_rayservice_the_keeper_is_ready_once_each_first_engine_serves_or_ha
         keeper.let("iter-0")
         await asyncio.wait_for(ready, 10)
         assert "iter-0" in (await keeper.table(-1, 0))["problems"]
+
+    asyncio.run(main())
+
+
+def test_a_keeper_that_finds_engines_of_other_settings_is_ready_at_once(run: RunDir) -> None:
+    """While it starts, Ray Serve's new ingress waits for it."""
+    running = SimpleNamespace(status=ApplicationStatus.RUNNING)
+    earlier = [f"engine.{name}.{open_iterate(run, name).digest[:16]}.00000000" for name in ("sft", "iter-0")]
+
+    async def main() -> None:
+        keeper = SlowKeeper.__new__(SlowKeeper)
+        ready = keeper.__init__(run, dict.fromkeys(earlier, running), holds=True)  # type: ignore[misc]
+        await asyncio.wait_for(ready, 30)
+        assert len((await keeper.table(-1, 0))["engines"]) == 2 and keeper.gates and not keeper.drained
 
     asyncio.run(main())
 

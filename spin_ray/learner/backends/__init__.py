@@ -45,7 +45,7 @@ def find_backend(kind: str) -> Callable[[str | Path, BackendSettings, torch.devi
 
 
 def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
-    """Checks a backend that is given by its path. Those by name have all methods, and are not imported.
+    """Checks a backend that is given by its path. Those by name have all of ``TrainBackend``, and are not imported.
 
     Args:
         methods: methods that the algorithm needs beside ``METHODS``.
@@ -54,7 +54,7 @@ def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
         ConfigError: as ``find_backend`` does, or the backend lacks a method, takes other arguments or does not build
             ``mesh``.
     """
-    if kind in BACKENDS:
+    if kind in BACKENDS and all(hasattr(TrainBackend, method) for method in methods):
         return
     build = find_backend(kind)
     if mesh is not None:
@@ -75,7 +75,7 @@ def _refuse_without(backend: object, methods: Iterable[str], kind: str) -> None:
 def _has(backend: object, method: str) -> bool:
     """Returns False also for a method that does nothing because it is inherited from the protocol."""
     found = getattr(backend, method, None)
-    return callable(found) and getattr(found, "__func__", found) is not getattr(TrainBackend, method)
+    return callable(found) and getattr(found, "__func__", found) is not getattr(TrainBackend, method, None)
 
 
 def _refuse_other_arguments(build: Callable[..., TrainBackend], kind: str) -> None:

@@ -48,7 +48,7 @@ class Turn:
 MARGIN_FIELDS = ("loss", "beta", "length_normalised", "sft_weight", "positive_weight", "mu", "keep_identical")
 """Fields of ``objective`` that ``margin_objective``, the pairs' stage and the evaluation read."""
 CHECKED_ROWS = 64
-"""First rows that ``check_rows`` renders."""
+"""Rows that ``check_rows`` renders."""
 SPIN_FIELDS = (*MARGIN_FIELDS, "window", "reference_alpha")
 
 
@@ -113,8 +113,19 @@ def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str)
         refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
 
 
+def shortest_rows(prompts: Artefact) -> pa.Table:
+    """Returns ``CHECKED_ROWS`` rows at most: the shortest of the first and of the last part, as files may be sorted."""
+    parts = sorted(prompts.manifest().files.items())
+    found = []
+    for name, entry in dict([parts[0], parts[-1]]).items():
+        table = prompts.read_part(name, entry)
+        lengths = pc.add(pc.list_value_length(table["prompt_ids"]), pc.list_value_length(table["real_ids"]))
+        found.append(table.take(pc.sort_indices(lengths)[: CHECKED_ROWS // 2]))
+    return pa.concat_tables(found)
+
+
 def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: int = 1) -> None:
-    """Raises DataError if no prompt that ``made`` makes of the first rows leaves room for its response.
+    """Raises DataError if no prompt that ``made`` makes of ``shortest_rows`` leaves room for its response.
 
     Args:
         prompts: tokens of each.
@@ -123,12 +134,12 @@ def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: 
     longest = config.model.max_length
     if prompts and min(prompts) + room > longest:
         raise DataError(
-            f"{made}: the prompts that it makes of the first {len(prompts)} rows have {min(prompts)} tokens and more, "
-            f"and a response needs {room}, so that none fits model.max_length, {longest}; raise that"
+            f"{made}: the prompts that it makes of {len(prompts)} short rows have {min(prompts)} tokens and more, and "
+            f"a response needs {room}, so that none fits model.max_length, {longest}; raise that"
         )
 
 
-def refuse_no_patterns(setting: str, run: RunDir) -> None:
+def refuse_committed_no_pattern(setting: str, run: RunDir) -> None:
     """Raises DataError if a committed row's answer, which ``setting`` grades by ``regex``, is no pattern."""
     graded = {"evaluation": run.heldout, "scorer": run.prompts, "self_filter": run.questions}
     prompts = graded[setting.partition(".")[0]]

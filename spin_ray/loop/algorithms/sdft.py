@@ -14,7 +14,7 @@ from spin_ray.config.sections import SdftConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, open_renderer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import CHECKED_ROWS, Algorithm, Turn, refuse_no_room
+from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_room, shortest_rows
 from spin_ray.loop.stages import pairs
 from spin_ray.planning.work import IterationWork, Trees, Work, played_rows
 from spin_ray.run_dir.artefact import Artefact, digests
@@ -45,10 +45,9 @@ class Sdft(Algorithm):
         return IterationWork(answered=played, trained=own, scored=(teacher,))
 
     def check_rows(self, run: RunDir, config: SpinConfig) -> None:
-        """Raises DataError if no teacher's prompt of the first rows leaves room for a response."""
+        """Raises DataError if no teacher's prompt of short rows leaves room for a response."""
         renderer = open_renderer(run.description()["start_model"], config.model, run.date())
-        first = next(iter(run.prompts.tables())).slice(0, CHECKED_ROWS)
-        prompts = _prompts_of_teacher([first], renderer, _settings(config).demonstration)
+        prompts = _prompts_of_teacher([shortest_rows(run.prompts)], renderer, _settings(config).demonstration)
         refuse_no_room([len(ids) for ids in prompts.values() if not isinstance(ids, str)], config, "sdft.demonstration")
 
     def plays(self, run: RunDir) -> Artefact:

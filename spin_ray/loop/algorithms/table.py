@@ -74,14 +74,15 @@ def try_own_objects(config: SpinConfig) -> None:
         ConfigError: one fails, or does not what training needs.
     """
     algorithm = find_algorithm(config.algorithm)
+    on_gpus, adapters = bool(config.train.resources.gpus), config.train.lora is not None
     evaluates = bool(config.data.heldout) and config.objective.reference_alpha == 1
     for iteration in range(config.iterations):
         objective = algorithm.objective(config, iteration)
         if objective.loss is not None and objective.loss not in LOSSES:
             in_fp64 = evaluates and objective.is_of_log_ratios()
             with _named(config.algorithm, iteration):
-                try_loss(objective.resolve(), objective.loss, objective.beta, in_fp64=in_fp64)
-    on_gpus, adapters = bool(config.train.resources.gpus), config.train.lora is not None
+                loss = objective.resolve()
+                try_loss(loss, objective.loss, objective.beta, in_fp64=in_fp64, on_gpus=on_gpus)
     for section in (config.train, config.sft, config.reviser):
         if section is not None:
             try_optimizer(section.optimizer, matrices_only=adapters and section is config.train, on_gpus=on_gpus)
@@ -96,10 +97,10 @@ def check_packages(config: SpinConfig) -> None:
     if config.train.lora:
         check_installed("train.lora", "lora")
         if config.train.lora.base != "bf16":
-            check_installed(f"train.lora.base: {config.train.lora.base}")
+            check_installed(f"train.lora.base: {config.train.lora.base}", "quantised")
     for section in (config.train, config.sft, config.reviser):
         if section is not None and section.optimizer.name == "adamw_8bit":
-            check_installed("optimizer.name: adamw_8bit")
+            check_installed("optimizer.name: adamw_8bit", "quantised")
     for tracker in ("mlflow", "wandb"):
         if getattr(config.tracking, tracker):
             check_installed(f"tracking.{tracker}", tracker)

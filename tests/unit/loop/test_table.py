@@ -212,6 +212,28 @@ def test_what_the_nodes_of_a_cluster_have_is_not_asked_of_the_driver(
     check_algorithm(parse(train={"backend": "deepspeed"}, cluster={"address": "head:6379"}))
 
 
+class WithMine(Algorithm):
+    backend_methods = ("mine",)
+
+    def make_pairs(self, turn):
+        raise NotImplementedError
+
+
+class Mine:
+    """A backend with one more method."""
+
+    def __init__(self, model_dir, settings, device):
+        raise NotImplementedError
+
+    mine = logps = score = backward = step = save = load = export_hf = lambda self: None
+
+
+def test_a_method_that_only_a_users_algorithm_asks_for_is_looked_for_in_every_backend():
+    algorithm = f"{__name__}:WithMine"
+    check_algorithm(parse(algorithm=algorithm, train={"backend": f"{__name__}:Mine"}))
+    assert problems(algorithm=algorithm) == "train.backend: fsdp2 has no method mine, which training needs"
+
+
 def test_the_backends_by_name_have_what_any_algorithm_needs():
     """So the check at the start imports none of them."""
     for kind in BACKENDS:

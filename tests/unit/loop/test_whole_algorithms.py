@@ -132,9 +132,7 @@ def test_prompts_that_leave_no_room_for_a_response_are_told_before_anything_is_g
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
 ) -> None:
     """They were found after all sampling, SEFT's after its reviser was trained."""
-    with pytest.raises(
-        DataError, match=rf"{told}: the prompts that it makes of the first \d+ rows have \d+ tokens and"
-    ):
+    with pytest.raises(DataError, match=rf"{told}: the prompts that it makes of \d+ short rows have \d+ tokens and"):
         run_with(tmp_path, monkeypatch, {"data": {"max_quarantine_fraction": 0.5}, **changes})
     assert not RunDir(Storage(tmp_path / "run")).generations(0).part_names()
 

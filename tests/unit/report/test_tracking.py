@@ -162,6 +162,12 @@ def test_a_folder_of_mlflow_is_used_and_what_a_tracker_lacks_of_a_finished_run_i
     assert len(reader.get_metric_history(found.info.run_id, "eval/answer_accuracy")) == 3
 
 
+def test_a_tracker_that_fails_is_tried_once_for_a_finished_run(run, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "_log_mlflow", lambda *_: 1 / 0)
+    track_all(run, configured(run, tensorboard=False, mlflow={}), 2)
+    assert caplog.text.count("could not log") == 1
+
+
 def test_no_tracker_no_files(run):
     track(run, configured(run, tensorboard=False), 0)
     assert not run.storage.exists("tensorboard")

@@ -142,6 +142,23 @@ def test_a_driver_of_another_machine_that_renews_its_lease_is_left_alone(storage
     assert holder_of(storage)["host"] == "node-7"
 
 
+def test_a_renewal_at_the_last_look_is_seen(storage, monkeypatch):
+    write_lease(storage, renewed=time.time())
+    looks = []
+
+    def nap(_: float) -> None:
+        looks.append(True)
+        if len(looks) > 5:  # the time is over
+            write_lease(storage, renewed=time.time())
+            clock[0] += 3600
+
+    clock = [0.0]
+    monkeypatch.setattr(lease_module.time, "sleep", nap)
+    monkeypatch.setattr(lease_module.time, "monotonic", lambda: clock[0])
+    with pytest.raises(RunDirError, match="in use by process 1 on node-7"):
+        Lease(storage, timeout_s=60).__enter__()
+
+
 def test_a_lease_is_renewed_four_times_per_time_out(storage):
     with Lease(storage, timeout_s=0.2):
         first = holder_of(storage)["renewed"]

@@ -10,7 +10,7 @@ import pytest
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, last_line
 from spin_ray.runtime import engine_names, gpu
-from spin_ray.runtime.engine_names import argument_names, check_engine
+from spin_ray.runtime.engine_names import argument_names, check_engine, check_serving_engine
 
 
 def recipe(**sections: Any) -> SpinConfig:
@@ -36,6 +36,13 @@ def test_arguments_that_vllm_has_pass_and_a_cluster_has_a_vllm_of_its_own() -> N
     check_engine(recipe(generation={"engine": {"extra": {"kv_cache_dtype": "fp8", "block_size": 32}}}))
     check_engine(recipe(serving={"engine": {"extra": {"enable_auto_tool_choice": True, "kv_cache_dtype": "fp8"}}}))
     check_engine(recipe(generation={"engine": {"extra": {"zzz": 1}}}, cluster={"address": "head:6379"}))
+
+
+def test_a_server_reads_the_names_of_its_own_engines_alone() -> None:
+    unknown = {"engine": {"extra": {"zzz": 1}}}
+    check_serving_engine(recipe(generation=unknown, serving={"engine": {}}))
+    with pytest.raises(ConfigError, match=r"^generation\.engine\.extra\.zzz: vLLM has no such argument"):
+        check_serving_engine(recipe(generation=unknown))
 
 
 def test_without_vllm_or_with_one_that_keeps_its_arguments_elsewhere_no_name_is_refused(

@@ -6,7 +6,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, open_renderer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import CHECKED_ROWS, Algorithm, Turn, answered_once, refuse_no_room
+from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once, refuse_no_room, shortest_rows
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
@@ -24,10 +24,9 @@ class Seft(Algorithm):
     objective_fields = ("beta",)
 
     def check_rows(self, run: RunDir, config: SpinConfig) -> None:
-        """Raises DataError if no reviser's prompt of the first rows, even with an empty answer, leaves room."""
+        """Raises DataError if no reviser's prompt of short rows, even with an empty answer, leaves room."""
         renderer = open_renderer(run.description()["start_model"], config.model, run.date())
-        first = next(iter(self.plays(run).tables())).slice(0, CHECKED_ROWS)
-        lengths = revision.shortest_prompts(renderer, first["messages"].to_pylist())
+        lengths = revision.shortest_prompts(renderer, shortest_rows(self.plays(run))["messages"].to_pylist())
         refuse_no_room(lengths, config, "algorithm seft", config.generation.sampling.max_tokens)
 
     def plays(self, run: RunDir) -> Artefact:
