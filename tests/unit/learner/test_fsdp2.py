@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
+from spin_ray.config import compilers
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner import head, hf_folder
@@ -259,10 +260,10 @@ def test_compiled_layers_train_like_eager_ones_and_start_at_margin_0(
 def test_layers_are_compiled_on_gpus_that_have_the_tools_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     card, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(modules, "find_spec", lambda name: name)
-    monkeypatch.setattr(modules.shutil, "which", lambda name: name if name == "gcc" else None)
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: name if name == "gcc" else None)
     assert [modules.compiles(wanted, card) for wanted in ("auto", True, False)] == [True, True, False]
     assert [modules.compiles(wanted, cpu) for wanted in ("auto", True, False)] == [False, True, False]
-    monkeypatch.setattr(modules.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
     assert not modules.compiles("auto", card)
     with pytest.raises(
         ModelError, match=r"^train\.compile: needs a C compiler .*; install it or set train\.compile: f"
