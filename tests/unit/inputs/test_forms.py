@@ -4,6 +4,9 @@ import copy
 import csv
 import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from spin_ray.config.sections import DataConfig, FormName
 from spin_ray.errors import DataError
 from spin_ray.inputs import prompt_rows
-from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, read_row
+from spin_ray.inputs.conversations import Found, Unusable, conversations_of, question_of, read_row
 from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in, mapped
 from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.rendering import ChatRenderer
@@ -419,18 +422,20 @@ def test_a_row_that_has_the_columns_of_a_form_is_not_said_to_lack_them(row, reas
         assert reason in said and "lacks" not in said
 
 
+def read_from(path: Path, row: dict[str, str], **data: Any) -> Found:
+    """Writes a row into JSON lines or Parquet, and reads it back."""
+    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
+    if path.suffix == ".jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    (content,) = (row for piece in split([str(path)]) for row in read_slice(piece, data.get("columns")))
+    return read_row(content.content, DataConfig(train="d", **data), content.unread)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("longer", ["solution", "rationale", "reasoning", "explanation", "thought", "Solution"])
 def test_a_short_answer_beside_its_solution_is_no_response_until_the_recipe_says_so(tmp_path, kind, longer):
-    path, row = tmp_path / f"a.{kind}", {"question": "2 + 2?", longer: "2 + 2 = 4", "answer": "4"}
-    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
-    if kind == "jsonl":
-        path.write_text(json.dumps(row) + "\n")
-
-    def read(**data):
-        (content,) = (row for piece in split([str(path)]) for row in read_slice(piece, data.get("columns")))
-        return read_row(content.content, DataConfig(train="d", **data), content.unread)
-
+    row = {"question": "2 + 2?", longer: "2 + 2 = 4", "answer": "4"}
+    read = partial(read_from, tmp_path / f"a.{kind}", row)
     cure = {"prompt": "question", "response": longer}
     with pytest.raises(Unusable) as caught:
         read()
@@ -455,21 +460,16 @@ def test_an_answer_without_a_longer_solution_is_a_response(beside):
 @pytest.mark.parametrize("about", ["context", "Context", "input"])
 def test_a_question_about_a_text_is_not_learnt_without_it_until_the_recipe_says_so(tmp_path, kind, about):
     """sql-create-context: without the tables nobody can answer."""
-    path, row = tmp_path / f"a.{kind}", {"question": "How many?", about: "CREATE TABLE t", "answer": "SELECT COUNT(*)"}
-    pq.write_table(pa.table({name: [text] for name, text in row.items()}), path)
-    if kind == "jsonl":
-        path.write_text(json.dumps(row) + "\n")
-
-    def read(**data):
-        (content,) = (row for piece in split([str(path)]) for row in read_slice(piece, data.get("columns")))
-        return read_row(content.content, DataConfig(train="d", **data), content.unread).ending_with_real
-
+    row = {"question": "How many?", about: "CREATE TABLE t", "answer": "SELECT COUNT(*)"}
+    read = partial(read_from, tmp_path / f"a.{kind}", row)
     cure = f'{{instruction: "question", input: "{about}", output: "answer"}}'
     with pytest.raises(Unusable) as caught:
         read()
     assert f"and {about} would not be read; to read it, set data.columns: {cure}" in caught.value.detail
-    assert read(columns=yaml.safe_load(cure)) == [chat("How many?\n\nCREATE TABLE t", "SELECT COUNT(*)")]
-    assert read(form="question_answer") == [chat("How many?", "SELECT COUNT(*)")]
+    assert read(columns=yaml.safe_load(cure)).ending_with_real == [
+        chat("How many?\n\nCREATE TABLE t", "SELECT COUNT(*)")
+    ]
+    assert read(form="question_answer").ending_with_real == [chat("How many?", "SELECT COUNT(*)")]
 
 
 # Messages
