@@ -22,7 +22,7 @@ from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
-from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_committed_no_pattern, refuse_no_answers, samples_of
+from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers, samples_of
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
@@ -101,7 +101,7 @@ def _check_answers(run: RunDir, config: SpinConfig) -> None:
     """Raises DataError if no held-out row has an answer to grade by, or a row's answer is no pattern for ``regex``."""
     for setting, grade in graders_of(config).items():
         if grade == "regex":
-            refuse_committed_no_pattern(setting, run)
+            check_patterns(setting, run)
         if config.data.heldout is not None and setting.startswith("evaluation."):
             refuse_no_answers(run.heldout, config.data.heldout, grade, setting)
 

@@ -139,7 +139,7 @@ def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: 
         )
 
 
-def refuse_committed_no_pattern(setting: str, run: RunDir) -> None:
+def check_patterns(setting: str, run: RunDir) -> None:
     """Raises DataError if a committed row's answer, which ``setting`` grades by ``regex``, is no pattern."""
     graded = {"evaluation": run.heldout, "scorer": run.prompts, "self_filter": run.questions}
     prompts = graded[setting.partition(".")[0]]
@@ -156,6 +156,7 @@ def _asked(messages: str) -> str:
 
 
 _SHOWN = 80
+"""Most characters of a question in an error."""
 
 
 def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
