@@ -11,7 +11,7 @@ from spin_ray.inputs.findings import template_facts
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
-from spin_ray.loop.algorithms.table import check_algorithm, find_algorithm, starts_engines
+from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm
 from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.mesh import check_mesh
@@ -20,8 +20,6 @@ from spin_ray.report.grading import check_on_workers
 from spin_ray.report.tracking import check_trackers
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
-from spin_ray.runtime.engine_names import check_engine
-from spin_ray.runtime.gpu import check_builds, check_compiler
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
 from spin_ray.runtime.placement import demands, room_for
 
@@ -57,10 +55,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     precision, reason = shown.precision_and_reason(config, _recipe_of(out))
     console.print(f"[green]ok[/] precision {precision}: {reason}")
     room = _print_room(config, precision, start.model.path, out, console)
-    check_builds(config)
-    if starts_engines(config):
-        check_engine(config)
-    check_compiler(config)
+    check_machine(config)
     check_trackers(config)
     connect(config)
     with room_for(config):

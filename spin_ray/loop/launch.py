@@ -24,8 +24,6 @@ from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.engine import StartEngine, VllmEngine
-from spin_ray.runtime.engine_names import check_engine
-from spin_ray.runtime.gpu import check_builds, check_compiler
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
 from spin_ray.runtime.precision import with_precision
 
@@ -91,13 +89,10 @@ def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinC
 
 
 def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
-    from spin_ray.loop.algorithms.table import check_algorithm, find_algorithm, starts_engines
+    from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm
 
     check_algorithm(config)
-    check_builds(config)
-    if starts_engines(config):
-        check_engine(config)
-    check_compiler(config)
+    check_machine(config)
     if run.storage.exists("run.json"):
         check_architecture(config, inputs.model.path)
     else:

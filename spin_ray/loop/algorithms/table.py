@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from spin_ray.config.packages import check_installed
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Mesh, ObjectiveConfig
+from spin_ray.config.sections import Mesh, ObjectiveConfig, SftConfig, TrainConfig
 from spin_ray.errors import ConfigError, first_line
 from spin_ray.inputs.graders import find_grader, graders_of
 from spin_ray.learner.backends import check_backend
@@ -23,7 +23,8 @@ from spin_ray.loop.algorithms.self_reinforcement import SelfReinforcement
 from spin_ray.loop.algorithms.spin import Spin
 from spin_ray.loop.algorithms.sppo.algorithm import Sppo
 from spin_ray.loop.algorithms.tspin import Tspin
-from spin_ray.runtime.gpu import runs_elsewhere
+from spin_ray.runtime.engine_names import check_engine
+from spin_ray.runtime.gpu import check_builds, check_compiler, runs_elsewhere
 
 ALGORITHMS: dict[str, Algorithm] = {
     "spin": Spin(),
@@ -83,9 +84,8 @@ def try_own_objects(config: SpinConfig) -> None:
             with _named(config.algorithm, iteration):
                 loss = objective.resolve()
                 try_loss(loss, objective.loss, objective.beta, in_fp64=in_fp64, on_gpus=on_gpus)
-    for section in (config.train, config.sft, config.reviser):
-        if section is not None:
-            try_optimizer(section.optimizer, matrices_only=adapters and section is config.train, on_gpus=on_gpus)
+    for section in _trainings(config):
+        try_optimizer(section.optimizer, matrices_only=adapters and section is config.train, on_gpus=on_gpus)
 
 
 def check_packages(config: SpinConfig) -> None:
@@ -98,8 +98,8 @@ def check_packages(config: SpinConfig) -> None:
         check_installed("train.lora", "lora")
         if config.train.lora.base != "bf16":
             check_installed(f"train.lora.base: {config.train.lora.base}", "quantised")
-    for section in (config.train, config.sft, config.reviser):
-        if section is not None and section.optimizer.name == "adamw_8bit":
+    for section in _trainings(config):
+        if section.optimizer.name == "adamw_8bit":
             check_installed("optimizer.name: adamw_8bit", "quantised")
     for tracker in ("mlflow", "wandb"):
         if getattr(config.tracking, tracker):
@@ -108,13 +108,30 @@ def check_packages(config: SpinConfig) -> None:
         return
     if config.train.backend == "deepspeed":
         check_installed("train.backend: deepspeed", "deepspeed")
-    if starts_engines(config):
+    if _starts_engines(config):
         check_installed("generation", "gpu" if config.generation.resources.gpus else "cpu")
 
 
-def starts_engines(config: SpinConfig) -> bool:
+def check_machine(config: SpinConfig) -> None:
+    """Checks the builds, vLLM's arguments and the compilers of this machine, as far as the run stays on it.
+
+    Raises:
+        ConfigError: one is not what the recipe needs.
+    """
+    check_builds(config)
+    if _starts_engines(config):
+        check_engine(config)
+    check_compiler(config)
+
+
+def _starts_engines(config: SpinConfig) -> bool:
     """Returns True if a model answers prompts or held-out prompts."""
     return type(find_algorithm(config.algorithm)).plays is not Algorithm.plays or bool(config.data.heldout)
+
+
+def _trainings(config: SpinConfig) -> list[TrainConfig | SftConfig]:
+    """Returns the sections that train, each with its optimizer."""
+    return [section for section in (config.train, config.sft, config.reviser) if section is not None]
 
 
 def check_settings(config: SpinConfig) -> None:
@@ -128,9 +145,8 @@ def check_settings(config: SpinConfig) -> None:
     _check_objectives(config, algorithm)
     for setting, grade in graders_of(config).items():
         find_grader(grade, setting)
-    for section in (config.train, config.sft, config.reviser):
-        if section is not None:
-            find_optimizer(section.optimizer)
+    for section in _trainings(config):
+        find_optimizer(section.optimizer)
 
 
 def _check_objectives(config: SpinConfig, algorithm: Algorithm) -> None:
