@@ -83,8 +83,8 @@ def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = 
 def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinConfig, Inputs]]:
     storage = open_storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
-        inputs = find_inputs(config, check=not storage.exists("run.json"))
         run = RunDir(lease.storage)
+        inputs = find_inputs(config, check=not run.has_begun)
         yield run, _settle_sizes(with_precision(config, run), run, inputs), inputs
 
 
@@ -93,7 +93,7 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
 
     check_algorithm(config)
     check_machine(config)
-    if run.storage.exists("run.json"):
+    if run.has_begun:
         check_architecture(config, inputs.model.path)
     else:
         check_trackers(config)  # later, a tracker that fails ends no run
@@ -123,7 +123,7 @@ def _check_room(run: RunDir, config: SpinConfig, model: Path) -> None:
 
 def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:
     """Fills in batch sizes that the recipe leaves open. A continued run keeps its sizes."""
-    if run.storage.exists("run.json"):
+    if run.has_begun:
         begun = run.config()
         return config.settle_auto("gradient_checkpointing", begun).settle_sizes(begun)
     sources = sources_of(inputs.train)

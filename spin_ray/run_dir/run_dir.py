@@ -18,10 +18,11 @@ from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.bound import ROWS, Made, bound_to, has_learnt, made_in
 from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, was_cut_off, write_event
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
-from spin_ray.run_dir.storage import ATTEMPTS, Storage
+from spin_ray.run_dir.storage import ATTEMPTS, MANIFEST, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,8 @@ class RunDir:
     def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         """Writes run.json, or checks that the folder holds this run.
 
-        ``train.precision: auto`` means the precision that the run began with.
+        A setting or input with which nothing has been made yet may differ. If only rows have been made, they are
+        removed where they would differ. ``train.precision: auto`` means the precision that the run began with.
 
         Raises:
             OtherRunError: the folder holds another run.
@@ -144,7 +146,7 @@ class RunDir:
         """
         if self.storage.exists("run.json"):
             config = config.settle_auto("precision", self.config())
-            self._check_identity(config, facts)
+            self._refuse_other(config, facts)
         elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
             raise RunDirError(
                 f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out"
@@ -153,13 +155,34 @@ class RunDir:
         content = {"config": config.model_dump(mode="json"), "date": self.date().isoformat(), **facts}
         self.storage.replace("run.json", json.dumps(content, indent=1).encode())
 
-    def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
+    @property
+    def has_begun(self) -> bool:
+        """True if a training or an engine has worked by the recipe in run.json."""
+        return self.storage.exists("run.json") and has_learnt(self.storage)
+
+    def _refuse_other(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         stored = self.description()
         then = self.config().settle_auto("precision", config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
-        if differing := {key: pair for key, pair in each.items() if pair[0] != pair[1]}:
-            raise OtherRunError(self.storage.root, differing)
+        differing = {key: pair for key, pair in each.items() if pair[0] != pair[1]}
+        if not differing:
+            return
+        made = made_in(self.storage)
+        bound = bound_to(made, differing)
+        if bound and made > Made.ROWS:
+            raise OtherRunError(self.storage.root, {key: differing[key] for key in bound})
+        changed = "; ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items())
+        again = "; the rows are made again" if bound else ""
+        logger.info("%s: changed before anything was made with it: %s%s", self.storage.root, changed, again)
+        if bound or made == Made.NOTHING:
+            self._discard_rows()
+
+    def _discard_rows(self) -> None:
+        for name in ROWS:
+            self.storage.delete(f"{name}/{MANIFEST}")  # first: without it, no half of a folder counts
+            self.storage.delete(name)
+            self.storage.delete(f"quarantine/{name}.parquet")
 
     def config(self) -> SpinConfig:
         """Returns the config in run.json, whose combinations the version that wrote it has checked.

@@ -50,7 +50,7 @@ def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
     Raises:
         RunDirError: run.json is damaged.
     """
-    if run and run.storage.exists("run.json"):
+    if run and run.has_begun:
         config = config.settle_auto("precision", run.config())
     if config.train.precision != "auto":
         return config

@@ -177,6 +177,7 @@ def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
 
     config = load_config(recipe)
     run.begin(config, check_recipe(config).facts())
+    run.storage.create("iter_000/generations/part-00000.parquet", b"")
     before = files_of(run.storage.root)
     assert_one_line(
         call("run", recipe, "--out", run.storage.root, "--seed=1"), "holds another run: seed (was 0, now 1)"

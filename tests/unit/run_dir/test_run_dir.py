@@ -184,6 +184,7 @@ def test_the_same_run_may_begin_again_and_leftovers_of_attempts_go(run):
 
 def test_another_run_is_refused_and_every_difference_named_with_both_values(run):
     run.begin(CONFIG, FACTS)
+    make(run, "iter_000/generations/part-00000.parquet")
     before = run.storage.read("run.json")
     facts = FACTS | {"inputs": {"model": "33", "data": "22", "heldout": None}}
     with pytest.raises(RunDirError) as caught:
@@ -208,8 +209,71 @@ def test_a_precision_that_is_left_to_the_machine_is_the_one_that_the_run_began_w
 
 def test_a_precision_that_is_named_must_be_the_one_that_the_run_began_with(run):
     run.begin(with_values(train={"precision": "bf16"}), FACTS)
+    make(run, "sft/checkpoints/0/step-1/seal.json")
     with pytest.raises(RunDirError, match=r"train\.precision \(was 'bf16', now 'fp32'\)"):
         run.begin(with_values(train={"precision": "fp32"}), FACTS)
+
+
+ROWS_MADE = ("heldout/part-00000.parquet", f"heldout/{MANIFEST}", "quarantine/heldout.parquet")
+TUNED = ("sft/model/model.safetensors", "sft/train_log.jsonl")
+OTHERS = {
+    "data": {"data": {"train": "d", "columns": {"prompt": "q"}}},
+    "shard_rows": {"generation": {"shard_rows": 8}},
+    "sft": {"sft": {"epochs": 2}},
+    "loss": {"objective": {"loss": "hinge"}},
+    "temperature": {"generation": {"sampling": {"temperature": 0.7}}},
+    "batch": {"train": {"global_batch_pairs": 8}},
+    "pack": {"train": {"pack_length": 8192}},
+}
+OF_ANSWERS = {"loss", "temperature", "batch"}
+NOT_OF_ROWS = OF_ANSWERS | {"sft", "pack"}
+
+
+def make(run: RunDir, *names: str) -> None:
+    for name in names:
+        run.storage.create(name, b"")
+
+
+@pytest.mark.parametrize(
+    ("made", "free", "rows_stay"),
+    [
+        ((), set(OTHERS), set()),
+        (("heldout/part-00000.parquet", "quarantine/heldout.parquet", "events.jsonl"), set(OTHERS), set()),
+        (ROWS_MADE, set(OTHERS), NOT_OF_ROWS),
+        ((*ROWS_MADE, "probe.json", "probe/iter_000/pairs/part-00000.parquet"), set(OTHERS), NOT_OF_ROWS),
+        ((*ROWS_MADE, "sft/checkpoints/0/step-1/seal.json"), OF_ANSWERS, OF_ANSWERS),
+        ((*ROWS_MADE, *TUNED), OF_ANSWERS, OF_ANSWERS),
+        ((*ROWS_MADE, *TUNED, "sft/heldout_samples/part-00000.parquet"), set(), set()),
+        ((*ROWS_MADE, "iter_000/generations/part-00000.parquet"), set(), set()),
+        (("notes/mine.txt",), set(), set()),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_run_is_bound_to_those_settings_that_something_was_made_with(run, made, free, rows_stay, other):
+    run.begin(with_values(sft={}), FACTS)
+    make(run, *made)
+    changed = with_values(**{"sft": {}} | OTHERS[other])
+    if other not in free:
+        with pytest.raises(RunDirError, match="holds another run"):
+            run.begin(changed, FACTS)
+        assert run.config() == with_values(sft={})
+    else:
+        run.begin(changed, FACTS)
+        assert run.config() == changed
+        rows = {name for name in ROWS_MADE if run.storage.exists(name)}
+        assert rows == (set(ROWS_MADE) & set(made) if other in rows_stay else set())
+    assert all(run.storage.exists(name) for name in made if name not in ROWS_MADE)
+
+
+def test_a_change_before_anything_was_made_with_it_is_told_with_both_values(run, caplog):
+    run.begin(CONFIG, FACTS)
+    make(run, *ROWS_MADE)
+    with caplog.at_level("INFO"):
+        run.begin(with_values(seed=5, objective={"loss": "hinge"}), FACTS)
+    assert caplog.messages == [
+        f"{run.storage.root}: changed before anything was made with it: objective.loss (was 'logistic', now 'hinge'); "
+        "seed (was 0, now 5); the rows are made again"
+    ]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "photos/a.jpg", "leases.csv"])
