@@ -26,6 +26,8 @@ class Found(NamedTuple):
     """Columns by the forms' names."""
     form: Form | None = None
     """Form of the row; None for a question."""
+    goes_on: bool = False
+    """True if messages that nobody answers follow the last response that is read."""
 
     @property
     def all(self) -> list[Conversation]:
@@ -43,13 +45,15 @@ def read_row(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[
     """
     row, form = _form_of(content, data, unread)
     messages, worse = form.read(row)
-    real = _ending_with_response(_checked(messages, data), data)
+    checked = _checked(messages, data)
+    real = _ending_with_response(checked, data)
     rejected = None
     if worse is not None:
         rejected = _ending_with_response(_checked(worse, data), data)[-1]
         if rejected[:-1] != real[-1][:-1]:
             raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
-    return Found(real, rejected, _tools_in(row), row, form)
+    goes_on = data.turns != "first" and checked[-1]["role"] != "assistant"
+    return Found(real, rejected, _tools_in(row), row, form, goes_on)
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:

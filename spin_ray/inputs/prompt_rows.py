@@ -167,6 +167,8 @@ def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:
     if found.form is None:  # a question
         return []
     names = [*ignored_in(found.row, found.form), *source.unread]
+    if found.goes_on:
+        names.append(f"{found.form.needs[0]} after the last response")
     messages = found.ending_with_real[-1]
     for message in messages:
         if len(message) > 2:

@@ -53,6 +53,29 @@ def test_prompt_and_response_of_a_row_have_their_tokens_and_its_messages():
     assert row["answer"] == 7.0
 
 
+@pytest.mark.parametrize(
+    ("turns", "texts", "unread"),
+    [
+        ("last", ("a", "b", "c"), ["messages after the last response"]),
+        ("all", ("a", "b", "c", "d", "e"), ["messages after the last response"]),
+        ("last", ("a", "b", "c", "d"), []),
+        ("first", ("a", "b", "c"), []),
+    ],
+)
+def test_a_last_message_that_nobody_answers_is_counted(turns, texts, unread):
+    """Only with ``turns: first`` was it asked to be left out."""
+    content = {"messages": chat(*texts)}
+    told = []
+    list(
+        prompt_rows.rows_of(
+            [SourceRow("here:1", content, json.dumps(content).encode())],
+            task_of(turns=turns),
+            lambda source, found, names: told.extend(names),
+        )
+    )
+    assert told == unread
+
+
 def test_rejected_answers_the_last_prompt_alone():
     """The first turn of both conversations is the same, so it has no worse response."""
     pair = {"chosen": chat("a", "b", "c", "d"), "rejected": chat("a", "b", "c", "x")}
