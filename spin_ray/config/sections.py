@@ -95,12 +95,12 @@ class ModelConfig(Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _are_the_users(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if own := sorted(given.keys() & _OWN_TEMPLATE_VARIABLES):
+        if own := sorted(given.keys() & OWN_TEMPLATE_VARIABLES):
             raise ValueError(f"model.chat_template_kwargs.{own[0]}: is set by spin_ray; take it out")
         return given
 
 
-_OWN_TEMPLATE_VARIABLES = {
+OWN_TEMPLATE_VARIABLES = {
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
     "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
     "return_assistant_tokens_mask", "strftime_now", "raise_exception",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from os.path import commonprefix
 from string import ascii_letters, digits, punctuation
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,6 +20,7 @@ from spin_ray.inputs.templates import Skeletons
 from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
 
 _PROBE = "spin-ray-probe"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _CALL = {"name": "f", "arguments": {"x": "y"}}
 _OPENINGS = (
     *ascii_letters, *digits, *punctuation, *"éñßЖяαعא中の한ก😀“«–•",
@@ -275,8 +277,8 @@ class ChatTemplate:
             if not self.names(name):
                 raise ModelError(f"model.chat_template_kwargs.{name}: the chat template does not read it; take it out")
 
-    def _variables(self) -> dict[str, Any]:
-        return {**self.kwargs, "strftime_now": self.date.strftime}
+    def _variables(self, more: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:
+        return {**self.kwargs, **more, "strftime_now": self.date.strftime}
 
     def _end_turn(self, prompt: str, rest: str, said: Mapping[str, Any]) -> tuple[str, str] | RenderError:
         if lost := _lost_thought(rest, said):
@@ -288,10 +290,27 @@ class ChatTemplate:
             return RenderError(f"its chat template does not end the response with {self.end_of_turn}")
         return prompt, response + end
 
-    def ask(self, messages: Conversation, add_generation_prompt: bool, tools: Tools = None) -> str | None:
+    def ask(
+        self,
+        messages: Conversation,
+        add_generation_prompt: bool,
+        tools: Tools = None,
+        variables: Mapping[str, Any] = _NOTHING,
+    ) -> str | None:
         """Returns the rendered text; None if the template refuses."""
-        (text,) = self._apply([messages], add_generation_prompt, [tools])
+        (text,) = self._apply([messages], add_generation_prompt, [tools], variables)
         return None if isinstance(text, RenderError) else text
+
+    def changed_by(self, messages: Conversation, tools: Tools, variables: Mapping[str, Any]) -> str | None:
+        """Returns the first of ``variables`` with which the text would differ; None if it would with none."""
+
+        def texts(more: Mapping[str, Any]) -> list[str | None]:
+            return [self.ask(messages[:-1], True, tools, more), self.ask(messages, False, tools, more)]
+
+        read = {name: value for name, value in variables.items() if self.names(name)}
+        if not read or texts(read) == (usual := texts(_NOTHING)):
+            return None
+        return next((name for name, value in read.items() if texts({name: value}) != usual), next(iter(read)))
 
     def marks_between_turns(self) -> set[str]:
         """Returns the added tokens that the template writes between messages."""
@@ -300,7 +319,11 @@ class ChatTemplate:
         return {name for name in self.added_ids if any(name in text for text in between)}
 
     def _apply(
-        self, conversations: list[Conversation], add_generation_prompt: bool, tools: Sequence[Tools] = ()
+        self,
+        conversations: list[Conversation],
+        add_generation_prompt: bool,
+        tools: Sequence[Tools] = (),
+        more: Mapping[str, Any] = _NOTHING,
     ) -> list[str | RenderError]:
         if not conversations:
             return []
@@ -308,7 +331,7 @@ class ChatTemplate:
         if len(conversations) > 1 and any(offers):
             each = zip(conversations, offers, strict=True)
             return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer])]
-        variables, named = self._variables(), [self._with_named_thoughts(each) for each in conversations]
+        variables, named = self._variables(more), [self._with_named_thoughts(each) for each in conversations]
         try:
             return self._tokenizer.apply_chat_template(
                 named, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt, **variables

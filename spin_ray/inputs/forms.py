@@ -135,8 +135,8 @@ FORMS: tuple[Form, ...] = (
 
 _ASKS = tuple(dict.fromkeys(form.asks for form in FORMS if form.asks is not None))
 BY_NAME = {form.name: form for form in FORMS}
-BESIDE = ("answer", "tools", "label")
-"""Columns that every form may have: answer for grading, tools, KTO's label."""
+BESIDE = ("answer", "tools", "label", "chat_template_kwargs")
+"""Columns that every form may have: answer for grading, tools, KTO's label, and TRL's variables of a row."""
 OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations", "kto_tag": "label"}
 """Other names of columns, read where a row has no value under the usual name."""
 _HINTS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import DataConfig
+from spin_ray.config.sections import OWN_TEMPLATE_VARIABLES, DataConfig
 from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import (
     Conversation,
@@ -24,7 +24,7 @@ from spin_ray.inputs.conversations import (
 )
 from spin_ray.inputs.forms import MEDIA, ignored_in
 from spin_ray.inputs.graders import answer_text
-from spin_ray.inputs.messages import refuse_surrogates
+from spin_ray.inputs.messages import decoded, refuse_surrogates
 from spin_ray.inputs.needs import needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
@@ -142,6 +142,7 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
         if found.tools and not task.takes_tools:
             raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
         _refuse_media(source, found)
+        _refuse_own_variables(found, task)
         return _of_pair(found) if task.needs_rejected else found
     except Unusable as unusable:
         return unusable
@@ -161,6 +162,21 @@ def _refuse_media(source: SourceRow, found: Found) -> None:
     for message in (message for conversation in found.all for message in conversation):
         if mark := next((mark for mark in _PLACEHOLDERS if mark in message["content"]), None):
             raise Unusable("media", f"its text has {mark}, and the model reads text alone (column {has[0]})")
+
+
+def _refuse_own_variables(found: Found, task: PromptTask) -> None:
+    given = decoded(found.row.get("chat_template_kwargs"))
+    if not isinstance(given, dict):
+        return
+    given = {name: value for name, value in given.items() if value is not None and name not in OWN_TEMPLATE_VARIABLES}
+    changes = task.renderer.template.changed_by(found.all[-1], found.tools, given)
+    if changes is not None:
+        said = json.dumps({changes: given[changes]}, ensure_ascii=False)[1:-1]
+        raise Unusable(
+            "template",
+            f"its chat_template_kwargs has {said if len(said) < 80 else changes}, with which the chat template writes it "
+            "otherwise; the rows of a run share model.chat_template_kwargs: train on those that agree with it",
+        )
 
 
 def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:

@@ -175,6 +175,44 @@ def test_a_conversation_that_the_template_refuses_is_unusable():
     assert (caught.value.reason, caught.value.detail) == ("template", "the chat template refuses it: not so")
 
 
+OWN_VARIABLES = (
+    "{% set start = '<no>' if thinking is false else '' %}{% if custom %}{{ custom }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ start }}{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ start }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"thinking": False}, '"thinking": false'),
+        ('{"thinking": false, "custom": ""}', '"thinking": false'),
+        ({"thinking": True, "custom": "Be brief."}, '"custom": "Be brief."'),
+        ({"custom": "long" * 40}, "custom,"),
+        ({"thinking": True, "custom": ""}, None),
+        ({"thinking": None, "other": "x", "messages": [], "tools": [{"name": "f"}]}, None),
+        ("no JSON", None),
+    ],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_row_whose_own_variables_would_write_it_otherwise_is_unusable(given, named, labelled):
+    """TRL renders such a row with them, so that its ids would be others."""
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.chat_template = OWN_VARIABLES
+    task = replace(task_of(renderer=(renderer := ChatRenderer(tokenizer))), labelled=labelled)
+    task.__dict__["renderer"] = renderer
+    content = {"messages": chat("a", "b"), "chat_template_kwargs": given}
+    if named is None:
+        assert rows_of(content, task) == rows_of({"messages": chat("a", "b")}, task)
+        return
+    with pytest.raises(Unusable, match=f"its chat_template_kwargs has {named}") as caught:
+        rows_of(content, task)
+    assert caught.value.reason == "template"
+    if "thinking" in named:
+        task.__dict__["renderer"] = ChatRenderer(tokenizer, {"thinking": False})
+        assert rows_of(content, task), "the recipe says the same"
+
+
 def test_the_longest_row_that_fits_is_used():
     """Prompt and response of max_length tokens together, and one more."""
     (row,) = rows_of({"messages": chat("a", "b" * 20)})
