@@ -174,8 +174,8 @@ def _refuse_own_variables(found: Found, task: PromptTask) -> None:
         said = json.dumps({changes: given[changes]}, ensure_ascii=False)[1:-1]
         raise Unusable(
             "template",
-            f"its chat_template_kwargs has {said if len(said) < 80 else changes}, with which the chat template writes it "
-            "otherwise; the rows of a run share model.chat_template_kwargs: train on those that agree with it",
+            f"its chat_template_kwargs has {said if len(said) < 80 else changes}, with which the chat template writes "
+            "it otherwise; the rows of a run share model.chat_template_kwargs: train on those that agree with it",
         )
 
 
