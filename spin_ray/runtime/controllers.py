@@ -28,6 +28,8 @@ from spin_ray.errors import StageError, TransientError, UserError
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 _idle: dict[tuple[str, str], Any] = {}
 """Idle actor by Ray's ids of its node and job; an actor ends with its job."""
+_ANSWERS_WITHIN_S = 60
+"""Longest wait for an idle actor, which may have lost its node."""
 
 
 class Trainer(ray.train.torch.TorchTrainer):
@@ -92,8 +94,8 @@ class TrainControllers:
 
 def _take(node: str, job: str) -> Any:
     if idle := _idle.pop((node, job), None):
-        with suppress(ray.exceptions.RayActorError):
-            ray.get(idle.__ray_ready__.remote())
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get(idle.__ray_ready__.remote(), timeout=_ANSWERS_WITHIN_S)
             return idle
     here = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(TrainControllers).options(num_cpus=0, scheduling_strategy=here).remote()
