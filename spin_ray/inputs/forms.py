@@ -231,7 +231,7 @@ def no_form(row: Columns, data: DataConfig, unread: Iterable[str] = ()) -> str:
     nearest = max(FORMS, key=nearness)
     known = has & {*nearest.needs, *nearest.may}
     needed = "needs messages, or prompt and response, or the columns of another form (docs/data.md)"
-    if hint := _hint(has):
+    if hint := _hint({name for name in has if _may_be_said(row.get(name))}):
         maps = ", ".join(f"{ours}: {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in hint.items())
         return f"{needed}; try data.columns: {{{maps}}}"
     if not known:
@@ -336,6 +336,12 @@ def _hint(has: set[str]) -> dict[str, str]:
     if rest:  # the form prompt_response would leave it out of the prompt
         words = {"instruction": words["prompt"], "input": rest[0], "output": words["response"]}
     return {ours: theirs for ours, theirs in words.items() if ours != theirs}
+
+
+def _may_be_said(value: Any) -> bool:
+    """Returns False for lists and dicts that are no messages, such as SQuAD's answers."""
+    first = value[0] if isinstance(value, list) and value else value
+    return not isinstance(value, dict | list) or is_message(first)
 
 
 def _and(names: Iterable[str]) -> str:

@@ -147,6 +147,8 @@ def _parse(index: int, value: Any) -> Message:
         if isinstance(role, str) and role in _SHARED and isinstance(text, str):
             _check_unicode(index, text)
             return {"role": _SHARED[role], "content": text}
+    if isinstance(value, str):
+        raise Unusable("malformed", f"message {index}: is text without a speaker; write a role and a content")
     if not isinstance(value, dict):
         raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}, found {type(value).__name__}")
     given = value.get("role") or value.get("from")

@@ -425,6 +425,8 @@ ROWS = {
     "a solution beside its answer": ({"problem": "q", "solution": "a", "answer": "4"}, 'response: "solution"}'),
     "a role in blanks": ({"messages": [{"role": " User ", "content": "q"}, *chat("q", "a")[1:]]}, "a"),
     "keys of another name": ({"messages": [{"speaker": "user", "text": "q"}]}, "its keys are speaker, text"),
+    "texts without speakers": ({"conversations": ["q", "a"]}, "message 0: is text without a speaker; write a role"),
+    "SQuAD": ({"context": "c", "question": "q", "answers": {"text": ["a"]}}, "nearest is orca, which lacks chosen"),
     "a text of another name": ({"messages": [{"role": "user", "text": "q"}]}, "NoneType; its keys are role, text"),
     "a form in a column": ({"text": "x", "meta": {"prompt": "q", "response": "a"}}, "form (docs/data.md); data.col"),
     "Dolly": ({"instruction": "q", "context": "c", "response": "a"}, '{input: "context", output: "response"}'),
