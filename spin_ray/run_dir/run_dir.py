@@ -18,7 +18,7 @@ from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.bound import ROWS, Made, bound_to, has_learnt, made_in
+from spin_ray.run_dir.bound import ROWS, Made, bound_to, has_learnt, made_in, without_moved
 from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, was_cut_off, write_event
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
@@ -166,6 +166,7 @@ class RunDir:
         now = config.identity() | facts["inputs"]
         each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
         differing = {key: pair for key, pair in each.items() if pair[0] != pair[1]}
+        differing = without_moved(differing, stored["inputs"])
         if not differing:
             return
         made = made_in(self.storage)

@@ -1,5 +1,6 @@
 """A recipe that is corrected before anything was learnt by it: the same folder goes on, as a new one would."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, OtherRunError
 from spin_ray.loop import driver, launch
+from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
@@ -76,6 +78,36 @@ def test_after_the_warm_up_what_it_read_is_bound_and_what_comes_later_is_not(con
     assert small_run.committed(out) == small_run.committed(tmp_path / "anew")
     with pytest.raises(OtherRunError, match=r"objective\.loss \(was 'hinge', now 'logistic'\)"):
         small_run.run(with_values(other, objective={"loss": "logistic"}), out)
+
+
+def test_after_the_answers_the_training_on_them_may_still_be_corrected(config, tmp_path, monkeypatch):
+    """Hours of answers should not be lost for a batch that is too large, or a training that fails."""
+    out = tmp_path / "run"
+    stopped_before(monkeypatch, config, out, training, "run")
+    answers = small_run.committed(out / "iter_000/generations")
+    assert answers and (out / "iter_000/pairs").exists()
+    with pytest.raises(OtherRunError, match=r"generation\.sampling\.max_tokens"):
+        small_run.run(with_values(config, generation={"sampling": {"max_tokens": 6}}), out)
+    other = with_values(config, objective={"sft_weight": 0.5}, train={"global_batch_pairs": 3})
+    small_run.run(other, out)
+    assert small_run.committed(out / "iter_000/generations") == answers
+    small_run.run(other, tmp_path / "anew")
+    assert small_run.committed(out) == small_run.committed(tmp_path / "anew")
+
+
+def test_a_run_goes_on_with_inputs_that_were_moved(config, tmp_path):
+    small_run.run(config, tmp_path / "run")
+    for name in ("model", "train.jsonl", "heldout.jsonl"):
+        source = Path(config.model.path).parent / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    moved = with_values(
+        config,
+        model={"path": str(tmp_path / "model")},
+        data={"train": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl")},
+    )
+    small_run.run(moved.model_copy(update={"iterations": 2}), tmp_path / "run")
+    run = RunDir(Storage(tmp_path / "run"))
+    assert run.latest() == "iter_001" and run.description()["start_model"] == str(tmp_path / "model")
 
 
 def test_a_probe_binds_nothing_so_that_its_advice_can_be_followed(config, tmp_path):

@@ -184,7 +184,7 @@ def test_the_same_run_may_begin_again_and_leftovers_of_attempts_go(run):
 
 def test_another_run_is_refused_and_every_difference_named_with_both_values(run):
     run.begin(CONFIG, FACTS)
-    make(run, "iter_000/generations/part-00000.parquet")
+    make(run, f"iter_000/model/{MANIFEST}")
     before = run.storage.read("run.json")
     facts = FACTS | {"inputs": {"model": "33", "data": "22", "heldout": None}}
     with pytest.raises(RunDirError) as caught:
@@ -225,7 +225,8 @@ OTHERS = {
     "batch": {"train": {"global_batch_pairs": 8}},
     "pack": {"train": {"pack_length": 8192}},
 }
-OF_ANSWERS = {"loss", "temperature", "batch"}
+OF_TRAINING = {"loss", "batch"}
+OF_ANSWERS = OF_TRAINING | {"temperature"}
 NOT_OF_ROWS = OF_ANSWERS | {"sft", "pack"}
 
 
@@ -243,8 +244,11 @@ def make(run: RunDir, *names: str) -> None:
         ((*ROWS_MADE, "probe.json", "probe/iter_000/pairs/part-00000.parquet"), set(OTHERS), NOT_OF_ROWS),
         ((*ROWS_MADE, "sft/checkpoints/0/step-1/seal.json"), OF_ANSWERS, OF_ANSWERS),
         ((*ROWS_MADE, *TUNED), OF_ANSWERS, OF_ANSWERS),
-        ((*ROWS_MADE, *TUNED, "sft/heldout_samples/part-00000.parquet"), set(), set()),
-        ((*ROWS_MADE, "iter_000/generations/part-00000.parquet"), set(), set()),
+        ((*ROWS_MADE, *TUNED, "sft/heldout_samples/part-00000.parquet"), OF_TRAINING, OF_TRAINING),
+        ((*ROWS_MADE, "iter_000/generations/part-00000.parquet"), OF_TRAINING, OF_TRAINING),
+        ((*ROWS_MADE, f"iter_000/pairs/{MANIFEST}", "iter_000/checkpoints/0/seal.json"), OF_TRAINING, OF_TRAINING),
+        ((*ROWS_MADE, f"iter_000/pairs/{MANIFEST}", f"iter_000/model/{MANIFEST}"), set(), set()),
+        ((*ROWS_MADE, "start/answers/part-00000.parquet"), set(), set()),
         (("notes/mine.txt",), set(), set()),
     ],
 )  # fmt: skip
@@ -263,6 +267,21 @@ def test_a_run_is_bound_to_those_settings_that_something_was_made_with(run, made
         rows = {name for name in ROWS_MADE if run.storage.exists(name)}
         assert rows == (set(ROWS_MADE) & set(made) if other in rows_stay else set())
     assert all(run.storage.exists(name) for name in made if name not in ROWS_MADE)
+
+
+@pytest.mark.parametrize(
+    ("digest", "path", "same"), [("22", "elsewhere/d.jsonl", True), ("44", "elsewhere/d.jsonl", False)]
+)
+def test_data_and_models_may_move_as_long_as_their_bytes_are_the_same(run, digest, path, same):
+    run.begin(CONFIG, FACTS)
+    make(run, f"iter_000/model/{MANIFEST}")
+    moved, facts = with_values(data={"train": path}), FACTS | {"inputs": FACTS["inputs"] | {"data": digest}}
+    if same:
+        run.begin(moved, facts)
+        assert run.config() == moved
+    else:
+        with pytest.raises(RunDirError, match=r"data \(was '22', now '44'\); data\.train"):
+            run.begin(moved, facts)
 
 
 def test_a_change_before_anything_was_made_with_it_is_told_with_both_values(run, caplog):
