@@ -290,11 +290,12 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
         on_cpu=on_cpu,
         own={
             "enable_log_requests": False,
-            "max_logprobs": MAX_TOP_LOGPROBS + 1,  # see ``likeliest``
             **({"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"} if on_cpu else {}),
             **_for_adapters(config, iterate.folder),
         },
     )
+    if 0 <= arguments.get("max_logprobs", 0) <= MAX_TOP_LOGPROBS:  # -1: no limit
+        arguments["max_logprobs"] = MAX_TOP_LOGPROBS + 1  # see ``likeliest``
     llm_config = LLMConfig(
         model_loading_config={"model_id": iterate.name, "model_source": arguments.pop("model")},
         engine_kwargs=arguments,

@@ -189,6 +189,11 @@ def test_replicas_place_and_parts_of_an_engine_are_the_configs(run: RunDir, requ
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 5)
     assert sum(bundle["CPU"] for bundle in fixed._replica_config.placement_group_bundles) == 3
     assert fixed._replica_config.placement_group_bundle_label_selector is None
+    for given, taken in ((None, 21), (5, 21), (100, 100), (-1, -1)):
+        extra = {} if given is None else {"max_logprobs": given}
+        deployment = options(engine=json.dumps({"extra": extra}))
+        llm_config = next(iter((*deployment.init_args, *deployment.init_kwargs.values())))
+        assert llm_config.engine_kwargs["max_logprobs"] == taken
     sizes, labels = "{tensor_parallel_size: 2, pipeline_parallel_size: 2}", {"pool": "in(a,b)"}
     large = options(engine=sizes, resources=json.dumps({"cpus": 2, "gpus": 4, "labels": labels}))
     assert large._replica_config.placement_group_bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
