@@ -1,13 +1,11 @@
 """Four gloo processes that train tiny models on one mesh after another."""
 
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -25,6 +23,7 @@ from spin_ray.learner.backends.meshes import check_split, make_mesh
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.step import Objective, PackShape, ReferenceScores, score_rows, train_step
 from tests.support.learner_cases import PACK_LENGTH, VOCAB, one_step, random_rows, table_of, tiny_llama
+from tests.support.ranks import run_ranks
 
 RANKS, STEPS = 4, 2
 ROWS = random_rows(0, trees=8)
@@ -137,10 +136,4 @@ def _one_of_four(rank: int, directory: Path) -> None:
 def run_four(directory: Path) -> None:
     """Writes metrics, scores, checkpoints and exports of every case to ``directory``."""
     save_models(directory)
-    multiprocessing.set_forkserver_preload([__name__])
-    context = torch.multiprocessing.start_processes(
-        _one_of_four, args=(directory,), nprocs=RANKS, join=False, start_method="forkserver"
-    )
-    assert context is not None
-    while not context.join(timeout=100):
-        pass
+    run_ranks(_one_of_four, (directory,), RANKS)

@@ -12,7 +12,6 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +32,7 @@ from tests.support.learner_cases import (
     tiny_llama,
     train,
 )
+from tests.support.ranks import run_ranks
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
@@ -190,10 +190,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, tied in (("tied", True), ("untied", False)):
         model = tiny_llama(tied=tied)
         save_model(directory / name, model.bfloat16().float())  # weights that bf16 can hold, as an iterate has
-    context = torch.multiprocessing.spawn(one_of_two_ranks, args=(directory,), nprocs=2, join=False)
-    assert context is not None
-    while not context.join(timeout=150):
-        pass
+    run_ranks(one_of_two_ranks, (directory,), 2)
     return directory
 
 

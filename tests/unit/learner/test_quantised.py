@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.distributed.tensor import distribute_tensor
 
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
@@ -20,6 +19,7 @@ from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import margins, pair_logps
 from spin_ray.learner.scoring import ResponseScorer
 from tests.support.learner_cases import batches_of, one_rank, random_rows, save_model, tiny_llama, train
+from tests.support.ranks import run_ranks
 
 torch.set_num_threads(1)
 ROWS = random_rows(0, trees=6)
@@ -82,7 +82,7 @@ def _one_of_two_ranks(rank: int, folder: Path) -> None:
 def test_two_ranks_train_adapters_on_quantised_weights_as_one_does(model_dir: Path) -> None:
     """Each rank holds all frozen integers, and its shard of the rest."""
     pytest.importorskip("bitsandbytes", reason="the extra `quantised` is not installed")
-    torch.multiprocessing.spawn(_one_of_two_ranks, args=(model_dir.parent,), nprocs=2)
+    run_ranks(_one_of_two_ranks, (model_dir.parent,), 2)
     expected = {base: train(backend_of(model_dir, base), ROWS, 2) for base in ("nf4", "int8")}
     for rank in (0, 1):
         found = json.loads((model_dir.parent / f"{rank}.json").read_text())

@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +30,7 @@ from tests.support.learner_cases import (
     train,
 )
 from tests.support.model_kinds import KINDS
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = random_rows(0, trees=8)
@@ -128,10 +128,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(directory / "bf16", tiny_llama().bfloat16())
     for name, family in FUSED.items():
         save_model(directory / name, KINDS[family].make())
-    context = torch.multiprocessing.spawn(one_of_two_ranks, args=(directory,), nprocs=2, join=False)
-    assert context is not None
-    while not context.join(timeout=100):
-        pass
+    run_ranks(one_of_two_ranks, (directory,), 2)
     return directory
 
 

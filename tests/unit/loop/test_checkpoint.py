@@ -10,9 +10,7 @@ from typing import Any, cast
 
 import pytest
 import ray.train
-import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
@@ -25,6 +23,7 @@ from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.object_storage import ObjectStorage
 from spin_ray.run_dir.storage import Storage
 from tests.support.learner_cases import one_rank
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture
@@ -262,7 +261,7 @@ def _restore(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_no_rank_loads_a_checkpoint_of_which_another_has_found_a_damaged_file(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_restore, (tmp_path,), nprocs=2)
+    run_ranks(_restore, (tmp_path,), 2)
     for rank in range(2):
         said = (tmp_path / f"said-{rank}").read_text()
         assert said.startswith(f"{tmp_path}/saved/__1_0.distcp: is missing or differs from its digest")

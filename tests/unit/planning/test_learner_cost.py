@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spin_ray.config.recipe import SpinConfig
@@ -56,6 +55,7 @@ from tests.support.planning_cases import (
     pair_packs,
     tiny_config,
 )
+from tests.support.ranks import run_ranks
 
 # FLOPs and traffic, by hand
 
@@ -216,7 +216,7 @@ def test_zero_keeps_the_bytes_of_the_plan(sharding: str, precision: str, tmp_pat
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     model = tiny_llama(tied=False, layers=8, hidden=256)
     folder = save_model(tmp_path / "model", model)
-    spawn(_count_zero_bytes, args=(tmp_path, precision, sharding), nprocs=1)
+    run_ranks(_count_zero_bytes, (tmp_path, precision, sharding), 1)
     found = json.loads((tmp_path / "bytes.json").read_text())
     config = tiny_config(backend="deepspeed", precision=precision, sharding=sharding)
     shape = ModelShape.from_folder(folder)
