@@ -12,8 +12,8 @@ prompts greedily in fp32, and transformers scores the tokens.
 import argparse
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -31,10 +31,8 @@ from tables import ROOT, put
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import first_line
 from spin_ray.inputs.check import versions
-from spin_ray.runtime.engine import prepare_process
 from tests.support.learner_cases import one_rank
 from tests.support.model_kinds import KINDS, VOCABULARY, ModelKind
 from tests.support.model_matrix import examine
@@ -44,6 +42,8 @@ HEAD = 32
 LENGTH, PROMPTS = 24, [[3 + (7 * place + row) % (VOCABULARY - 3) for place in range(5 + 4 * row)] for row in range(4)]
 """Tokens of an answer, and prompts of 5 to 17 tokens: some are longer than the windows of 12."""
 DEADLINE_S = 600
+FORKS = multiprocessing.get_context("forkserver")
+"""Makes a process for each family. They are forked off one that has imported vLLM, which takes longer than the rest."""
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _ROUTED = _EXPERTS | {
     "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
@@ -117,14 +117,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(FAMILIES), metavar="NAME", help="families; all by default")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(said_by_vllm(options.one)))
-        return
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     disable_progress_bar()
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    )
+    FORKS.set_forkserver_preload(["vllm_answers", "tests.support.model_matrix"])
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     with tempfile.TemporaryDirectory() as name, one_rank(Path(name)):
         for family in options.names:
@@ -151,15 +151,23 @@ def row(family: str, folder: Path) -> str:
     kind = wide(FAMILIES[family])
     name = type(kind.make()).__name__
     examine(kind, folder)
-    command = [sys.executable, __file__, "--one", str(folder / "export")]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-    except subprocess.TimeoutExpired:
+    (folder / "log").touch()
+    process = FORKS.Process(target=write_answers, args=(folder / "export",))
+    process.start()
+    process.join(DEADLINE_S)
+    if process.exitcode is None:
+        process.kill()
         return f"| {family} | `{name}` |  |  | not within {DEADLINE_S} s |"
-    if ended.returncode:
-        return f"| {family} | `{name}` |  |  | no: {why(ended.stderr + ended.stdout)} |"
-    same, apart, count = compared(folder / "export", json.loads(ended.stdout.splitlines()[-1]), kind.truth)
+    if process.exitcode:
+        return f"| {family} | `{name}` |  |  | no: {why((folder / 'log').read_text(errors='replace'))} |"
+    same, apart, count = compared(folder / "export", json.loads((folder / "answers.json").read_text()), kind.truth)
     return f"| {family} | `{name}` | {same} of {count} | {apart:.0e} | yes |"
+
+
+def write_answers(folder: Path) -> None:
+    from vllm_answers import write
+
+    write(folder, PROMPTS, LENGTH)
 
 
 def wide(kind: ModelKind) -> ModelKind:
@@ -178,27 +186,6 @@ def wide(kind: ModelKind) -> ModelKind:
         more = {name: [1.0 + place / 8 for place in range(HEAD // 2)] for name in ("short_factor", "long_factor")}
         settings["rope_parameters"] = rope | more
     return replace(kind, settings=settings)
-
-
-def said_by_vllm(folder: str) -> list[dict[str, Any]]:
-    prepare_process(EngineConfig(cpu_kv_cache_gib=1), threads=1)
-    from vllm import LLM, SamplingParams
-
-    from spin_ray.runtime.corrections import corrections
-
-    engine = LLM(
-        model=folder, skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=64,
-        generation_config="vllm", seed=0, enable_prefix_caching=False, **corrections(Path(folder), {}, on_cpu=True),
-    )  # fmt: skip
-    how = SamplingParams(temperature=0, max_tokens=LENGTH, logprobs=0, detokenize=False, ignore_eos=True)
-    answers = [it.outputs[0] for it in engine.generate([{"prompt_token_ids": ids} for ids in PROMPTS], how)]
-    return [
-        {
-            "ids": list(answer.token_ids),
-            "logps": [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)],
-        }
-        for answer in answers
-    ]
 
 
 @torch.no_grad()
