@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spin_ray import __main__ as cli
-from spin_ray.runtime import cpu
+from spin_ray.runtime import cpu, garbage
 
 # One process starts several clusters; token mode has a test of its own.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 cpu.prepare(threads=1)
+garbage.collect_rarely()  # until all tests are imported, and with them torch, transformers and Ray
 
 SLOWEST = 8
 """Tests of each suite that are named."""
@@ -39,6 +40,10 @@ It starts the server once, and no other process starts engines of serving meanwh
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    garbage.collect_as_usual()
 
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook

@@ -55,13 +55,14 @@ class Served:
 
     def wait_until_serves(self, name: str, iterate: str) -> None:
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            try:
-                if self.card(name)["iterate"] == iterate:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.5)
+        with httpx.Client(base_url=self.url, timeout=30) as client:  # to make one takes as long as ten questions
+            while time.monotonic() < deadline:
+                try:
+                    if client.get(f"/v1/models/{name}").raise_for_status().json()["iterate"] == iterate:
+                        return
+                except httpx.HTTPError:
+                    pass
+                time.sleep(0.5)
         raise AssertionError(f"{name} was not {iterate} within {START_S} s")
 
     def family(self) -> list[psutil.Process]:
