@@ -97,6 +97,11 @@ class IterateEngine(LLMServer):
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
         collect_as_usual()
 
+    async def _start_engine(self) -> None:
+        """Starts the engine without Ray's telemetry: each would wait for an actor that imports torch first."""
+        engine: Any = self.engine
+        await engine.start()
+
     async def _end_with_the_engine(self) -> None:
         """Ends this process after vLLM's engine has died: Ray Serve then starts another at once."""
         while not self._client.errored:
