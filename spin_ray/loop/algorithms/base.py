@@ -211,7 +211,11 @@ class PlayedPrompts:
             start += table.num_rows
 
 
-def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
-    """Returns PAIR_SCHEMA rows with ``generated`` as y′; None makes SFT rows, without y′."""
-    ids = [pair_id(prompt_id, iteration, 0) for prompt_id in prompts["prompt_id"].to_pylist()]
+def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None, sample: int = 0) -> pa.Table:
+    """Returns PAIR_SCHEMA rows with ``generated`` as y′; None makes SFT rows, without y′.
+
+    Args:
+        sample: number of the pair among those of its prompt and iteration, as a ``pair_id`` is unique.
+    """
+    ids = [pair_id(prompt_id, iteration, sample) for prompt_id in prompts["prompt_id"].to_pylist()]
     return pairs_of(ids, iteration, prompts["prompt_id"], prompts["prompt_ids"], prompts["real_ids"], generated)
