@@ -32,7 +32,7 @@ class Sdft(Algorithm):
     reads = ("sdft",)
     objective_fields = ("beta",)
     backend_methods = ("read",)
-    costs_are_known = True
+    makes_teacher_rows = True
 
     def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
         played = played_rows(config, work)
