@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import ObjectiveConfig, Section
+from spin_ray.config.sections import Section
 from spin_ray.errors import ConfigError, first_line
 from spin_ray.loop.algorithms.base import Algorithm
 
@@ -24,23 +24,22 @@ def check_declarations(algorithm: Algorithm, name: str) -> None:
         if attribute == "backend_methods":
             continue
         for each in given:
-            if wrong := _unknown(each, "objective" if attribute == "objective_fields" else ""):
+            if wrong := _unknown(f"objective.{each}" if attribute == "objective_fields" else each):
                 raise ConfigError(f"{own} names {each!r}, {wrong}")
 
 
-def _unknown(name: str, section: str) -> str:
-    """Says what is wrong with the name of a section or field, or of a field of ``section``; empty if nothing is."""
-    known = set(ObjectiveConfig.model_fields) if section else set(SpinConfig.model_fields)
-    first, dot, field = (name, "", "") if section else name.partition(".")
-    if first in known and not dot:
-        return ""
-    if first in known:
-        section, known = first, _fields(SpinConfig.model_fields[first].annotation)
-        if field in known:
-            return ""
-    near = get_close_matches(field or first, known, n=1)
+def _unknown(name: str) -> str:
+    """Says what is wrong with the name of a section or of a section's field; empty if nothing is."""
+    section, _, field = name.partition(".")
+    if section not in SpinConfig.model_fields:
+        return _beside(section, SpinConfig.model_fields, "no setting of a recipe")
+    known = _fields(SpinConfig.model_fields[section].annotation)
+    return _beside(field, known, f"no field of {section}") if field and field not in known else ""
+
+
+def _beside(name: str, known: Iterable[str], kind: str) -> str:
+    near = get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    kind = f"no field of {section}" if section else "no setting of a recipe"
     return f"{kind}{hint}; known are {', '.join(sorted(known))}"
 
 

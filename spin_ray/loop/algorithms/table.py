@@ -209,7 +209,7 @@ def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
             readers.setdefault(optional, []).append(reader)
     readers.pop("sft", None)  # goes with every algorithm
     for optional, names in readers.items():
-        if _is_given(config, optional) and optional not in algorithm.needs + algorithm.reads:
+        if _is_given(config, optional) and optional not in (*algorithm.needs, *algorithm.reads):
             yield f"{optional}: is for algorithm {' and '.join(names)}, not for {name}; leave it out"
     yield from _unread_fields(config, algorithm)
     if "loss" in algorithm.objective_fields:
