@@ -39,6 +39,15 @@ class OtherRunError(RunDirError):
         super().__init__(f"{root}: holds another run: {each}; restore these or choose another --out")
 
 
+class NotCommittedError(RunDirError):
+    """An artefact of the run that nothing has committed yet."""
+
+    def __init__(self, message: str, path: str = "") -> None:
+        """Takes the artefact's folder, relative to the run, as ``path``."""
+        self.path = path
+        super().__init__(message)
+
+
 class HealthError(UserError):
     """Training that is destroying the model."""
 

@@ -85,6 +85,10 @@ class SpinConfig(Settings):
         """True if an iteration commits only its adapter."""
         return self.train.lora is not None and not self.train.lora.merge
 
+    def mixes_references(self, iteration: int) -> bool:
+        """Returns True if an iteration's reference is that of α-SPIN: in iteration 0 the opponent is θ_0 itself."""
+        return self.objective.reference_alpha < 1 and iteration > 0
+
     def at(self, iteration: int) -> IterationSettings:
         return IterationSettings(
             beta=_pick(self.objective.beta, iteration),

@@ -6,8 +6,9 @@ The plan depends on its arguments alone, so all ranks and restarted jobs agree.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from heapq import heapreplace
 from itertools import pairwise
 
@@ -30,7 +31,7 @@ class PairLengths:
     generated: np.ndarray
     """0 without y' (SFT); includes the tokens of y_0 (T-SPIN)."""
     tree_key: np.ndarray
-    """Integer, equal for rows with identical prompt and y."""
+    """Integer, equal for rows with identical prompt and y, as ``response_names`` says."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -48,6 +49,25 @@ class Step:
         mine = self.packs[rank::world_size]
         share = -(-len(self.packs) // world_size)
         return mine + ((),) * (share - len(mine))
+
+
+def response_names(ids: Iterable[str], prompts: pa.ChunkedArray, responses: pa.ChunkedArray) -> Iterator[str]:
+    """Yields a name of each response: equal if id, prompt and response are.
+
+    Args:
+        ids: ids of the prompts, or of the pairs.
+        prompts: tokens of each prompt.
+        responses: tokens of each response.
+    """
+    for name, prompt, response in zip(ids, _token_bytes(prompts), _token_bytes(responses), strict=True):
+        yield blake2b(b"%s\0%d\0%s%s" % (name.encode(), len(prompt), prompt, response), digest_size=16).hexdigest()
+
+
+def _token_bytes(column: pa.ChunkedArray) -> Iterator[bytes]:
+    for chunk in column.chunks:
+        values = chunk.values.to_numpy()
+        for start, stop in pairwise(chunk.offsets.to_pylist()):
+            yield values[start:stop].tobytes()
 
 
 def plan_epoch(

@@ -29,7 +29,7 @@ from spin_ray.learner.losses import (
     sft_loss,
 )
 from spin_ray.learner.metrics import StepSums, step_metrics
-from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
+from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch, response_names
 from spin_ray.learner.sizes import LENGTHS_OF_A_PACK
 from spin_ray.learner.teacher import Teacher
 
@@ -129,18 +129,20 @@ def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, rank
 
 
 def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
-    """Counts the tokens of PAIR_SCHEMA or TRIPLET_SCHEMA rows; rows of one ``prompt_id`` share a tree."""
+    """Counts the tokens of PAIR_SCHEMA or TRIPLET_SCHEMA rows. Rows of one ``prompt_id``, prompt and y share a tree."""
     names = ("prompt", "real", "generated")
+    trees: dict[str, int] = {}
 
     def counted(part: pa.Table) -> pa.Table:
         columns = {name: pc.list_value_length(part[f"{name}_ids"]) for name in names}
         if "initial_ids" in part.column_names:
             columns["generated"] = pc.add(columns["generated"], pc.list_value_length(part["initial_ids"]))
-        return pa.table(columns | {"tree": part["prompt_id"]})
+        stems = response_names(part["prompt_id"].to_pylist(), part["prompt_ids"], part["real_ids"])
+        keys = pa.array([trees.setdefault(stem, len(trees)) for stem in stems], pa.int64())
+        return pa.table(columns | {"tree": keys})
 
     lengths = pa.concat_tables(counted(part) for part in parts)
-    keys = lengths["tree"].combine_chunks().dictionary_encode().indices
-    return PairLengths(**{name: np.asarray(lengths[name]) for name in names}, tree_key=np.asarray(keys))
+    return PairLengths(**{name: np.asarray(lengths[name]) for name in names}, tree_key=np.asarray(lengths["tree"]))
 
 
 def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[int]:

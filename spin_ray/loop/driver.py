@@ -23,6 +23,7 @@ from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
 from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers, samples_of
+from spin_ray.loop.algorithms.rows import make_rows
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
@@ -125,8 +126,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, p
         if _should_stop(run, config, evaluations):
             break
         if iteration < config.iterations:
-            algorithm.make_pairs(turn)
-            training.run(run, config, iteration, opponent, algorithm.objective(config, iteration))
+            training.run(run, config, iteration, opponent, make_rows(turn, algorithm))
         previous = opponent
 
 

@@ -278,7 +278,8 @@ def predict(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Plann
         UserError: an option is missing, or a stage does not fit.
     """
     if not algorithm.costs_are_known:
-        raise ConfigError(f"algorithm: plan does not know what {config.algorithm} costs")
+        cure = "; override its costs" if ":" in config.algorithm else ""
+        raise ConfigError(f"algorithm: plan does not know what {config.algorithm} costs{cure}")
     devices_of(config, cluster)  # refuses before anything is read
     config = with_precision(config)
     shape = read_shape(config)

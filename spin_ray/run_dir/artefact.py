@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from spin_ray.config.recipe import digest
-from spin_ray.errors import RunDirError
+from spin_ray.errors import NotCommittedError, RunDirError
 from spin_ray.run_dir.cache import without_weights
 from spin_ray.run_dir.storage import (
     MANIFEST,
@@ -119,7 +119,8 @@ class Artefact:
         try:
             return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
         except FileNotFoundError as error:
-            raise RunDirError(f"{self.storage.where(self.path)}: is not committed; run the command again") from error
+            where = self.storage.where(self.path)
+            raise NotCommittedError(f"{where}: is not committed; run the command again", self.path) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirError(
                 f"{self.storage.where(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder"

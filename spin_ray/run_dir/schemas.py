@@ -57,7 +57,8 @@ PAIR_SCHEMA = pa.schema(
 )
 """One training pair: x, y, and y′ of the opponent of ``iteration``.
 
-``pair_id`` ends with the sample number. SFT rows have an empty ``generated_ids``.
+``pair_id`` is unique and ends with the sample number. Rows of one ``prompt_id`` may differ in ``real_ids``; those with
+the same prompt and y are packed together. SFT rows have an empty ``generated_ids``.
 """
 
 TRIPLET_SCHEMA = PAIR_SCHEMA.append(pa.field("initial_ids", TOKEN_IDS, nullable=False))

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm
+from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
@@ -46,17 +48,34 @@ def test_the_kl_to_the_base_is_measured_for_every_iterate_on_its_own_samples(
     assert not math.isclose(evaluation["kl_to_base"], evaluation["against_self"]["generated_logp_drift"], abs_tol=1e-4)
 
 
-def test_the_geometric_reference_reads_log_p_of_the_start_model(tmp_path: Path, config: SpinConfig) -> None:
+class FromOutside(Algorithm):
+    """SPIN with one's own class, and so without its scores by θ_0."""
+
+    objective_fields = SPIN_FIELDS
+
+    def plays(self, run):
+        return run.prompts
+
+    def make_pairs(self, turn):
+        pairs.run(turn.run, turn.config, turn.iteration)
+
+
+@pytest.mark.parametrize("algorithm", ["spin", f"{__name__}:FromOutside"])
+def test_the_geometric_reference_reads_log_p_of_the_start_model(
+    tmp_path: Path, config: SpinConfig, algorithm: str
+) -> None:
     """Every response of iteration 1, of which those of iteration 0 are read from its reference."""
     run = RunDir(Storage(tmp_path / "run"))
     objective = config.objective.model_copy(update={"reference_alpha": 0.5})
-    small_run.run(config.model_copy(update={"iterations": 2, "objective": objective}), tmp_path / "run")
+    changes = {"iterations": 2, "objective": objective, "algorithm": algorithm}
+    small_run.run(config.model_copy(update=changes), tmp_path / "run")
+    assert "base_scores" in run.model(2).manifest().inputs
     base = load(config.model.path)
     scores = {row["pair_id"]: row for table in run.base_scores(1).tables() for row in table.to_pylist()}
-    pairs = [row for table in run.pairs(1).tables() for row in table.to_pylist()]
-    assert scores.keys() == {row["pair_id"] for row in pairs}
-    assert 0 < run.base_scores(1).manifest().counts["responses_scored"] < 2 * len(pairs)
-    for row in pairs:
+    rows = [row for table in run.pairs(1).tables() for row in table.to_pylist()]
+    assert scores.keys() == {row["pair_id"] for row in rows}
+    assert 0 < run.base_scores(1).manifest().counts["responses_scored"] < 2 * len(rows)
+    for row in rows:
         for name in ("real", "generated"):
             alone = float(logp_alone(base, row["prompt_ids"], row[f"{name}_ids"]))
             assert scores[row["pair_id"]][f"{name}_logp"] == pytest.approx(alone, abs=1e-4)

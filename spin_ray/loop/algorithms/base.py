@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -61,12 +61,22 @@ class Algorithm(ABC):
     """Sections and fields that the recipe may give."""
     makes_wins: ClassVar[bool] = False
     """True if ``make_pairs`` commits win probabilities (``iter_NNN/wins``)."""
+    makes_teacher_rows: ClassVar[bool] = False
+    """True if ``make_pairs`` commits rows for a teacher (``iter_NNN/teacher_rows``), which ``top_k`` needs."""
     objective_fields: ClassVar[tuple[str, ...]] = MARGIN_FIELDS
     """Fields of ``objective`` that the recipe may give. The evaluation of any algorithm reads ``beta``."""
     backend_methods: ClassVar[tuple[str, ...]] = ()
     """Methods of a backend that other algorithms do without."""
     costs_are_known: ClassVar[bool] = False
-    """True if ``costs`` counts all that the algorithm computes, so that ``spin-ray plan`` can tell its hours."""
+    """True if ``costs`` counts all that the algorithm computes, so that ``spin-ray plan`` can tell its hours.
+
+    True for a class that overrides ``costs``, unless it says otherwise.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "costs" in vars(cls) and "costs_are_known" not in vars(cls):
+            cls.costs_are_known = True
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         """Yields a sentence for each unusable setting."""
@@ -83,9 +93,10 @@ class Algorithm(ABC):
         return IterationWork(answered=played_rows(config, work), trained=trees, scored=passes * (trees,))
 
     def reference_passes(self, config: SpinConfig, iteration: int) -> int:
-        """Returns the number of times that an iteration's rows are scored before training."""
+        """Returns the number of times that an iteration's rows are scored before training: by θ_t, by θ_0, or not."""
         loss = self.objective(config, iteration).resolve()
-        return int(loss.needs_reference or loss.needs_wins)
+        by_initial = loss.needs_reference and config.mixes_references(iteration)
+        return int(loss.needs_reference or loss.needs_wins) + by_initial
 
     def check_rows(self, run: RunDir, config: SpinConfig) -> None:  # noqa: B027
         """Raises DataError if the committed prompts or questions lack what the algorithm needs of them."""
@@ -96,7 +107,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def make_pairs(self, turn: Turn) -> None:
-        """Commits ``iter_NNN/pairs`` and the algorithm's other artefacts."""
+        """Commits ``iter_NNN/pairs`` and the algorithm's other artefacts. θ_0's scores for α-SPIN are made after it."""
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         """Returns the objective for training on the pairs: the recipe's loss of a margin, if not overridden."""
@@ -211,7 +222,11 @@ class PlayedPrompts:
             start += table.num_rows
 
 
-def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
-    """Returns PAIR_SCHEMA rows with ``generated`` as y′; None makes SFT rows, without y′."""
-    ids = [pair_id(prompt_id, iteration, 0) for prompt_id in prompts["prompt_id"].to_pylist()]
+def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None, sample: int = 0) -> pa.Table:
+    """Returns PAIR_SCHEMA rows with ``generated`` as y′; None makes SFT rows, without y′.
+
+    Args:
+        sample: number of the pair among those of its prompt and iteration, as a ``pair_id`` is unique.
+    """
+    ids = [pair_id(prompt_id, iteration, sample) for prompt_id in prompts["prompt_id"].to_pylist()]
     return pairs_of(ids, iteration, prompts["prompt_id"], prompts["prompt_ids"], prompts["real_ids"], generated)

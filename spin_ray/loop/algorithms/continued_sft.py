@@ -11,7 +11,6 @@ class ContinuedSft(Algorithm):
     """SFT on the prompts that SPIN would play. A SPIN recipe may keep its ``objective``, and is its own baseline."""
 
     objective_fields = SPIN_FIELDS
-    costs_are_known = True
 
     def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
         trees = Trees(count=played_rows(config, work), prompt=work.prompt, responses=(work.real,))

@@ -32,7 +32,7 @@ class Sdft(Algorithm):
     reads = ("sdft",)
     objective_fields = ("beta",)
     backend_methods = ("read",)
-    costs_are_known = True
+    makes_teacher_rows = True
 
     def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
         played = played_rows(config, work)
@@ -127,7 +127,7 @@ def _prompts_of_teacher(
 
 
 def _learnt(played: pa.Table, iteration: int) -> pa.Table:
-    """Returns rows with y′ as ``real_ids``. Each has its own prompt id, as equal prompt ids share one y in a pack."""
+    """Returns rows with y′ as ``real_ids``. Each has its own prompt id, that of the answer."""
     pair_ids = played["pair_id"].to_pylist()
     ids = [
         answer_id(prompt_id, sample_of(pair_id))

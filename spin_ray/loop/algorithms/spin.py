@@ -1,6 +1,5 @@
 """SPIN (Chen et al. 2024, arXiv 2401.01335), α-SPIN and fictitious play."""
 
-from spin_ray.config.recipe import SpinConfig
 from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, Turn
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact
@@ -21,11 +20,3 @@ class Spin(Algorithm):
 
     def make_pairs(self, turn: Turn) -> None:
         pairs.run(turn.run, turn.config, turn.iteration)
-        if turn.config.objective.reference_alpha < 1 and turn.iteration > 0:
-            from spin_ray.loop.stages import base_scores
-
-            base_scores.run(turn.run, turn.config, turn.iteration, turn.initial)
-
-    def reference_passes(self, config: SpinConfig, iteration: int) -> int:
-        scored_by_initial = config.objective.reference_alpha < 1 and iteration > 0
-        return super().reference_passes(config, iteration) + scored_by_initial

@@ -10,13 +10,15 @@ from spin_ray.errors import ConfigError, first_line
 from spin_ray.inputs.graders import find_grader, graders_of
 from spin_ray.learner.backends import check_backend
 from spin_ray.learner.import_path import import_object
-from spin_ray.learner.losses import LOSSES, Loss, MarginLoss, SpaceLoss, resolve_loss
+from spin_ray.learner.losses import LOSSES, Loss, resolve_loss
 from spin_ray.learner.optimizers import find_optimizer
 from spin_ray.learner.step import Objective
 from spin_ray.learner.trials import try_loss, try_optimizer
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
+from spin_ray.loop.algorithms.declarations import check_declarations, problems_of
 from spin_ray.loop.algorithms.dpo import Dpo
+from spin_ray.loop.algorithms.objectives import unusable
 from spin_ray.loop.algorithms.sdft import Sdft
 from spin_ray.loop.algorithms.seft.algorithm import Seft
 from spin_ray.loop.algorithms.self_reinforcement import SelfReinforcement
@@ -137,6 +139,7 @@ def _trainings(config: SpinConfig) -> list[TrainConfig | SftConfig]:
 def check_settings(config: SpinConfig) -> None:
     """Raises ConfigError as ``check_algorithm`` does, without looking at installed packages."""
     algorithm = find_algorithm(config.algorithm)
+    check_declarations(algorithm, config.algorithm)
     problems = list(_problems(config, algorithm))
     if problems:
         raise ConfigError("; ".join(problems))
@@ -162,11 +165,26 @@ def _check_objectives(config: SpinConfig, algorithm: Algorithm) -> None:
             raise ConfigError(f"{own} is a {type(objective).__name__}; expected a spin_ray.learner.step.Objective")
         with _named(name, iteration):
             loss = objective.resolve()
-        if loss.needs_wins and not algorithm.makes_wins:
-            raise ConfigError(
-                f"{own} has the loss {objective.loss}, which needs win probabilities; commit iter_NNN/wins and set "
-                "makes_wins, or take another"
-            )
+        is_mixed = config.mixes_references(iteration) and objective.loss is not None  # continued_sft keeps SPIN's α
+        alpha = config.objective.reference_alpha if is_mixed else 1.0
+        if wrong := next(_unserved(objective, loss, alpha, algorithm), None):
+            raise ConfigError(f"{own} has {wrong}")
+
+
+def _unserved(objective: Objective, loss: Loss, alpha: float, algorithm: Algorithm) -> Iterator[str]:
+    """Yields what an algorithm's objective has but neither its rows nor its loss can use."""
+    if loss.needs_wins and not algorithm.makes_wins:
+        yield (
+            f"the loss {objective.loss}, which needs win probabilities; commit iter_NNN/wins and set makes_wins, or "
+            "take another"
+        )
+    if objective.top_k and not (algorithm.makes_teacher_rows and "read" in algorithm.backend_methods):
+        yield (
+            f"top_k {objective.top_k}, which needs rows for a teacher; commit iter_NNN/teacher_rows, set "
+            "makes_teacher_rows and name read in backend_methods, or leave it out"
+        )
+    for field, reason in unusable(objective, loss, alpha):
+        yield f"{field} {getattr(objective, field, alpha)}: {reason}"
 
 
 @contextmanager
@@ -191,12 +209,16 @@ def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
             readers.setdefault(optional, []).append(reader)
     readers.pop("sft", None)  # goes with every algorithm
     for optional, names in readers.items():
-        if _is_given(config, optional) and optional not in algorithm.needs + algorithm.reads:
+        if _is_given(config, optional) and optional not in (*algorithm.needs, *algorithm.reads):
             yield f"{optional}: is for algorithm {' and '.join(names)}, not for {name}; leave it out"
     yield from _unread_fields(config, algorithm)
     if "loss" in algorithm.objective_fields:
-        yield from _loss_problems(config.objective, resolve_loss(config.objective.loss), algorithm, name)
-    yield from algorithm.problems(config)
+        given, loss = config.objective, resolve_loss(config.objective.loss)
+        if loss.needs_wins and not algorithm.makes_wins:
+            yield f"objective.loss: {given.loss} needs win probabilities, which algorithm {name} does not make"
+        for field, reason in unusable(given, loss, given.reference_alpha):
+            yield f"objective.{field}: {reason}"
+    yield from problems_of(algorithm, config)
 
 
 def _unread_fields(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
@@ -212,34 +234,7 @@ def _unread_fields(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
         yield f"objective.{field}: is for algorithm {readers}, not for {name}; {cure}"
 
 
-def _loss_problems(given: ObjectiveConfig, loss: Loss, algorithm: Algorithm, name: str) -> Iterator[str]:
-    if loss.needs_wins and not algorithm.makes_wins:
-        yield f"objective.loss: {given.loss} needs win probabilities, which algorithm {name} does not make"
-    if given.mu != ObjectiveConfig().mu and not isinstance(loss, SpaceLoss):
-        yield f"objective.mu: is for the loss space, not for {given.loss}; leave it out"
-    if given.positive_weight and not isinstance(loss, MarginLoss):
-        yield f"objective.positive_weight: the loss {given.loss} is no function of the margin; leave it out"
-    if given.reference_alpha < 1 and not loss.needs_reference:
-        yield f"objective.reference_alpha: the loss {given.loss} has no reference; leave it out"
-    elif given.reference_alpha < 1 and (given.positive_weight or isinstance(loss, SpaceLoss)):
-        other = "objective.positive_weight" if given.positive_weight else "the loss space"
-        yield (
-            f"objective.reference_alpha: {other} takes the log-ratio of y alone, in which the normaliser of the "
-            "geometric reference does not cancel; leave one out"
-        )
-    if given.length_normalised and isinstance(loss, SpaceLoss):
-        yield "objective.length_normalised: the loss space takes log-ratios as they are; leave it out"
-    elif given.length_normalised and given.reference_alpha < 1:
-        yield (
-            "objective.length_normalised: the normaliser of the geometric reference does not cancel between means; "
-            "leave it out, or reference_alpha"
-        )
-    for field in ("sft_weight", "length_normalised") if loss.per == "token" else ():
-        if getattr(given, field):
-            yield f"objective.{field}: the loss {given.loss} is one of tokens; leave it out"
-
-
 def _is_given(config: SpinConfig, name: str) -> bool:
     section, _, field = name.partition(".")
     value = getattr(config, section)
-    return (getattr(value, field) if field else value) is not None
+    return (getattr(value, field) if field and value is not None else value) is not None

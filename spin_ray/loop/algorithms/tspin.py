@@ -24,16 +24,10 @@ class Tspin(Algorithm):
     """
 
     objective_fields = ("beta", "length_normalised", "sft_weight", "keep_identical", "history_weight")
-    costs_are_known = True
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         if config.data.prompts_per_iteration is not None:
             yield "data.prompts_per_iteration: tspin needs θ_0's response to each prompt; leave it out"
-        if config.train.pack_length < self.least_pack(config):
-            yield (
-                f"train.pack_length: {config.train.pack_length} cannot hold a prompt with three responses; raise it to "
-                f"{self.least_pack(config)} (model.max_length + 2 × generation.sampling.max_tokens) or lower those"
-            )
 
     def least_pack(self, config: SpinConfig) -> int:
         of_initial = config.generation.sampling.max_tokens if config.iterations > 1 else 0

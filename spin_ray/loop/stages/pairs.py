@@ -55,7 +55,7 @@ def make(
     """Commits ``iter_NNN/pairs``: fresh pairs, and ``earlier`` ones since iteration ``oldest``.
 
     Raises:
-        DataError: fewer rows are left than one step has.
+        DataError: fewer rows are left than one step has, or two have the same ``pair_id``.
         HealthError: the mean response length changed too much.
     """
     target, settings = run_dir.pairs(iteration), fresh.settings
@@ -68,7 +68,7 @@ def make(
         played = run_dir.generations(iteration)
         if played.is_committed:
             _check_lengths(played, run_dir.generations(0), config.health.max_length_change)
-        entries, counts = build(fresh, earlier, target, oldest, keep_identical)
+        entries, counts = build(fresh, earlier, target, oldest, keep_identical, algorithm=config.algorithm)
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:
             raise DataError(
@@ -93,14 +93,32 @@ _REASONS = {"dropped_identical": "with y = y′"}
 
 
 def build(
-    fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int, keep_identical: bool = False
+    fresh: Fresh,
+    earlier: Artefact | None,
+    target: Artefact,
+    oldest: int,
+    keep_identical: bool = False,
+    *,
+    algorithm: str,
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
-    """Writes the parts and returns entries and counts. One part of each input is in memory."""
+    """Writes the parts and returns entries and counts. One part of each input is in memory.
+
+    Raises:
+        DataError: two rows have the same ``pair_id``, by which scores are matched with pairs.
+    """
+    found = set[str]()
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
     entries: dict[str, FileEntry] = {}
     target.discard_parts()
 
     def write(table: pa.Table) -> None:
+        for each in table["pair_id"].to_pylist():
+            if each in found:
+                raise DataError(
+                    f"{target.storage.where(target.path)}: algorithm {algorithm} makes two pairs with the pair_id "
+                    f"{each}, by which their scores are found; number the pairs of a prompt (pair_table's sample)"
+                )
+            found.add(each)
         if table.num_rows:
             name = part_name(len(entries))
             entries[name] = target.write_part(name, table)

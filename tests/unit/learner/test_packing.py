@@ -257,6 +257,36 @@ def test_equal_keys_with_different_prompts_are_an_error() -> None:
         plan_epoch(lengths, pack_length=32, global_batch_pairs=2, seed=0, epoch=0)
 
 
+def with_prompt_ids(rows: list[Row], prompt_ids: list[str]) -> pa.Table:
+    return table_of(rows).append_column("prompt_id", pa.array(prompt_ids))
+
+
+@pytest.mark.parametrize("other", [[8, 4], [8]], ids=["as long", "shorter"])
+def test_rows_of_one_prompt_with_other_real_responses_are_other_trees(other: list[int]) -> None:
+    """Each row is packed with its own y, and rows with the same y share it."""
+    rows: list[Row] = [([1, 2], [7, 3], [5]), ([1, 2], other, [6]), ([1, 2], [7, 3], [9]), ([1, 4], [7, 3], [5])]
+    table = with_prompt_ids(rows, ["a"] * 4)
+    lengths = loop.pair_lengths([table.slice(0, 1), table.slice(1)])
+    assert lengths.tree_key.tolist() == [0, 1, 0, 2]
+    (step,) = plan_epoch(lengths, pack_length=PACK_LENGTH, global_batch_pairs=4, seed=0, epoch=0)
+    seen = {}
+    for pack in step.packs:
+        batch = build_pack(pack, table, pack_length=PACK_LENGTH, pad_id=0)
+        for row, real in zip(batch.pair_row.tolist(), batch.real_segment.tolist(), strict=True):
+            seen[row] = batch.target_ids[batch.segment == real].tolist()
+    assert seen == {row: real for row, (_, real, _) in enumerate(rows)}
+
+
+@given(pair_rows())
+@settings(max_examples=20, deadline=None)
+def test_where_a_prompt_has_one_real_response_trees_are_those_of_its_id(rows: list[Row]) -> None:
+    """So the plan of such rows is what it was when the id alone was the key."""
+    ids = [str(real) for _, real, _ in rows]
+    table = with_prompt_ids(rows, ids)
+    by_id = table["prompt_id"].combine_chunks().dictionary_encode().indices
+    assert loop.pair_lengths([table]).tree_key.tolist() == by_id.to_pylist()
+
+
 def test_no_rows_make_no_steps() -> None:
     nothing = np.array([], dtype=np.int64)
     lengths = PairLengths(prompt=nothing, real=nothing, generated=nothing, tree_key=nothing)

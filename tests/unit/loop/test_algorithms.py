@@ -123,9 +123,11 @@ def test_equal_responses_stay_for_every_algorithm_whose_recipe_says_so(run):
 
 
 def test_dpo_refuses_rows_without_a_rejected_response(run):
-    write_preferences(run, [[8, 2], None])
-    with pytest.raises(DataError, match="1 rows have no rejected response"):
-        make_pairs(run, config_for("dpo"))
+    write_preferences(run, [[8, 2], None, [9, 2], None])
+    with pytest.raises(
+        DataError, match=r"d\.jsonl: 2 rows have no rejected response, first .*; algorithm dpo needs chosen"
+    ):
+        ALGORITHMS["dpo"].check_rows(run, config_for("dpo"))
 
 
 # SPPO

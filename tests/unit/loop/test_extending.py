@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import OptimizerConfig
@@ -25,7 +27,7 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
 from tests.support.fakes import rows_of, write_rows
-from tests.support.learner_cases import one_rank, random_rows, save_model, tiny_llama, train
+from tests.support.learner_cases import logp_alone, one_rank, random_rows, save_model, tiny_llama, train
 
 MODULE = '''
 import pyarrow as pa
@@ -216,6 +218,32 @@ def test_the_stage_trains_with_a_loss_an_optimizer_and_a_backend_from_outside(
     assert ("real_logp_drift" in lines[0]) == run.reference(0).is_committed == (loss == "squared_hinge")
     settings = run.model(1).manifest().settings
     assert (settings["loss"], settings["optimizer"]["name"]) == (objective.loss, MOMENTUM.name)
+
+
+@pytest.mark.parametrize("attention", ["padded", "packed"])
+def test_each_real_response_of_a_prompt_has_its_own_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """Also of equal lengths, of which the second was scored and trained as the first."""
+    small_run.in_this_process(monkeypatch)
+    config = small_run.make_inputs(tmp_path)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
+    start = ModelFolder(tmp_path / "model", "digest of θ_0", "sft", 0)
+    weights = tmp_path / "model/model.safetensors"  # larger: each response then has another log p
+    save_file({name: 10 * weight for name, weight in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    run = RunDir(Storage(tmp_path / "run"))
+    pairs = [
+        {"pair_id": f"p{i}/000/{sample}", "prompt_id": f"p{i}", "iteration": 0, "prompt_ids": [1, 30 + i],
+         "real_ids": [[5, 2], [9, 2], [9, 8, 2]][sample], "generated_ids": [6, 2]} for i in range(4)
+        for sample in range(3)
+    ]  # fmt: skip
+    write_rows(run.pairs(0), PAIR_SCHEMA, pairs, part_rows=5)
+    training.run(run, config, 0, start, Objective(loss="logistic", beta=0.1))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found = {row["pair_id"]: row["real_logp"] for row in rows_of(run.reference(0))}
+    for row in pairs:
+        alone = logp_alone(model, row["prompt_ids"], row["real_ids"]).item()
+        assert found[row["pair_id"]] == pytest.approx(alone, abs=1e-3)
 
 
 def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: Any) -> None:

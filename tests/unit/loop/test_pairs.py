@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, RunDirError
+from spin_ray.loop.algorithms.base import pair_table
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import TOKEN_IDS, TRIPLET_SCHEMA
@@ -38,7 +39,7 @@ def answers_to(*prompts: int, samples: int = 1, first_token: int = 100) -> Answe
 def build(run: RunDir, answers: Answers, shard_rows: int = 2) -> tuple[list[dict[str, Any]], dict[str, int]]:
     write_answers(run.generations(0), answers, shard_rows)
     fresh = pairs.Fresh(pairs.joined(run.prompts, run.generations(0), 0), {}, {})
-    entries, counts = pairs.build(fresh, None, run.pairs(0), oldest=-1)
+    entries, counts = pairs.build(fresh, None, run.pairs(0), oldest=-1, algorithm="spin")
     run.pairs(0).commit(entries, {}, {})
     return rows_of(run.pairs(0)), counts
 
@@ -126,8 +127,26 @@ def test_t_spin_keeps_pairs_of_equal_responses_if_the_first_model_said_something
     (table,) = pairs.joined(run.prompts, run.generations(0), 1)
     triplets = table.append_column(TRIPLET_SCHEMA.field("initial_ids"), pa.array([[5, 2], [11, 2]], TOKEN_IDS))
     fresh = pairs.Fresh([triplets], {}, {})
-    _, counts = pairs.build(fresh, None, run.pairs(1), oldest=1)
+    _, counts = pairs.build(fresh, None, run.pairs(1), oldest=1, algorithm="tspin")
     assert (counts["rows"], counts["dropped_identical"]) == (1, 1)
+
+
+def test_two_pairs_of_one_pair_id_are_refused(run):
+    """A pair finds its reference by its id: the second would train against the first one's."""
+    prompts = next(run.prompts.tables())
+    answers = pa.chunked_array([pa.array([[5, 2]] * prompts.num_rows, TOKEN_IDS)])
+    config = config_of(algorithm="my_pkg.mine:Mine", train={"global_batch_pairs": 1})
+
+    def make(samples: tuple[int, int]) -> None:
+        tables = (pair_table(prompts, 0, answers, sample) for sample in samples)
+        pairs.make(run, config, 0, pairs.Fresh(tables, {}, {}))
+
+    with pytest.raises(DataError, match=r"my_pkg\.mine:Mine makes two pairs with the pair_id p000/000/0.*sample"):
+        make((0, 0))
+    assert not run.pairs(0).is_committed
+    make((0, 1))
+    ids = [row["pair_id"] for row in rows_of(run.pairs(0))]
+    assert ids == [f"p{i:03d}/000/{sample}" for sample in (0, 1) for i in range(3)]
 
 
 def test_too_few_pairs_are_an_error_that_says_how_many_and_why(run):

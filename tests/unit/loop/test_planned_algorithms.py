@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 
+from spin_ray.errors import ConfigError
+from spin_ray.loop.algorithms.sppo.algorithm import Sppo
 from spin_ray.loop.algorithms.table import ALGORITHMS, find_algorithm
+from spin_ray.planning.cluster import Cluster
+from spin_ray.planning.plan import Given, predict
 from spin_ray.planning.work import Work, epoch_packs
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
-from tests.support.fakes import rows_of
+from tests.support.fakes import config_of, rows_of
 from tests.support.learner_cases import one_rank
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -32,6 +36,35 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def test_the_plan_knows_these_algorithms() -> None:
     assert {name for name, algorithm in ALGORITHMS.items() if algorithm.costs_are_known} == set(SETTINGS)
+
+
+class Counted(Sppo):
+    def costs(self, config, work, iteration):
+        raise NotImplementedError
+
+
+class CountedInPart(Counted):
+    costs_are_known = False
+
+    def costs(self, config, work, iteration):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("name", "known"), [("Counted", True), ("CountedInPart", False)])
+def test_an_algorithm_that_overrides_its_costs_knows_them(name: str, known: bool) -> None:
+    assert find_algorithm(f"{__name__}:{name}").costs_are_known == known
+
+
+def test_an_algorithm_from_outside_is_told_how_plan_gets_to_know_its_costs() -> None:
+    config = config_of(algorithm=f"{__name__}:CountedInPart")
+    with pytest.raises(ConfigError, match=r"plan does not know what .*:CountedInPart costs; override its costs$"):
+        predict(config, Cluster(gpu="L4"), Given(), CountedInPart())
+
+
+@pytest.mark.parametrize(("iteration", "alpha", "passes"), [(0, 0.5, 1), (1, 0.5, 2), (1, 1.0, 1)])
+def test_alpha_below_1_scores_by_the_initial_model_too(iteration: int, alpha: float, passes: int) -> None:
+    config = config_of(iterations=2, objective={"reference_alpha": alpha})
+    assert find_algorithm("spin").reference_passes(config, iteration) == passes
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -12,7 +12,7 @@ from spin_ray.errors import ConfigError
 from spin_ray.learner.backends import BACKENDS, METHODS, find_backend, make_backend
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm
+from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm
 from tests.support.paths import RECIPES
 
@@ -89,7 +89,7 @@ def problems(**sections: Any) -> str:
         ),
         (
             {"algorithm": "tspin", "train": {"pack_length": 4095}},
-            "train.pack_length: 4095 cannot hold a prompt with three responses; raise it to 4096",
+            "train.pack_length: 4095 may not hold a prompt with its responses in algorithm tspin; raise it to 4096",
         ),
         ({"objective": {"history_weight": 1}}, "objective.history_weight: is for algorithm tspin, not for spin"),
         (
@@ -125,7 +125,7 @@ def problems(**sections: Any) -> str:
         ),
         (
             {"algorithm": "dpo", "model": {"path": "m", "max_length": 2048}, "train": {"pack_length": 4094}},
-            "train.pack_length: 4094 may not hold a prompt with both responses of its row; raise it to 4095",
+            "train.pack_length: 4094 may not hold a prompt with its responses in algorithm dpo; raise it to 4095",
         ),
         (
             {**REINFORCED, "self_filter": {"min_grade": 0.9}},
@@ -364,9 +364,117 @@ class WithoutObjective(Outside):
         return "logistic"
 
 
+class OwnObjective(Outside):
+    given = Objective(loss="logistic")
+    objective_fields = SPIN_FIELDS
+
+    def objective(self, config, iteration):
+        return self.given
+
+
+class TokenSftWeight(OwnObjective):
+    given = Objective(loss=f"{__name__}:of_tokens", sft_weight=0.5)
+
+
+class TokenMeans(OwnObjective):
+    given = Objective(loss=None, length_normalised=True)
+
+
+class AnchorOfNoMargin(OwnObjective):
+    given = Objective(loss=f"{__name__}:reference_free", positive_weight=50.0)
+
+
+class NoiseWithoutSpace(OwnObjective):
+    given = Objective(loss="logistic", mu=3.0)
+
+
+class HistoryWithReference(OwnObjective):
+    given = Objective(loss="logistic", history_weight=5.0)
+
+
+class TopK(OwnObjective):
+    given = Objective(loss=None, top_k=8)
+
+
+class TopKAndLoss(OwnObjective):
+    backend_methods = ("read",)
+    makes_teacher_rows = True
+    given = Objective(loss="logistic", top_k=8)
+
+
+class WithoutReference(OwnObjective):
+    given = Objective(loss="reference_free")
+
+
+class NeedsTypo(Outside):
+    needs = ("scorrer",)
+
+
+class NeedsOneName(Outside):
+    needs = "scorer"
+
+
+class ReadsTypo(Outside):
+    reads = ("self_filter.min_agreemnt",)
+
+
+class FieldTypo(Outside):
+    objective_fields = ("betta",)
+
+
+class ProblemsNone(Outside):
+    def problems(self, config):
+        return None
+
+
+class ProblemsText(Outside):
+    def problems(self, config):
+        return "oh no"
+
+
+class ProblemsNumbers(Outside):
+    def problems(self, config):
+        yield 3
+
+
+class ProblemsFail(Outside):
+    def problems(self, config):
+        yield config.scorer.kind
+
+
+class NoLeastPack(Outside):
+    def least_pack(self, config):
+        return None
+
+
+class LongPack(OwnObjective):
+    def least_pack(self, config):
+        return 10_000
+
+
+class ReadsAField(OwnObjective):
+    needs = ("scorer.path",)
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
+        ("TokenSftWeight", r"its objective of iteration 0 has sft_weight 0\.5: the loss .*:of_tokens is one of tokens"),
+        ("TokenMeans", "its objective of iteration 0 has length_normalised True: the loss SFT is one of tokens"),
+        ("AnchorOfNoMargin", r"its objective .* has positive_weight 50\.0: the loss .* is no function of the margin"),
+        ("NoiseWithoutSpace", r"its objective of iteration 0 has mu 3\.0: is for the loss space, not for logistic"),
+        ("HistoryWithReference", r"its objective .* has history_weight 5\.0: its term takes a loss of pairs without"),
+        ("TopK", "its objective of iteration 0 has top_k 8, which needs rows for a teacher; .*makes_teacher_rows"),
+        ("TopKAndLoss", "its objective of iteration 0 has top_k 8: the teacher's divergence is minimised in place of"),
+        ("NeedsTypo", r"its needs names 'scorrer', no setting .* \(did you mean scorer\?\); known are algorithm, "),
+        ("NeedsOneName", r"its needs is 'scorer'; give a tuple of names, e\.g\. \('scorer',\)"),
+        ("ReadsTypo", r"its reads names .*, no field of self_filter \(did you mean min_agreement\?\); known are grade"),
+        ("FieldTypo", r"its objective_fields names 'betta', no field of objective \(did you mean beta\?\); known are"),
+        ("ProblemsNone", "its problems gives None; yield a sentence for each problem"),
+        ("ProblemsText", "its problems gives 'oh no'; yield a sentence for each problem"),
+        ("ProblemsNumbers", r"its problems gives \[3\]; yield a sentence for each problem"),
+        ("ProblemsFail", r"its problems fails \(AttributeError: 'NoneType' object has no attribute 'kind'\)"),
+        ("NoLeastPack", "its least_pack gives None; return a number of tokens"),
         ("WithArgument", "cannot be made .*missing 1 required positional argument: 'value'"),
         ("Abstract", "cannot be made .*make_pairs"),
         ("Outside", r"its objective of iteration 0 fails \(NotImplementedError"),
@@ -382,6 +490,21 @@ class WithoutObjective(Outside):
 )
 def test_an_algorithm_that_would_fail_in_an_iteration_is_told_before_anything_runs(name, problem):
     assert re.search(f"^algorithm: {__name__}:{name}:? {problem}", problems(algorithm=f"{__name__}:{name}"))
+
+
+def test_a_field_of_a_section_that_is_not_given_is_needed_all_the_same():
+    assert problems(algorithm=f"{__name__}:ReadsAField") == f"scorer.path: algorithm {__name__}:ReadsAField needs it"
+
+
+def test_a_pack_shorter_than_an_algorithm_from_outside_says_is_refused():
+    assert problems(algorithm=f"{__name__}:LongPack").startswith("train.pack_length: 4096 may not hold a prompt with")
+
+
+def test_alpha_is_refused_for_an_own_objective_without_a_reference_but_not_in_iteration_0():
+    settings = {"algorithm": f"{__name__}:WithoutReference", "objective": {"reference_alpha": 0.5}}
+    found = problems(**settings, iterations=2)
+    assert "its objective of iteration 1 has reference_alpha 0.5: the loss reference_free has no reference" in found
+    check_algorithm(parse(**settings, iterations=1))
 
 
 class Bare:

@@ -203,6 +203,14 @@ def test_a_missing_surplus_or_double_score_is_an_error(run, names):
         worker._load_reference(run.reference(0), pa.concat_tables(worker._pairs(run.pairs(0))))
 
 
+def test_scores_of_pairs_with_one_pair_id_are_an_error(run):
+    """They would all get the first one's."""
+    write_reference(run, [(f"p{i}/000/0", 0.0, 0.0) for i in (0, 0)])
+    (pairs, *_) = worker._pairs(run.pairs(0))
+    with pytest.raises(RunDirError, match="iter_000/reference: pairs share a pair_id"):
+        worker._load_reference(run.reference(0), pairs.take(pa.array([0, 0])))
+
+
 def test_a_reference_of_another_start_model_is_refused(run, jobs):
     """A moved policy must never be taken for θ_t."""
     train(run, config_of(), 0)

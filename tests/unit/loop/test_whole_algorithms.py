@@ -17,6 +17,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
 from spin_ray.learner.backends.base import learning_rate_at
 from spin_ray.loop import driver
+from spin_ray.loop.algorithms.dpo import Dpo
 from spin_ray.loop.algorithms.sdft import demonstrated
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.run_dir.events import read_json_lines
@@ -216,10 +217,15 @@ def test_spin_is_trained_on_the_pairs_that_its_authors_released(
     assert 0 < evaluation["against_opponent"]["objective"] != evaluation["against_opponent"]["loss"]
 
 
+class CopyOfDpo(Dpo):
+    """An algorithm of whose rows ``inputs.needs`` knows nothing."""
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"algorithm": "dpo"}, "no_rejected: has no rejected response"),
+        ({"algorithm": f"{__name__}:CopyOfDpo"}, "12 rows have no rejected response"),
         ({"algorithm": "sppo", "scorer": {"kind": "grade", "path": "multiple_choice"},
           "generation": {"samples_per_prompt": 2}}, "no row has an answer that scorer.path multiple_choice can grade"),
         ({"evaluation": {"grade": "multiple_choice"}}, "has an answer that evaluation.grade multiple_choice can"),
@@ -232,7 +238,7 @@ def test_rows_that_lack_what_the_algorithm_needs_end_the_run_before_anything_is_
     with pytest.raises(DataError, match=said):
         run_with(tmp_path, monkeypatch, changes)
     run = RunDir(Storage(tmp_path / "run"))
-    assert not run.model(0).is_committed and not run.generations(0).is_committed
+    assert not any(made.is_committed for made in (run.model(0), run.heldout_samples(0), run.generations(0)))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         start=opponent,
         rows=run_dir.pairs(iteration),
         reference=run_dir.reference(iteration) if loss.needs_reference or loss.needs_wins else None,
-        base=base if loss.needs_reference and base.is_committed else None,
+        base=base if loss.needs_reference and config.mixes_references(iteration) else None,
         wins=wins if loss.needs_wins else None,
         audit=run_dir.audit_path(iteration) if run_dir.generations(iteration).is_committed else None,
         teacher_rows=run_dir.teacher_rows(iteration) if objective.top_k else None,

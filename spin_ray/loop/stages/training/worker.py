@@ -170,6 +170,8 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
             f"{artefact.path}: {scores.num_rows} scores for {table.num_rows} pairs, {found.null_count} without one; "
             "remove the folder"
         )
+    if len(found.unique()) != table.num_rows:
+        raise RunDirError(f"{artefact.path}: pairs share a pair_id, so that scores cannot be told apart")
     ordered = scores.take(found)
     return [torch.tensor(ordered[name].to_numpy()).to(device()) for name in columns]
 
