@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError, first_line
+from spin_ray.learner.backends import makes_dtensors
 from spin_ray.learner.losses import Loss, MarginLoss, PairValues
-from spin_ray.learner.optimizers import BY_PATH, OPTIMIZERS, allocate_by_a_step, find_optimizer, make_optimizer
+from spin_ray.learner.optimizers import allocate_by_a_step, find_optimizer, has_modes, is_own, make_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -125,32 +126,45 @@ def _gradient(total: Tensor, leaves: list[Tensor], name: str, where: str) -> Flo
     return found
 
 
-def try_optimizer(config: OptimizerConfig, *, matrices_only: bool, on_gpus: bool) -> None:
-    """Takes two steps with a user's own optimizer on a CPU, and saves its state as checkpoints do.
+def try_optimizer(config: OptimizerConfig, *, matrices_only: bool, on_gpus: bool, backend: str = "fsdp2") -> None:
+    """Takes steps with a user's own optimizer on a CPU, and resumes them from a checkpoint.
 
     Args:
         matrices_only: True without a vector among the weights, as adapters have none.
         on_gpus: True if it will run on GPUs, so that failing on a CPU may mean nothing.
+        backend: ``train.backend``. Weights of FSDP2 are DTensors.
 
     Raises:
-        ConfigError: it fails, is no ``torch.optim.Optimizer``, or its state cannot be saved.
+        ConfigError: it fails, is no ``torch.optim.Optimizer``, cannot be saved or goes on otherwise once resumed.
     """
     name: str = config.name
-    if name in OPTIMIZERS or name in BY_PATH:
+    if not is_own(name):
         return
     where = "on a small matrix" + ("" if matrices_only else " and a vector")
+    shapes = ((4, 2),) if matrices_only else ((4, 2), (4,))
+    passed = False
     with _told(f"optimizer.name: {name}", where, on_gpus=on_gpus and not name.startswith("torch.optim:")):
         find_optimizer(config)
-        _step_and_save(config, name, matrices_only=matrices_only)
+        _step_and_save(config, shapes, backend)
+        passed = True
+    if passed and makes_dtensors(backend):
+        from spin_ray.learner.shard_trials import try_on_shards  # slow: torch.distributed.checkpoint
+
+        try_on_shards(config, shapes)
 
 
-def _step_and_save(config: OptimizerConfig, name: str, *, matrices_only: bool) -> None:
-    shapes = ((4, 2),) if matrices_only else ((4, 2), (4,))
+def _step_and_save(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], backend: str) -> None:
+    name: str = config.name
     parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     optimizer = make_optimizer(parameters, config, 1e-3)
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"optimizer.name: {name} makes a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+        )
+    if backend == "deepspeed" and has_modes(optimizer):
+        raise ConfigError(
+            f"optimizer.name: {name} has eval(), which train.backend: deepspeed does not call before it exports; "
+            "use fsdp2"
         )
     allocate_by_a_step(optimizer)
     for group in optimizer.param_groups:

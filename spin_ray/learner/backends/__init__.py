@@ -44,6 +44,16 @@ def find_backend(kind: str) -> Callable[[str | Path, BackendSettings, torch.devi
     return build
 
 
+def makes_dtensors(kind: str) -> bool:
+    """Returns True if the backend is FSDP2 or a subclass of it, whose weights are DTensors."""
+    if kind in BACKENDS:
+        return kind == "fsdp2"
+    from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+
+    build = find_backend(kind)
+    return isinstance(build, type) and issubclass(build, Fsdp2Backend)
+
+
 def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
     """Checks a backend that is given by its path. Those by name have all of ``TrainBackend``, and are not imported.
 
@@ -57,11 +67,8 @@ def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
     if kind in BACKENDS and all(hasattr(TrainBackend, method) for method in methods):
         return
     build = find_backend(kind)
-    if mesh is not None:
-        from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-
-        if not (isinstance(build, type) and issubclass(build, Fsdp2Backend)):
-            raise ConfigError(f"train.mesh: {kind} is no subclass of Fsdp2Backend, which builds it; leave it out")
+    if mesh is not None and not makes_dtensors(kind):
+        raise ConfigError(f"train.mesh: {kind} is no subclass of Fsdp2Backend, which builds it; leave it out")
     if isinstance(build, type) and not hasattr(build, "__getattr__"):  # else only its objects tell what they have
         _refuse_without(build, (*methods, *METHODS), kind)
     _refuse_other_arguments(build, kind)

@@ -238,7 +238,7 @@ def test_an_optimizer_that_would_fail_in_training_is_refused(name, said, on_gpus
         trial(name, on_gpus=on_gpus)
 
 
-@pytest.mark.parametrize("name", ["Adam", "SGD", "Adagrad", "NAdam", "Adafactor"])
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Adagrad", "NAdam", "ASGD"])
 def test_optimizers_of_torch_pass(name):
     trial(f"torch.optim:{name}")
 
