@@ -109,6 +109,11 @@ class Counting(Fsdp2Backend):
     def step(self):
         Counting.steps += 1
         return super().step()
+
+
+class ReturnsNothing(Fsdp2Backend):
+    def step(self):
+        super().step()
 '''
 TRAINS = OptimizerConfig(schedule="constant", warmup_fraction=0)
 MOMENTUM = TRAINS.model_copy(update={"name": "my_pkg.mine:Momentum"})
@@ -219,6 +224,15 @@ def test_the_stage_trains_with_a_loss_an_optimizer_and_a_backend_from_outside(
     assert ("real_logp_drift" in lines[0]) == run.reference(0).is_committed == (loss == "squared_hinge")
     settings = run.model(1).manifest().settings
     assert (settings["loss"], settings["optimizer"]["name"]) == (objective.loss, MOMENTUM.name)
+
+
+def test_a_step_that_returns_nothing_is_told_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run.in_this_process(monkeypatch)
+    config = small_run.make_inputs(tmp_path).with_train(backend="my_pkg.mine:ReturnsNothing")
+    with pytest.raises(
+        ConfigError, match=r"train\.backend: ReturnsNothing\.step\(\) returns a NoneType; expected a .*Step"
+    ):
+        small_run.run(config, tmp_path / "run")
 
 
 def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: Any) -> None:

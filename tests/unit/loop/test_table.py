@@ -225,7 +225,14 @@ class Mine:
     def __init__(self, model_dir, settings, device):
         raise NotImplementedError
 
-    mine = logps = score = backward = step = save = load = export_hf = lambda self: None
+    def backward(self, loss, *, last_microbatch):
+        raise NotImplementedError
+
+    def logps(self, given):
+        raise NotImplementedError
+
+    mine = step = lambda self: None
+    score = save = load = export_hf = logps
 
 
 def test_a_method_that_only_a_users_algorithm_asks_for_is_looked_for_in_every_backend():
@@ -393,7 +400,13 @@ class Bare:
     def logps(self, batch):
         raise NotImplementedError
 
-    score = backward = step = load = logps
+    def backward(self, loss, *, last_microbatch):
+        raise NotImplementedError
+
+    def step(self):
+        raise NotImplementedError
+
+    score = load = logps
 
 
 class Forwarding(Bare):
@@ -401,6 +414,44 @@ class Forwarding(Bare):
         if name == "export_hf":
             raise AttributeError(name)
         return self.logps
+
+
+class Whole(Bare):
+    save = export_hf = Bare.logps
+
+
+class TakesAll(Whole):
+    """Takes all arguments, as decorated methods often do."""
+
+    def backward(self, *given, **named):
+        raise NotImplementedError
+
+    @staticmethod
+    def save(directory, compress=False):
+        raise NotImplementedError
+
+
+class EveryMicrobatch(Whole):
+    def backward(self, loss):
+        raise NotImplementedError
+
+
+class BackwardByPosition(Whole):
+    def backward(self, loss, last_microbatch, /):
+        raise NotImplementedError
+
+
+class SavesForRank(Whole):
+    def save(self, directory, rank):
+        raise NotImplementedError
+
+
+class StaticStep(Whole):
+    step = staticmethod(lambda backend: None)
+
+
+def forwarding_backward(model_dir, settings, device):
+    return EveryMicrobatch(model_dir, settings, device)
 
 
 class OfTheProtocol(TrainBackend):
@@ -411,9 +462,7 @@ class OfTheProtocol(TrainBackend):
         raise NotImplementedError
 
 
-class OneArgument(Bare):
-    save = export_hf = Bare.logps
-
+class OneArgument(Whole):
     def __init__(self, model_dir):
         pass
 
@@ -434,6 +483,17 @@ def builds_all(*arguments):
             "OneArgument",
             r"train.backend: .*:OneArgument is not called as \(model_dir\), but as \(model_dir, settings, ",
         ),
+        (
+            "EveryMicrobatch",
+            r"train.backend: .*:EveryMicrobatch.backward takes \(self, loss\), but is called as backward\(loss, "
+            r"last_microbatch=…\): got an unexpected keyword argument 'last_microbatch'",
+        ),
+        ("BackwardByPosition", r"backward takes \(self, loss, last_microbatch, /\), but is called as backward\(loss, "),
+        (
+            "SavesForRank",
+            r"SavesForRank.save takes .* called as save\(directory\): missing a required argument: 'rank'",
+        ),
+        ("StaticStep", r"StaticStep.step takes \(backend\), but is called as step\(\)"),
         ("builds", r"train.backend: .*:builds is not called as \(model_dir, settings\), but as "),
     ],
 )
@@ -442,13 +502,26 @@ def test_a_backend_that_training_cannot_use_to_its_end_is_told_before_anything_r
 
 
 def test_a_function_may_build_the_backend_and_a_class_may_forward_to_another():
-    for name in ("builds_all", "Forwarding"):
+    for name in ("builds_all", "Forwarding", "TakesAll"):
         check_algorithm(parse(train={"backend": f"{__name__}:{name}"}))
 
 
 def test_a_backend_that_forwards_is_asked_once_it_is_built():
     settings = BackendSettings(kind=f"{__name__}:Forwarding", max_length=8)
     with pytest.raises(ConfigError, match="Forwarding has no method export_hf, which training needs"):
+        make_backend("model", settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("forwarding_backward", r"backward takes \(loss\), but is called as backward\(loss, last_microbatch=…\)"),
+        ("Whole", "Whole has no attribute device; set it when built"),
+    ],
+)
+def test_a_backend_that_only_its_object_shows_is_refused_once_it_is_built(name, problem):
+    settings = BackendSettings(kind=f"{__name__}:{name}", max_length=8)
+    with pytest.raises(ConfigError, match=f"^train.backend: .*{problem}"):
         make_backend("model", settings, torch.device("cpu"))
 
 
