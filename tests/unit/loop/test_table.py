@@ -1,6 +1,7 @@
 """An algorithm says what it needs of a recipe, and the check at the start reads it."""
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from spin_ray.learner.backends import BACKENDS, METHODS, find_backend, make_back
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm
-from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm
+from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm, imported_by_workers
 from tests.support.paths import RECIPES
 
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "d"}}
@@ -560,6 +561,41 @@ def test_a_loss_that_the_evaluation_does_not_compute_may_work_in_fp32_alone():
 
 def test_muon_by_its_path_trains_adapters():
     check_algorithm(parse(train={"lora": {}, "optimizer": {"name": "torch.optim:Muon"}}))
+
+
+class OwnLossOnce(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss=f"{__name__}:mean" if iteration else "logistic")
+
+
+def test_what_train_workers_import_is_every_loss_optimizer_and_backend_given_by_its_path():
+    own = {"optimizer": {"name": "torch.optim:Adam"}}
+    config = parse(algorithm=f"{__name__}:OwnLossOnce", train={"backend": "my:Backend"} | own, sft=own, iterations=3)
+    assert imported_by_workers(config) == [
+        ("objective.loss", f"{__name__}:mean"), ("train.backend", "my:Backend"), ("optimizer.name", "torch.optim:Adam"),
+    ]  # fmt: skip
+    assert imported_by_workers(parse()) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "setting"),
+    [
+        ({"objective": {"loss": "__main__:mine"}}, "objective.loss"),
+        ({"train": {"backend": "__main__:mine"}}, "train.backend"),
+        ({"train": {"optimizer": {"name": "__main__:mine"}}}, "optimizer.name"),
+    ],
+)
+def test_what_is_in_the_script_itself_is_refused_where_workers_import_it(monkeypatch, sections, setting):
+    monkeypatch.setattr(sys.modules["__main__"], "mine", mean, raising=False)
+    assert problems(**sections) == (
+        f"{setting}: __main__:mine is in the script or notebook itself, which no worker can import; put mine in a "
+        "module that every machine of the run can import, e.g. my_pkg.mine:mine"
+    )
+
+
+def test_an_algorithm_may_be_in_the_script_itself(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "Mine", OwnLossOnce, raising=False)
+    assert isinstance(find_algorithm("__main__:Mine"), OwnLossOnce)
 
 
 def test_a_module_that_fails_while_it_is_imported_is_named_with_its_error(tmp_path, monkeypatch):
