@@ -17,6 +17,7 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.losses import LOSSES, MarginLoss, PairValues, resolve_loss
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.step import Objective
+from spin_ray.loop import driver
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.events import read_json_lines
@@ -243,7 +244,12 @@ def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: p
     content["objective"]["loss"] = "my_pkg.mine:squared_hinge"
     config = SpinConfig.model_validate(content)
     check_algorithm(config)
+    imported: list[tuple[str, str]] = []
+    monkeypatch.setattr(driver, "check_imports", lambda paths, _: imported.extend(paths))
     small_run.run(config, tmp_path / "run")
+    assert {path for _, path in imported} == {
+        f"my_pkg.mine:{name}" for name in ("squared_hinge", "Counting", "Momentum")
+    }
     run = RunDir(Storage(tmp_path / "run"))
     assert run.latest() == "iter_000"
     (row, *_) = rows_of(run.pairs(0))
