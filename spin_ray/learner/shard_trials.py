@@ -1,5 +1,6 @@
 """Trials of a user's own optimizer on weights as FSDP2 shards them, with a checkpoint between its steps."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,7 @@ def _whole(tensor: Tensor) -> Tensor:
 @contextmanager
 def _one_rank() -> Iterator[DeviceMesh]:
     """Yields a mesh of this process alone; a process group that exists is used and stays."""
-    starts = not dist.is_initialized()
+    starts, hook = not dist.is_initialized(), sys.excepthook
     if starts:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -122,3 +123,4 @@ def _one_rank() -> Iterator[DeviceMesh]:
     finally:
         if starts:
             dist.destroy_process_group()
+            sys.excepthook = hook  # torch sets one that writes [rank0] before each line of an error

@@ -1,6 +1,7 @@
 """A user's own optimizer is tried as the backend will run it: on shards, and resumed from a checkpoint."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,12 @@ class OfFsdp2(Fsdp2Backend):
 
 
 def trial(name: str, backend: str = "fsdp2", *, on_gpus: bool = False) -> None:
-    path = name if ":" in name else f"{HERE}:{name}"
-    try_optimizer(OptimizerConfig(name=path), matrices_only=False, on_gpus=on_gpus, backend=backend)
-    assert not dist.is_initialized()
+    path, hook = name if ":" in name else f"{HERE}:{name}", sys.excepthook
+    try:
+        try_optimizer(OptimizerConfig(name=path), matrices_only=False, on_gpus=on_gpus, backend=backend)
+    finally:
+        assert not dist.is_initialized()
+        assert sys.excepthook is hook  # torch's own writes [rank0] before each line of an error
 
 
 @pytest.mark.parametrize("name", ["CountsInGroups", "StartsLate", "TwoModes", "Noisy", "torch.optim:NAdam"])
