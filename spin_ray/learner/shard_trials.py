@@ -23,16 +23,16 @@ _BEFORE, _AFTER = 3, 8
 """Steps before and after the checkpoint."""
 
 
-def try_on_shards(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...]) -> None:
+def try_on_shards(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], workers: int = 1) -> None:
     """Takes steps on DTensors of one rank, once undisturbed and once resumed from a checkpoint.
 
     Raises:
-        ConfigError: a step fails, or the resumed weights differ.
+        ConfigError: a step fails, the resumed weights differ, or several workers would have state of their own.
     """
     name: str = config.name
     try:
         with _one_rank() as mesh, TemporaryDirectory() as folder:
-            lost = _lost_by_a_checkpoint(config, shapes, mesh, Path(folder))
+            lost, own = _lost_by_a_checkpoint(config, shapes, mesh, Path(folder))
     except ConfigError:
         raise
     except Exception as error:
@@ -44,6 +44,11 @@ def try_on_shards(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...]) 
         raise ConfigError(
             f"optimizer.name: {name} goes on otherwise after a checkpoint, which does not hold {lost}; keep it in "
             "state[parameter] or param_groups"
+        )
+    if own and workers > 1:
+        raise ConfigError(
+            f"optimizer.name: {name} keeps state[parameter][{own[0]!r}] as a plain tensor of each worker, of which a "
+            "checkpoint holds one worker's alone; make it by torch.zeros_like(parameter)"
         )
 
 
@@ -70,6 +75,13 @@ class _Run:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def states(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yields key and value of each tensor of a parameter's state that has the parameter's shape."""
+        for shard in self.shards.values():
+            for key, value in self.optimizer.state.get(shard, {}).items():
+                if isinstance(value, Tensor) and value.shape == shard.shape:
+                    yield key, value
+
     def weights(self) -> list[Tensor]:
         with weights_to_use(self.optimizer):
             return [_whole(shard).detach().clone() for shard in self.shards.values()]
@@ -77,8 +89,8 @@ class _Run:
 
 def _lost_by_a_checkpoint(
     config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], mesh: DeviceMesh, folder: Path
-) -> str | None:
-    """Returns what a checkpoint does not hold if the weights show it, else None."""
+) -> tuple[str | None, list[str]]:
+    """Returns what a checkpoint does not hold if the weights show it, and the keys of state of the shards' shape."""
     undisturbed, resumed = (_Run(config, shapes, mesh) for _ in range(2))
     for number in range(_BEFORE):
         undisturbed.step(number)
@@ -89,7 +101,8 @@ def _lost_by_a_checkpoint(
         for number in range(_BEFORE, _BEFORE + _AFTER):
             run.step(number)
     same = all(torch.equal(one, other) for one, other in zip(undisturbed.weights(), resumed.weights(), strict=True))
-    return None if same else ", ".join(lost) or "something that it keeps elsewhere"
+    own = [key for key, shard in undisturbed.states() if not isinstance(shard, DTensor)]
+    return (None if same else ", ".join(lost) or "something that it keeps elsewhere"), own
 
 
 def _differences(undisturbed: _Run, resumed: _Run) -> list[str]:

@@ -126,13 +126,16 @@ def _gradient(total: Tensor, leaves: list[Tensor], name: str, where: str) -> Flo
     return found
 
 
-def try_optimizer(config: OptimizerConfig, *, matrices_only: bool, on_gpus: bool, backend: str = "fsdp2") -> None:
+def try_optimizer(
+    config: OptimizerConfig, *, matrices_only: bool, on_gpus: bool, backend: str = "fsdp2", workers: int = 1
+) -> None:
     """Takes steps with a user's own optimizer on a CPU, and resumes them from a checkpoint.
 
     Args:
         matrices_only: True without a vector among the weights, as adapters have none.
         on_gpus: True if it will run on GPUs, so that failing on a CPU may mean nothing.
         backend: ``train.backend``. Weights of FSDP2 are DTensors.
+        workers: ``train.workers``.
 
     Raises:
         ConfigError: it fails, is no ``torch.optim.Optimizer``, cannot be saved or goes on otherwise once resumed.
@@ -150,7 +153,7 @@ def try_optimizer(config: OptimizerConfig, *, matrices_only: bool, on_gpus: bool
     if passed and makes_dtensors(backend):
         from spin_ray.learner.shard_trials import try_on_shards  # slow: torch.distributed.checkpoint
 
-        try_on_shards(config, shapes)
+        try_on_shards(config, shapes, workers)
 
 
 def _step_and_save(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], backend: str) -> None:

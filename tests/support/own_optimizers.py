@@ -138,6 +138,18 @@ class Noisy(Own):
             parameter.sub_(gradient, alpha=group["lr"] * float(torch.rand(())))
 
 
+class LocalMomentum(Own):
+    """Works on this rank's part of the parameters, and keeps plain tensors of its shape."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group, parameter, gradient in self.each():
+            mine, of_mine = (getattr(it, "to_local", lambda it=it: it)() for it in (parameter, gradient))
+            sum_ = self.state[parameter].setdefault("sum", torch.zeros_like(mine))
+            sum_.mul_(0.9).add_(of_mine)
+            mine.sub_(sum_, alpha=group["lr"])
+
+
 class PlainRows(Own):
     """Adds plain tensors to those of its parameters."""
 

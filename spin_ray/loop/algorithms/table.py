@@ -85,8 +85,13 @@ def try_own_objects(config: SpinConfig) -> None:
                 loss = objective.resolve()
                 try_loss(loss, objective.loss, objective.beta, in_fp64=in_fp64, on_gpus=on_gpus)
     for section in _trainings(config):
-        matrices_only, backend = adapters and section is config.train, config.train.backend
-        try_optimizer(section.optimizer, matrices_only=matrices_only, on_gpus=on_gpus, backend=backend)
+        try_optimizer(
+            section.optimizer,
+            matrices_only=adapters and section is config.train,
+            on_gpus=on_gpus,
+            backend=config.train.backend,
+            workers=config.train.workers,
+        )
 
 
 def imported_by_workers(config: SpinConfig) -> list[tuple[str, str]]:

@@ -21,10 +21,12 @@ class OfFsdp2(Fsdp2Backend):
     """A backend of the user's."""
 
 
-def trial(name: str, backend: str = "fsdp2", *, on_gpus: bool = False) -> None:
+def trial(name: str, backend: str = "fsdp2", *, on_gpus: bool = False, workers: int = 1) -> None:
     path, hook = name if ":" in name else f"{HERE}:{name}", sys.excepthook
     try:
-        try_optimizer(OptimizerConfig(name=path), matrices_only=False, on_gpus=on_gpus, backend=backend)
+        try_optimizer(
+            OptimizerConfig(name=path), matrices_only=False, on_gpus=on_gpus, backend=backend, workers=workers
+        )
     finally:
         assert not dist.is_initialized()
         assert sys.excepthook is hook  # torch's own writes [rank0] before each line of an error
@@ -66,6 +68,14 @@ def test_an_optimizer_that_fails_on_shards_is_refused_for_fsdp2_alone(name: str,
 def test_an_optimizer_with_modes_is_for_fsdp2() -> None:
     with pytest.raises(ConfigError, match=r"has eval\(\), which train.backend: deepspeed does not call"):
         trial("TwoModes", "deepspeed")
+
+
+def test_plain_state_of_the_local_shard_is_for_one_worker() -> None:
+    """A checkpoint holds a plain tensor once, and each of several workers has another."""
+    trial("LocalMomentum")
+    with pytest.raises(ConfigError, match=r"keeps state\[parameter\]\['sum'\] as a plain tensor of each worker"):
+        trial("LocalMomentum", workers=2)
+    trial("CountsInGroups", workers=2)
 
 
 def test_a_process_group_that_exists_is_used_and_stays(tmp_path: Path) -> None:
