@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -13,18 +14,19 @@ import yaml
 from pydantic import ValidationError
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import TAGS, Section
+from spin_ray.config.sections import NAME, TAGS, Section
 from spin_ray.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 """Recipes of the package, a link to jobs/recipes."""
 
 
-def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> SpinConfig:
-    """Reads a recipe, with overrides ``{"section.field": "YAML value"}``.
+def load_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> SpinConfig:
+    """Reads a recipe, with overrides ``{"section.field": value}``.
 
     Args:
         recipe: a file, or the name of a recipe of the package, e.g. ``smoke``.
+        overrides: a text is read as YAML; other values are taken as they are.
 
     Raises:
         ConfigError: the recipe cannot be read or is wrong; the message lists every problem.
@@ -48,8 +50,8 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
     return parse_config(content, source=str(recipe))
 
 
-def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
-    """Returns ``config`` with overrides ``{"section.field": "YAML value"}``.
+def override(config: SpinConfig, overrides: Mapping[str, Any]) -> SpinConfig:
+    """Returns ``config`` with the overrides of ``load_config``.
 
     Raises:
         ConfigError: values are wrong. Problems of ``config`` itself, which an older version allowed, are overlooked.
@@ -91,9 +93,12 @@ def parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
     return overrides
 
 
-def values_of(overrides: dict[str, str]) -> dict[str, Any]:
-    """Returns ``{"section.field": value}`` for YAML values; raises ConfigError if one is no YAML."""
-    return {key: _parse_yaml(text, source=f"--{key}={text}") for key, text in overrides.items()}
+def values_of(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``{"section.field": value}`` with texts read as YAML; raises ConfigError if one is no YAML."""
+    return {
+        key: _parse_yaml(value, source=f"--{key}={value}") if isinstance(value, str) else copy.deepcopy(value)
+        for key, value in overrides.items()
+    }
 
 
 _REASONS = {
@@ -111,9 +116,19 @@ def _explain(detail: Any) -> list[str]:
     shown = repr(detail["input"])
     given = "" if detail["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '…'})"
     reason = _REASONS.get(detail["type"], detail["msg"].lower())
+    if NAME in detail["loc"]:
+        return [f"{where}: {reason}, or an import path such as my_pkg.mine:name{given}{_with_colon(detail['input'])}"]
     if detail["type"] == "model_type" and detail["input"] is None:
         return [f"{where}: is empty; give it fields, or leave it out"]
     return [f"{where}: {reason}{given}"]
+
+
+def _with_colon(given: Any) -> str:
+    """Returns a hint at the import path that a dotted name was meant to be, if ``given`` is one."""
+    if not isinstance(given, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", given):
+        return ""
+    module, _, name = given.rpartition(".")
+    return f" (did you mean {module}:{name}?)"
 
 
 def _meant(where: str) -> str:

@@ -284,6 +284,10 @@ LOSSES: dict[str | None, Loss] = {
 }
 
 
+_OF_AN_OBJECT = ("needs_reference", "needs_wins", "per", "margin")
+"""Attributes of a ``Loss`` that a function of the margin lacks."""
+
+
 def resolve_loss(name: str | None) -> Loss:
     """Returns the loss for a name, or for the import path of a ``Loss`` or a function ℓ(margin).
 
@@ -297,6 +301,9 @@ def resolve_loss(name: str | None) -> Loss:
         raise ConfigError(f"objective.loss: {name} is a class; name an object of it, or a function of the margin")
     if isinstance(found, Loss):
         return found
+    lacking = [name for name in _OF_AN_OBJECT if not hasattr(found, name)]
+    if len(lacking) < len(_OF_AN_OBJECT):
+        raise ConfigError(f"objective.loss: {name} lacks {', '.join(lacking)}, which a Loss has (docs/extending.md)")
     if not callable(found):
         raise ConfigError(f"objective.loss: {name} is neither a Loss nor a function of the margin")
     return MarginLoss(found)

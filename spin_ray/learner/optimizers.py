@@ -1,7 +1,8 @@
 """Optimizers by name or import path."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,14 +77,40 @@ BY_PATH = {"adamw_8bit": "spin_ray.learner.optimizers:AdamW8bit"}
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> Optimizer:
-    """Builds the optimizer without state; raises the errors of ``find_optimizer``."""
+    """Builds the optimizer without state, in its mode of training; raises the errors of ``find_optimizer``."""
     make, known = find_optimizer(config), OPTIMIZERS.get(config.name)
     if known is None:
-        return make(parameters, lr=learning_rate)
+        made = make(parameters, lr=learning_rate)
+        if has_modes(made):
+            made.train()  # type: ignore[attr-defined]
+        return made
     if not known.can_batch:
         return make(parameters, lr=learning_rate)
     fused = known.can_fuse and all(parameter.device.type == "cuda" for parameter in parameters)
     return make(parameters, lr=learning_rate, **{"fused" if fused else "foreach": True})
+
+
+def is_own(name: str) -> bool:
+    """Returns True for the import path of a user's optimizer."""
+    return name not in OPTIMIZERS and name not in BY_PATH
+
+
+def has_modes(optimizer: Any) -> bool:
+    """Returns True for an optimizer that trains on other weights than those to use (schedule-free ones)."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
+@contextmanager
+def weights_to_use(optimizer: Any) -> Iterator[None]:
+    """Switches an optimizer that has modes to ``eval``, and back to ``train``."""
+    if not has_modes(optimizer):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
 
 
 def find_optimizer(config: OptimizerConfig) -> MakeOptimizer:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from spin_ray.learner.backends.base import TrainBackend
+from spin_ray.errors import ConfigError
+from spin_ray.learner.backends.base import StepStats, TrainBackend
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.distillation import ReadDivergence
 from spin_ray.learner.losses import (
@@ -180,6 +181,7 @@ def train_step(
     Losses are divided by the whole step's counts, because gradients are summed over ranks.
 
     Raises:
+        ConfigError: the backend's ``step`` returns no ``StepStats``.
         FloatingPointError: a loss or gradient is not finite; raised on every rank, weights untouched.
     """
     packs = step.for_rank(*shape.place())
@@ -193,11 +195,26 @@ def train_step(
         sums.add(pack_sums | {"tokens": tokens})
     try:
         totals = sums.reduce(shape.tensor)
-        stats = backend.step()
+        stats = _take_step(backend)
     except FloatingPointError as error:
         ids = table["pair_id"].take([row for pack in step.packs for tree in pack for row in tree]).to_pylist()
         raise FloatingPointError(f"{error}; the pairs of this step: {', '.join(ids)}") from error
     return step_metrics(totals, step, objective.resolve(), stats)
+
+
+def _take_step(backend: TrainBackend) -> StepStats:
+    """Takes the step of any backend.
+
+    Raises:
+        ConfigError: it returns nothing of use.
+    """
+    stats = backend.step()
+    if not (hasattr(stats, "grad_norm") and hasattr(stats, "learning_rate")):
+        raise ConfigError(
+            f"train.backend: {type(backend).__name__}.step() returns a {type(stats).__name__}; expected a "
+            "spin_ray.learner.backends.base.StepStats"
+        )
+    return stats
 
 
 def feed(

@@ -4,16 +4,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError, first_line
+from spin_ray.learner.backends import makes_dtensors
 from spin_ray.learner.losses import Loss, MarginLoss, PairValues
-from spin_ray.learner.optimizers import BY_PATH, OPTIMIZERS, allocate_by_a_step, find_optimizer, make_optimizer
+from spin_ray.learner.optimizers import allocate_by_a_step, find_optimizer, has_modes, is_own, make_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ _WINS = ((0.9, 0.2), (0.5, 0.5), (0.6, 0.4), (0.7, 0.1))
 
 
 def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool, on_gpus: bool) -> None:
-    """Computes a loss of several pairs, and of one, with its gradient.
+    """Computes a loss of several pairs, twice, and of each alone, with its gradient.
 
     Args:
         name: its path.
@@ -33,7 +35,7 @@ def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool, on_gpus: bool
         on_gpus: True if it will run on GPUs, so that failing on a CPU may mean nothing.
 
     Raises:
-        ConfigError: the loss fails, or is no finite, differentiable sum over pairs.
+        ConfigError: the loss fails, is no finite, differentiable sum over pairs, or keeps something between calls.
     """
     per = getattr(loss, "per", None)
     if per not in ("pair", "token"):
@@ -41,14 +43,42 @@ def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool, on_gpus: bool
     for dtype in (torch.float32, *((torch.float64,) if in_fp64 else ())):
         with _told(f"objective.loss: {name}", f"in {str(dtype).removeprefix('torch.')}", on_gpus=on_gpus):
             each = [_try(loss, name, beta, slice(at, at + 1), dtype) for at in range(len(_POLICY))]
-            total = _try(loss, name, beta, slice(None), dtype)
-            mean, tolerance = sum(each) / len(each), 1e-3 * (abs(total) + 1e-3)
-            if abs(total - mean) < tolerance < abs(total - sum(each)):
-                raise ConfigError(f"objective.loss: {name} gives the mean of the pairs; expected their sum")
+            total, again = (_try(loss, name, beta, slice(None), dtype) for _ in range(2))
+            if not _same(total, again):
+                raise ConfigError(
+                    f"objective.loss: {name} gives {total.value:.7g} and then {again.value:.7g} for the same pairs; "
+                    "a loss keeps nothing from one call to the next"
+                )
+            _expect_sum(total, each, name)
 
 
-def _try(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype) -> float:
-    policy = PairValues(*(each.requires_grad_() for each in _values(_POLICY, pairs, dtype)))
+class _Tried(NamedTuple):
+    """A loss of some pairs, and its gradient with respect to log p of y and y'."""
+
+    value: float
+    gradient: Float[Tensor, "2 pairs"]
+
+
+def _expect_sum(total: _Tried, each: list[_Tried], name: str) -> None:
+    alone = _Tried(sum(one.value for one in each), torch.cat([one.gradient for one in each], dim=1))
+    if _same(total, alone, tolerance=1e-4):
+        return
+    if abs(total.value - alone.value / len(each)) < 1e-3 * (abs(total.value) + 1e-3):
+        raise ConfigError(f"objective.loss: {name} gives the mean of the pairs; expected their sum")
+    raise ConfigError(
+        f"objective.loss: {name} of {len(each)} pairs, {total.value:.7g}, or its gradient differs from the sum over "
+        f"each pair alone, {alone.value:.7g}; expected a sum over pairs, since packs hold unequal numbers of them"
+    )
+
+
+def _same(one: _Tried, other: _Tried, tolerance: float = 1e-6) -> bool:
+    apart, most = (one.gradient - other.gradient).abs().max(), one.gradient.abs().max()
+    return abs(one.value - other.value) <= tolerance * (abs(one.value) + 1e-3) and bool(apart <= tolerance * most)
+
+
+def _try(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype) -> _Tried:
+    leaves = [each.requires_grad_() for each in _values(_POLICY, pairs, dtype)]
+    policy = PairValues(*(leaf * torch.ones_like(leaf) for leaf in leaves))  # a graph that backward frees, as a model's
     reference = _values(_REFERENCE, pairs, dtype) if loss.needs_reference else None
     wins = _values(_WINS, pairs, dtype) if loss.needs_wins else None
     count = len(policy.real)
@@ -60,8 +90,7 @@ def _try(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype) -
     _expect_tensor(total, (), name, where)
     if (margin := loss.margin(policy, reference, beta)) is not None:
         _expect_tensor(margin, (count,), f"{name}.margin", where)
-    _expect_gradient(total, policy, name, where)
-    return float(total.detach())
+    return _Tried(float(total.detach()), _gradient(total, leaves, name, where))
 
 
 def _values(rows: tuple[tuple[float, float], ...], pairs: slice, dtype: torch.dtype) -> PairValues:
@@ -78,41 +107,67 @@ def _expect_tensor(found: Any, shape: tuple[int, ...], name: str, where: str) ->
         raise ConfigError(f"objective.loss: {name} gives {found.tolist()} {where}; expected finite numbers")
 
 
-def _expect_gradient(total: Tensor, policy: PairValues, name: str, where: str) -> None:
-    found = torch.autograd.grad(total, policy, allow_unused=True) if total.requires_grad else ()
-    known = [each for each in found if each is not None]
-    if not known:
+def _gradient(total: Tensor, leaves: list[Tensor], name: str, where: str) -> Float[Tensor, "2 pairs"]:
+    if total.requires_grad:
+        try:
+            total.backward()
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise ConfigError(
+                f"objective.loss: {name} keeps the graph of an earlier call; a loss keeps nothing from one call to the "
+                "next"
+            ) from error
+    if all(leaf.grad is None for leaf in leaves):
         raise ConfigError(f"objective.loss: {name} has no gradient {where}; compute it from log p_θ without detach")
-    if not all(torch.isfinite(each).all() for each in known):
+    found = torch.stack([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
+    if not torch.isfinite(found).all():
         raise ConfigError(f"objective.loss: {name} has a gradient that is not finite {where}")
+    return found
 
 
-def try_optimizer(config: OptimizerConfig, *, matrices_only: bool, on_gpus: bool) -> None:
-    """Takes two steps with a user's own optimizer on a CPU, and saves its state as checkpoints do.
+def try_optimizer(
+    config: OptimizerConfig, *, matrices_only: bool, on_gpus: bool, backend: str = "fsdp2", workers: int = 1
+) -> None:
+    """Takes steps with a user's own optimizer on a CPU, and resumes them from a checkpoint.
 
     Args:
         matrices_only: True without a vector among the weights, as adapters have none.
         on_gpus: True if it will run on GPUs, so that failing on a CPU may mean nothing.
+        backend: ``train.backend``. Weights of FSDP2 are DTensors.
+        workers: ``train.workers``.
 
     Raises:
-        ConfigError: it fails, is no ``torch.optim.Optimizer``, or its state cannot be saved.
+        ConfigError: it fails, is no ``torch.optim.Optimizer``, cannot be saved or goes on otherwise once resumed.
     """
     name: str = config.name
-    if name in OPTIMIZERS or name in BY_PATH:
+    if not is_own(name):
         return
     where = "on a small matrix" + ("" if matrices_only else " and a vector")
+    shapes = ((4, 2),) if matrices_only else ((4, 2), (4,))
+    passed = False
     with _told(f"optimizer.name: {name}", where, on_gpus=on_gpus and not name.startswith("torch.optim:")):
         find_optimizer(config)
-        _step_and_save(config, name, matrices_only=matrices_only)
+        _step_and_save(config, shapes, backend)
+        passed = True
+    if passed and makes_dtensors(backend):
+        from spin_ray.learner.shard_trials import try_on_shards  # slow: torch.distributed.checkpoint
+
+        try_on_shards(config, shapes, workers)
 
 
-def _step_and_save(config: OptimizerConfig, name: str, *, matrices_only: bool) -> None:
-    shapes = ((4, 2),) if matrices_only else ((4, 2), (4,))
+def _step_and_save(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], backend: str) -> None:
+    name: str = config.name
     parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     optimizer = make_optimizer(parameters, config, 1e-3)
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"optimizer.name: {name} makes a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+        )
+    if backend == "deepspeed" and has_modes(optimizer):
+        raise ConfigError(
+            f"optimizer.name: {name} has eval(), which train.backend: deepspeed does not call before it exports; "
+            "use fsdp2"
         )
     allocate_by_a_step(optimizer)
     for group in optimizer.param_groups:

@@ -11,7 +11,7 @@ from spin_ray.inputs.findings import template_facts
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
-from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm
+from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm, imported_by_workers
 from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.mesh import check_mesh
@@ -21,6 +21,7 @@ from spin_ray.report.tracking import check_trackers
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
+from spin_ray.runtime.imports import check_imports
 from spin_ray.runtime.placement import demands, room_for
 
 
@@ -60,6 +61,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     connect(config)
     with room_for(config):
         check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
+        check_imports(imported_by_workers(config), config.generation.start_timeout_s)
     wanted = demands(config)
     for stage, bundles in wanted.items():
         console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")

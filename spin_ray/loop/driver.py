@@ -24,7 +24,7 @@ from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
 from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers, samples_of
 from spin_ray.loop.algorithms.rows import make_rows
-from spin_ray.loop.algorithms.table import find_algorithm
+from spin_ray.loop.algorithms.table import find_algorithm, imported_by_workers
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job
@@ -41,6 +41,7 @@ from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine
+from spin_ray.runtime.imports import check_imports
 from spin_ray.runtime.model_sharing import share
 from spin_ray.runtime.placement import room_for
 
@@ -77,6 +78,7 @@ def _working(run: RunDir, config: SpinConfig, start: Start) -> Iterator[None]:
     connect(config)
     with room_for(config):
         check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
+        check_imports(imported_by_workers(config), config.generation.start_timeout_s)
         with RunProgress(run, config):
             yield
 

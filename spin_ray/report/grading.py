@@ -1,16 +1,15 @@
 """Grades of many responses, by a user's function on the workers."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
-import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ConfigError, StageError, last_line, user_error_in
+from spin_ray.errors import StageError
 from spin_ray.inputs.graders import Graded, find_grader, graded
 from spin_ray.run_dir.artefact import Artefact
+from spin_ray.runtime.imports import raised_there, try_on_a_worker
 from spin_ray.runtime.placement import in_the_cluster
 
 ROWS_A_TASK = 256
@@ -39,7 +38,7 @@ def grade_all(
                     f"{len(left)} rows, {left[0]} to {left[-1]}; {in_the_cluster()}; the grader hangs on one of them, "
                     "or half a CPU was never free; mend that and run the command again"
                 )
-            with _raised_there(setting, grade):
+            with raised_there(f"{setting} {grade}"):
                 found[running.pop(ended)] = ray.get(ended, timeout=limit_s)
     finally:
         for unfinished in running:
@@ -50,16 +49,6 @@ def grade_all(
 def _first_ended(running: Iterable[Any], limit_s: float) -> Any | None:
     ended, _ = ray.wait(list(running), timeout=limit_s)
     return ended[0] if ended else None
-
-
-@contextmanager
-def _raised_there(setting: str, grade: str) -> Iterator[None]:
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        if there := user_error_in(error):
-            raise there from error
-        raise StageError(f"{setting} {grade}: {last_line(error)}; run the command again") from error
 
 
 def _grade(grade: str, rows: Sequence[Graded], setting: str) -> list[float | None]:
@@ -85,22 +74,9 @@ def check_on_workers(graders: Mapping[str, str], limit_s: float, rows: Mapping[s
         DataError: one fails on its row, or gives no number from 0 to 1.
         StageError: a task died, or took longer than ``limit_s``.
     """
-    task = ray.remote(_try_grader).options(num_cpus=0)
     for setting, grade in graders.items():
-        importing = task.remote(grade, setting, (rows or {}).get(setting))
-        if _first_ended([importing], limit_s) is None:
-            ray.cancel(importing, force=True)
-            raise StageError(
-                f"{setting} {grade}: waited {limit_s:.0f} s for a worker to import it and to grade a row "
-                f"(generation.start_timeout_s); {in_the_cluster()}; see what its module does when it is imported, then "
-                "run the command again"
-            )
-        try:
-            with _raised_there(setting, grade):
-                ray.get(importing, timeout=limit_s)
-        except ConfigError as error:
-            cure = "or give it to the job by --working-dir and --runtime-env-json (docs/data.md)"
-            raise ConfigError(f"on the workers, {error}, {cure}") from error
+        arguments = (grade, setting, (rows or {}).get(setting))
+        try_on_a_worker(_try_grader, arguments, f"{setting} {grade}", "import it and to grade a row", limit_s)
 
 
 def _try_grader(grade: str, setting: str, row: Graded | None) -> None:

@@ -29,6 +29,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime import placement
 from spin_ray.runtime.engine import EngineSpec, StartEngine
+from spin_ray.runtime.imports import check_imports
 from spin_ray.runtime.placement import check_fits, room_for
 from spin_ray.runtime.waiting import wait_until_free
 from tests.support.fakes import FakeEngine, seed_engine
@@ -178,6 +179,19 @@ def test_a_grader_that_workers_cannot_import_is_said_at_the_start(monkeypatch: p
     check_on_workers({"evaluation.grade": "exact", "scorer.path": "operator:eq"}, 60)
     with pytest.raises(ConfigError, match=r"on the workers, self_filter\.grade: only_on_the_driver:grade cannot"):
         check_on_workers({"self_filter.grade": "only_on_the_driver:grade"}, 60)
+
+
+def test_a_loss_that_workers_cannot_import_is_said_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = ModuleType("only_on_the_driver")
+    here.loss = float  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, here.__name__, here)
+    check_imports([("objective.loss", "operator:neg"), ("optimizer.name", "torch.optim:Adam")], 60)
+    with pytest.raises(
+        ConfigError, match=r"on the workers, objective\.loss: only_on_the_driver:loss cannot be imported"
+    ):
+        check_imports([("objective.loss", "operator:neg"), ("objective.loss", "only_on_the_driver:loss")], 60)
 
 
 def test_a_grader_that_gives_no_number_is_said_at_the_start() -> None:

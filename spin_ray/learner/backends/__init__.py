@@ -18,17 +18,24 @@ BACKENDS = {
 """Import paths, so that only the chosen backend is imported."""
 METHODS = ("logps", "score", "backward", "step", "save", "load", "export_hf")
 """Methods of ``TrainBackend`` that every algorithm needs."""
+ATTRIBUTES = ("device",)
+"""Attributes of ``TrainBackend`` that training reads."""
 
 
 def make_backend(model_dir: str | Path, settings: BackendSettings, device: torch.device) -> TrainBackend:
     """Builds the backend that ``settings`` name.
 
     Raises:
-        ConfigError: there is none, or it lacks a method that training would ask for only at its end.
+        ConfigError: there is none, or it lacks a method or an attribute that training asks for.
     """
     backend = find_backend(settings.kind)(model_dir, settings, device)
     if settings.kind not in BACKENDS:
         _refuse_without(backend, METHODS, settings.kind)
+        _refuse_other_signatures(backend, METHODS, settings.kind)
+        if missing := [name for name in ATTRIBUTES if not hasattr(backend, name)]:
+            raise ConfigError(
+                f"train.backend: {settings.kind} has no attribute {', '.join(missing)}; set it when built"
+            )
     return backend
 
 
@@ -44,6 +51,16 @@ def find_backend(kind: str) -> Callable[[str | Path, BackendSettings, torch.devi
     return build
 
 
+def makes_dtensors(kind: str) -> bool:
+    """Returns True if the backend is FSDP2 or a subclass of it, whose weights are DTensors."""
+    if kind in BACKENDS:
+        return kind == "fsdp2"
+    from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+
+    build = find_backend(kind)
+    return isinstance(build, type) and issubclass(build, Fsdp2Backend)
+
+
 def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
     """Checks a backend that is given by its path. Those by name have all of ``TrainBackend``, and are not imported.
 
@@ -51,19 +68,17 @@ def check_backend(kind: str, mesh: Mesh | None, methods: Iterable[str]) -> None:
         methods: methods that the algorithm needs beside ``METHODS``.
 
     Raises:
-        ConfigError: as ``find_backend`` does, or the backend lacks a method, takes other arguments or does not build
-            ``mesh``.
+        ConfigError: as ``find_backend`` does, or the backend lacks a method, takes other arguments (as one of its
+            methods may) or does not build ``mesh``.
     """
     if kind in BACKENDS and all(hasattr(TrainBackend, method) for method in methods):
         return
     build = find_backend(kind)
-    if mesh is not None:
-        from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-
-        if not (isinstance(build, type) and issubclass(build, Fsdp2Backend)):
-            raise ConfigError(f"train.mesh: {kind} is no subclass of Fsdp2Backend, which builds it; leave it out")
+    if mesh is not None and not makes_dtensors(kind):
+        raise ConfigError(f"train.mesh: {kind} is no subclass of Fsdp2Backend, which builds it; leave it out")
     if isinstance(build, type) and not hasattr(build, "__getattr__"):  # else only its objects tell what they have
         _refuse_without(build, (*methods, *METHODS), kind)
+        _refuse_other_signatures(build, (*methods, *METHODS), kind)
     _refuse_other_arguments(build, kind)
 
 
@@ -76,6 +91,28 @@ def _has(backend: object, method: str) -> bool:
     """Returns False also for a method that does nothing because it is inherited from the protocol."""
     found = getattr(backend, method, None)
     return callable(found) and getattr(found, "__func__", found) is not getattr(TrainBackend, method, None)
+
+
+def _refuse_other_signatures(backend: object, methods: Iterable[str], kind: str) -> None:
+    """Refuses methods that cannot be called as those of ``TrainBackend``."""
+    for method in methods:
+        if not hasattr(TrainBackend, method):
+            continue
+        _, *expected = inspect.signature(getattr(TrainBackend, method)).parameters.values()  # without self
+        named = {it.name: None for it in expected if it.kind is inspect.Parameter.KEYWORD_ONLY}
+        given = [it.name for it in expected if it.name not in named]
+        of_class = isinstance(backend, type) and inspect.isfunction(inspect.getattr_static(backend, method))
+        try:
+            signature = inspect.signature(getattr(backend, method))
+        except ValueError:  # some functions in C tell none
+            continue
+        try:
+            signature.bind(*(["self"] if of_class else []), *given, **named)
+        except TypeError as error:
+            call = ", ".join([*given, *(f"{name}=…" for name in named)])
+            raise ConfigError(
+                f"train.backend: {kind}.{method} takes {signature}, but is called as {method}({call}): {error}"
+            ) from error
 
 
 def _refuse_other_arguments(build: Callable[..., TrainBackend], kind: str) -> None:

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -44,7 +42,8 @@ from spin_ray.learner.head import HeadReader
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
-from spin_ray.learner.optimizers import allocate_by_a_step, allocate_state, make_optimizer
+from spin_ray.learner.optimizer_state import load_checkpoint, save_checkpoint
+from spin_ray.learner.optimizers import allocate_state, make_optimizer, weights_to_use
 from spin_ray.learner.quantised import load_quantised, quantised_weights
 from spin_ray.learner.scoring import ResponseScorer
 
@@ -161,22 +160,23 @@ class Fsdp2Backend:
         return stats
 
     def save(self, directory: Path) -> None:
-        dcp.save(self._state(), storage_writer=FileSystemWriter(directory))
+        optimizer, settings = self._training()
+        self._reshard()
+        save_checkpoint(directory, self._shards, optimizer, settings.name, self.steps_done)
 
     def load(self, directory: Path) -> None:
-        optimizer, _ = self._training()
-        if not optimizer.state:
-            allocate_by_a_step(optimizer)
-        state = self._state()  # live tensors, filled in place
-        dcp.load(state, storage_reader=FileSystemReader(directory))
-        self.steps_done = int(state["steps_done"])
+        optimizer, settings = self._training()
+        self._reshard()
+        self.steps_done = load_checkpoint(directory, self._shards, optimizer, settings.name)
         self._set_learning_rate()
 
     def export_hf(self, directory: Path) -> None:
-        export(
-            directory, self._model, persistent(self._model, self._shards.items()), _whole, self._model_dir,
-            self._settings,
-        )  # fmt: skip
+        self._reshard()
+        with weights_to_use(self._optimizer):
+            export(
+                directory, self._model, persistent(self._model, self._shards.items()), _whole, self._model_dir,
+                self._settings,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Frees model and optimizer state; nothing else may be called afterwards.
@@ -196,17 +196,6 @@ class Fsdp2Backend:
     def _set_learning_rate(self) -> None:
         optimizer, _ = self._training()
         set_learning_rate(optimizer.param_groups, self._settings, self.steps_done)
-
-    def _state(self) -> dict[str, Any]:
-        optimizer, _ = self._training()
-        self._reshard()
-        return {
-            "weights": {name: shard.detach() for name, shard in self._shards.items() if shard.requires_grad},
-            "optimizer": {
-                name: optimizer.state[shard] for name, shard in self._shards.items() if shard in optimizer.state
-            },
-            "steps_done": torch.tensor(self.steps_done),
-        }
 
     def _reshard(self) -> None:
         """Drops gathered weights before the shards change.

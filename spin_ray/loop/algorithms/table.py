@@ -48,7 +48,7 @@ def find_algorithm(name: str) -> Algorithm:
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
-    found = import_object(name, "algorithm", ALGORITHMS)
+    found = import_object(name, "algorithm", ALGORITHMS, on_workers=False)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ConfigError(f"algorithm: {name} is no subclass of spin_ray.loop.algorithms.base.Algorithm")
     try:
@@ -87,7 +87,25 @@ def try_own_objects(config: SpinConfig) -> None:
                 loss = objective.resolve()
                 try_loss(loss, objective.loss, objective.beta, in_fp64=in_fp64, on_gpus=on_gpus)
     for section in _trainings(config):
-        try_optimizer(section.optimizer, matrices_only=adapters and section is config.train, on_gpus=on_gpus)
+        try_optimizer(
+            section.optimizer,
+            matrices_only=adapters and section is config.train,
+            on_gpus=on_gpus,
+            backend=config.train.backend,
+            workers=config.train.workers,
+        )
+
+
+def imported_by_workers(config: SpinConfig) -> list[tuple[str, str]]:
+    """Returns setting and import path of each loss, optimizer and backend that train workers import."""
+    algorithm = find_algorithm(config.algorithm)
+    losses = [algorithm.objective(config, iteration).loss or "" for iteration in range(config.iterations)]
+    named = [
+        *(("objective.loss", loss) for loss in losses),
+        ("train.backend", config.train.backend),
+        *(("optimizer.name", section.optimizer.name) for section in _trainings(config)),
+    ]
+    return [(setting, path) for setting, path in dict.fromkeys(named) if ":" in path]
 
 
 def check_packages(config: SpinConfig) -> None:

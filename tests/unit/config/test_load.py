@@ -99,6 +99,30 @@ def test_overrides_are_yaml_values_at_dotted_places(recipe, key, text, value):
     assert found == value
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("iterations", 9),
+        ("train.learning_rate", 5e-7),
+        ("objective.keep_identical", True),
+        ("evaluation.max_rows", None),
+        ("objective.beta", [0.1, 0.2, 0.2, 0.2]),
+        ("model.chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_a_value_that_is_no_text_is_taken_as_it_is(recipe, key, value):
+    found: Any = load_config(recipe, {key: value})
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_a_section_given_from_python_is_not_changed_by_other_overrides(recipe):
+    section = {"epochs": 1}
+    config = load_config(recipe, {"train": section, "train.learning_rate": 1e-6})
+    assert (config.train.epochs, config.train.learning_rate, section) == (1, 1e-6, {"epochs": 1})
+
+
 def test_an_override_leaves_the_other_values_of_its_section(recipe):
     config = load_config(recipe, {"train.epochs": "1"})
     assert (config.train.epochs, config.train.learning_rate) == (1, 1e-6)
@@ -140,7 +164,14 @@ NAMED = [
 def test_an_unknown_name_is_told_the_known_ones(recipe, key, names):
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, {key: "best"})
-    assert str(caught.value) == f"{recipe}: {key}: input should be {names} (got 'best')"
+    assert str(caught.value) == (
+        f"{recipe}: {key}: input should be {names}, or an import path such as my_pkg.mine:name (got 'best')"
+    )
+
+
+def test_a_dotted_name_is_told_the_path_that_it_was_meant_to_be(recipe):
+    with pytest.raises(ConfigError, match=r"\(got 'torch.optim.NAdam'\) \(did you mean torch\.optim:NAdam\?\)$"):
+        load_config(recipe, {"train.optimizer.name": "torch.optim.NAdam"})
 
 
 @pytest.mark.parametrize("key", [key for key, _ in NAMED])

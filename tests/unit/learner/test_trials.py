@@ -43,6 +43,10 @@ def over_deviation(margin):
     return functional.softplus(-margin / margin.std(correction=0))
 
 
+def centred(margin):
+    return functional.softplus(margin.mean() - margin)
+
+
 def fp32_alone(margin):
     assert margin.dtype == torch.float32
     return functional.softplus(-margin)
@@ -88,6 +92,40 @@ class OneMargin(Own):
         return policy.real.mean()
 
 
+class Baseline(Own):
+    """A margin against the running mean of earlier packs."""
+
+    mean: float | torch.Tensor = 0.0
+
+    def seen(self, margin):
+        return margin.detach().mean()
+
+    def __call__(self, policy, reference, wins, beta):
+        margin = self.margin(policy, reference, beta)
+        self.mean = 0.9 * self.mean + 0.1 * self.seen(margin)
+        return functional.softplus(self.mean - margin).sum()
+
+
+class BaselineOfGraphs(Baseline):
+    def seen(self, margin):
+        return margin.mean()
+
+
+class Noisy(Own):
+    def __call__(self, policy, reference, wins, beta):
+        return torch.rand(()) * super().__call__(policy, reference, wins, beta)
+
+
+class Counted(Own):
+    """Keeps the last value, with its graph, and reads it with weight 0."""
+
+    last = 0.0
+
+    def __call__(self, policy, reference, wins, beta):
+        self.last = super().__call__(policy, reference, wins, beta) + 0 * self.last
+        return self.last
+
+
 def told_of_loss(loss):
     given = loss if isinstance(loss, Own) else MarginLoss(loss)
     with pytest.raises(ConfigError) as caught:
@@ -113,12 +151,23 @@ def told_of_loss(loss):
         (TwoArguments(), "takes 3 positional arguments but 5 were given"),
         (WithoutReference(), "'NoneType' object has no attribute 'real'"),
         (OneMargin(), "my:loss.margin gives shape ()"),
+        (centred, "differs from the sum over each pair alone, 2.772589; expected a sum over pairs"),
+        (Baseline(), " for the same pairs; a loss keeps nothing from one call to the next"),
+        (BaselineOfGraphs(), "keeps the graph of an earlier call; a loss keeps nothing from one call to the next"),
+        (Counted(), "keeps the graph of an earlier call"),
+        (Noisy(), " for the same pairs; a loss keeps nothing"),
     ],
     ids=lambda given: getattr(given, "__name__", type(given).__name__) if not isinstance(given, str) else "",
 )
 def test_a_loss_that_would_fail_or_train_on_something_else_is_refused(loss, said):
     assert f"objective.loss: my:loss{'.margin' if 'margin gives' in said else ''} " in told_of_loss(loss)
     assert said in told_of_loss(loss)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 10.0])
+def test_a_loss_of_centred_margins_is_no_sum_at_any_beta(beta):
+    with pytest.raises(ConfigError, match="expected a sum over pairs"):
+        try_loss(MarginLoss(centred), "my:loss", beta, in_fp64=False, on_gpus=True)
 
 
 def test_a_loss_that_is_not_evaluated_may_work_in_fp32_alone():
@@ -189,7 +238,7 @@ def test_an_optimizer_that_would_fail_in_training_is_refused(name, said, on_gpus
         trial(name, on_gpus=on_gpus)
 
 
-@pytest.mark.parametrize("name", ["Adam", "SGD", "Adagrad", "NAdam", "Adafactor"])
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Adagrad", "NAdam", "ASGD"])
 def test_optimizers_of_torch_pass(name):
     trial(f"torch.optim:{name}")
 

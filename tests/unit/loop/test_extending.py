@@ -19,6 +19,7 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.losses import LOSSES, MarginLoss, PairValues, resolve_loss
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.step import Objective
+from spin_ray.loop import driver
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.events import read_json_lines
@@ -53,13 +54,14 @@ class ReferenceFree:
 
     def __call__(self, policy, reference, wins, beta):
         assert reference is None and wins is None
-        return functional.softplus(-self.margin(policy, reference, beta)).sum()
+        return functional.softplus(-beta * (policy.real - policy.generated)).sum()
 
     def margin(self, policy, reference, beta):
-        return beta * (policy.real - policy.generated)
+        return None
 
 
 reference_free = ReferenceFree()
+without_two = type("WithoutTwo", (), {"needs_reference": True, "needs_wins": False, "__call__": print})()
 not_a_loss = 3
 
 
@@ -110,6 +112,11 @@ class Counting(Fsdp2Backend):
     def step(self):
         Counting.steps += 1
         return super().step()
+
+
+class ReturnsNothing(Fsdp2Backend):
+    def step(self):
+        super().step()
 '''
 TRAINS = OptimizerConfig(schedule="constant", warmup_fraction=0)
 MOMENTUM = TRAINS.model_copy(update={"name": "my_pkg.mine:Momentum"})
@@ -158,6 +165,7 @@ def test_names_come_from_the_table() -> None:
         ("my_pkg.yours:loss", "my_pkg.yours:loss cannot be imported .*install the module on every machine"),
         ("my_pkg.mine:loss", "module my_pkg.mine has no loss"),
         ("my_pkg.mine:ReferenceFree", "is a class; name an object of it"),
+        ("my_pkg.mine:without_two", r"lacks per, margin, which a Loss has"),
         ("my_pkg.mine:not_a_loss", "is neither a Loss nor a function of the margin"),
     ],
 )
@@ -214,7 +222,8 @@ def test_the_stage_trains_with_a_loss_an_optimizer_and_a_backend_from_outside(
     training.run(run, config, 0, start, objective)
     assert mine().Counting.steps == small_run.STEPS
     lines = read_json_lines(run.storage, "iter_000/train_log.jsonl")
-    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["margin"] > lines[0]["margin"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert loss == "reference_free" or lines[-1]["margin"] > lines[0]["margin"]
     assert ("real_logp_drift" in lines[0]) == run.reference(0).is_committed == (loss == "squared_hinge")
     settings = run.model(1).manifest().settings
     assert (settings["loss"], settings["optimizer"]["name"]) == (objective.loss, MOMENTUM.name)
@@ -246,6 +255,15 @@ def test_each_real_response_of_a_prompt_has_its_own_reference(
         assert found[row["pair_id"]] == pytest.approx(alone, abs=1e-3)
 
 
+def test_a_step_that_returns_nothing_is_told_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run.in_this_process(monkeypatch)
+    config = small_run.make_inputs(tmp_path).with_train(backend="my_pkg.mine:ReturnsNothing")
+    with pytest.raises(
+        ConfigError, match=r"train\.backend: ReturnsNothing\.step\(\) returns a NoneType; expected a .*Step"
+    ):
+        small_run.run(config, tmp_path / "run")
+
+
 def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: Any) -> None:
     """The recipe names all four; the run goes from rows to a published iterate, and once more from the middle."""
     small_run.in_this_process(monkeypatch)
@@ -254,7 +272,12 @@ def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: p
     content["objective"]["loss"] = "my_pkg.mine:squared_hinge"
     config = SpinConfig.model_validate(content)
     check_algorithm(config)
+    imported: list[tuple[str, str]] = []
+    monkeypatch.setattr(driver, "check_imports", lambda paths, _: imported.extend(paths))
     small_run.run(config, tmp_path / "run")
+    assert {path for _, path in imported} == {
+        f"my_pkg.mine:{name}" for name in ("squared_hinge", "Counting", "Momentum")
+    }
     run = RunDir(Storage(tmp_path / "run"))
     assert run.latest() == "iter_000"
     (row, *_) = rows_of(run.pairs(0))

@@ -1,6 +1,7 @@
 """An algorithm says what it needs of a recipe, and the check at the start reads it."""
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from spin_ray.learner.backends import BACKENDS, METHODS, find_backend, make_back
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm
-from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm
+from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm, find_algorithm, imported_by_workers
 from tests.support.paths import RECIPES
 
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "d"}}
@@ -225,7 +226,14 @@ class Mine:
     def __init__(self, model_dir, settings, device):
         raise NotImplementedError
 
-    mine = logps = score = backward = step = save = load = export_hf = lambda self: None
+    def backward(self, loss, *, last_microbatch):
+        raise NotImplementedError
+
+    def logps(self, given):
+        raise NotImplementedError
+
+    mine = step = lambda self: None
+    score = save = load = export_hf = logps
 
 
 def test_a_method_that_only_a_users_algorithm_asks_for_is_looked_for_in_every_backend():
@@ -516,7 +524,13 @@ class Bare:
     def logps(self, batch):
         raise NotImplementedError
 
-    score = backward = step = load = logps
+    def backward(self, loss, *, last_microbatch):
+        raise NotImplementedError
+
+    def step(self):
+        raise NotImplementedError
+
+    score = load = logps
 
 
 class Forwarding(Bare):
@@ -524,6 +538,44 @@ class Forwarding(Bare):
         if name == "export_hf":
             raise AttributeError(name)
         return self.logps
+
+
+class Whole(Bare):
+    save = export_hf = Bare.logps
+
+
+class TakesAll(Whole):
+    """Takes all arguments, as decorated methods often do."""
+
+    def backward(self, *given, **named):
+        raise NotImplementedError
+
+    @staticmethod
+    def save(directory, compress=False):
+        raise NotImplementedError
+
+
+class EveryMicrobatch(Whole):
+    def backward(self, loss):
+        raise NotImplementedError
+
+
+class BackwardByPosition(Whole):
+    def backward(self, loss, last_microbatch, /):
+        raise NotImplementedError
+
+
+class SavesForRank(Whole):
+    def save(self, directory, rank):
+        raise NotImplementedError
+
+
+class StaticStep(Whole):
+    step = staticmethod(lambda backend: None)
+
+
+def forwarding_backward(model_dir, settings, device):
+    return EveryMicrobatch(model_dir, settings, device)
 
 
 class OfTheProtocol(TrainBackend):
@@ -534,9 +586,7 @@ class OfTheProtocol(TrainBackend):
         raise NotImplementedError
 
 
-class OneArgument(Bare):
-    save = export_hf = Bare.logps
-
+class OneArgument(Whole):
     def __init__(self, model_dir):
         pass
 
@@ -557,6 +607,17 @@ def builds_all(*arguments):
             "OneArgument",
             r"train.backend: .*:OneArgument is not called as \(model_dir\), but as \(model_dir, settings, ",
         ),
+        (
+            "EveryMicrobatch",
+            r"train.backend: .*:EveryMicrobatch.backward takes \(self, loss\), but is called as backward\(loss, "
+            r"last_microbatch=…\): got an unexpected keyword argument 'last_microbatch'",
+        ),
+        ("BackwardByPosition", r"backward takes \(self, loss, last_microbatch, /\), but is called as backward\(loss, "),
+        (
+            "SavesForRank",
+            r"SavesForRank.save takes .* called as save\(directory\): missing a required argument: 'rank'",
+        ),
+        ("StaticStep", r"StaticStep.step takes \(backend\), but is called as step\(\)"),
         ("builds", r"train.backend: .*:builds is not called as \(model_dir, settings\), but as "),
     ],
 )
@@ -565,13 +626,26 @@ def test_a_backend_that_training_cannot_use_to_its_end_is_told_before_anything_r
 
 
 def test_a_function_may_build_the_backend_and_a_class_may_forward_to_another():
-    for name in ("builds_all", "Forwarding"):
+    for name in ("builds_all", "Forwarding", "TakesAll"):
         check_algorithm(parse(train={"backend": f"{__name__}:{name}"}))
 
 
 def test_a_backend_that_forwards_is_asked_once_it_is_built():
     settings = BackendSettings(kind=f"{__name__}:Forwarding", max_length=8)
     with pytest.raises(ConfigError, match="Forwarding has no method export_hf, which training needs"):
+        make_backend("model", settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("forwarding_backward", r"backward takes \(loss\), but is called as backward\(loss, last_microbatch=…\)"),
+        ("Whole", "Whole has no attribute device; set it when built"),
+    ],
+)
+def test_a_backend_that_only_its_object_shows_is_refused_once_it_is_built(name, problem):
+    settings = BackendSettings(kind=f"{__name__}:{name}", max_length=8)
+    with pytest.raises(ConfigError, match=f"^train.backend: .*{problem}"):
         make_backend("model", settings, torch.device("cpu"))
 
 
@@ -610,6 +684,41 @@ def test_a_loss_that_the_evaluation_does_not_compute_may_work_in_fp32_alone():
 
 def test_muon_by_its_path_trains_adapters():
     check_algorithm(parse(train={"lora": {}, "optimizer": {"name": "torch.optim:Muon"}}))
+
+
+class OwnLossOnce(Outside):
+    def objective(self, config, iteration):
+        return Objective(loss=f"{__name__}:mean" if iteration else "logistic")
+
+
+def test_what_train_workers_import_is_every_loss_optimizer_and_backend_given_by_its_path():
+    own = {"optimizer": {"name": "torch.optim:Adam"}}
+    config = parse(algorithm=f"{__name__}:OwnLossOnce", train={"backend": "my:Backend"} | own, sft=own, iterations=3)
+    assert imported_by_workers(config) == [
+        ("objective.loss", f"{__name__}:mean"), ("train.backend", "my:Backend"), ("optimizer.name", "torch.optim:Adam"),
+    ]  # fmt: skip
+    assert imported_by_workers(parse()) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "setting"),
+    [
+        ({"objective": {"loss": "__main__:mine"}}, "objective.loss"),
+        ({"train": {"backend": "__main__:mine"}}, "train.backend"),
+        ({"train": {"optimizer": {"name": "__main__:mine"}}}, "optimizer.name"),
+    ],
+)
+def test_what_is_in_the_script_itself_is_refused_where_workers_import_it(monkeypatch, sections, setting):
+    monkeypatch.setattr(sys.modules["__main__"], "mine", mean, raising=False)
+    assert problems(**sections) == (
+        f"{setting}: __main__:mine is in the script or notebook itself, which no worker can import; put mine in a "
+        "module that every machine of the run can import, e.g. my_pkg.mine:mine"
+    )
+
+
+def test_an_algorithm_may_be_in_the_script_itself(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "Mine", OwnLossOnce, raising=False)
+    assert isinstance(find_algorithm("__main__:Mine"), OwnLossOnce)
 
 
 def test_a_module_that_fails_while_it_is_imported_is_named_with_its_error(tmp_path, monkeypatch):
