@@ -46,6 +46,8 @@ class RunView:
     name: str
     config: SpinConfig
     description: dict[str, Any]
+    versions: list[tuple[str, dict[str, str]]]
+    """Versions of packages, first those that the run began with; each with the first iterate that they made."""
     evaluations: list[Evaluation]
     rows: pa.Table | None
     """The newest evaluation's measures by held-out row; None if it has none."""
@@ -128,15 +130,17 @@ class RunView:
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     """Reads what the page shows; ``only_prompts`` picks examples."""
-    config = run.config()
+    config = run.config_as_made()
     events = run.events()
+    description = run.description()
     evaluations = read_evaluations(run, config)
     examples, no_examples = _examples(run, config, only_prompts)
     state, failure = _state(run, config, events)
     return RunView(
         name=run.storage.name,
         config=config,
-        description=hide(run.description()),
+        description=hide(description),
+        versions=[("", description.get("versions", {})), *description.get("versions_since", {}).items()],
         evaluations=evaluations,
         rows=read_rows(run, iterate_number(evaluations[-1]["iterate"])) if evaluations else None,
         train_logs=read_train_logs(run, config),

@@ -254,9 +254,7 @@ def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
     facts = []
     for view in views:
         inputs = {f"digest of {name}": (value or "none")[:16] for name, value in view.description["inputs"].items()}
-        facts.append(
-            view.settings | inputs | {f"{key} version": it for key, it in view.description["versions"].items()}
-        )
+        facts.append(view.settings | inputs | {f"{key} version": it for key, it in view.versions[-1][1].items()})
     keys = dict.fromkeys(key for fact in facts for key in fact)
     rows = [(key, [fact.get(key, "–") for fact in facts]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
