@@ -16,7 +16,7 @@ from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.report.uncertainty import Change, changes_by_row
+from spin_ray.report.uncertainty import Change, changes_by_row, common_means
 from spin_ray.run_dir.events import Span, spans
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
@@ -239,25 +239,53 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
-    by_row = None if first.rows is None or other.rows is None else changes_by_row(first.rows, other.rows)
-    for key in ("answer_accuracy", "generated_length"):
-        measure = BY_KEY[key]
-        found = [measure.of(one), measure.of(two)]
-        if found[0] is None or found[1] is None:
+    names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
+    for key, say in (("answer_accuracy", _say_accuracy), ("generated_length", _say_length)):
+        if None in (BY_KEY[key].of(one), BY_KEY[key].of(two)):
             continue
-        change = Change.of(key, one, two, by_row)
-        names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
-        if key == "answer_accuracy":
+        otherwise = _other_conditions(first, other, key)
+        if first.rows is None or other.rows is None:
+            change = Change.of(key, one, two, {})
+            return f"{names}: {say((one[key], two[key]), '', change, one['real_length'])}{otherwise}"
+        means = common_means(key, first.rows, other.rows)
+        if means is None:
             return (
-                f"{names}: {found[1]:.1%} of the held-out questions right against {found[0]:.1%}, "
-                f"{_judged(change, '.1%')}; another seed may differ by more."
+                f"{first_name} and {other_name} have no held-out rows in common, so their numbers cannot be compared."
             )
-        return (
-            f"{names}: responses of {found[1]:.1f} tokens against {found[0]:.1f} (human: {one['real_length']:.1f}), "
-            f"{_judged(change, '.1f')}; each run's losses and margins are against its own opponents, so "
-            "compare only examples, lengths and benchmarks."
-        )
+        before, now, rows = means
+        change = Change.of(key, one, two, changes_by_row(first.rows, other.rows))
+        human = one["real_length"] if rows == one["rows"] == two["rows"] else None
+        return f"{names}: {say((before, now), f'{rows} ', change, human)}{otherwise}"
     return f"{first_name} and {other_name} have no measure in common."
+
+
+def _say_accuracy(values: tuple[float, float], rows: str, change: Change, human: float | None) -> str:
+    both = " that both answered" if rows else ""
+    return (
+        f"{values[1]:.1%} of the {rows}held-out questions{both} right against {values[0]:.1%}, "
+        f"{_judged(change, '.1%')}; another seed may differ by more."
+    )
+
+
+def _say_length(values: tuple[float, float], rows: str, change: Change, human: float | None) -> str:
+    to = f" to the {rows}prompts that both answered" if rows else ""
+    of_humans = "" if human is None else f" (human: {human:.1f})"
+    return (
+        f"responses{to} of {values[1]:.1f} tokens against {values[0]:.1f}{of_humans}, {_judged(change, '.1f')}; each "
+        "run's losses and margins are against its own opponents, so compare only examples, lengths and benchmarks."
+    )
+
+
+_GRADED_BY = ("evaluation.samples", "evaluation.grade", "evaluation.answer_extractor")
+
+
+def _other_conditions(first: RunView, other: RunView, key: str) -> str:
+    """Returns a sentence on settings of sampling and grading that differ, or nothing."""
+    one, two = first.settings, other.settings
+    names = [name for name in one | two if name.startswith("generation.sampling.")]
+    names += _GRADED_BY if key == "answer_accuracy" else ()
+    told = [f"{name} {two.get(name)} against {one.get(name)}" for name in names if one.get(name) != two.get(name)]
+    return f" Beware: the answers were sampled or graded otherwise ({', '.join(told)})." if told else ""
 
 
 def _judged(change: Change, digits: str) -> str:
