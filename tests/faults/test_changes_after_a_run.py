@@ -104,8 +104,10 @@ def test_a_card_names_the_versions_that_made_its_model(config, finished, monkeyp
     monkeypatch.setattr(check, "versions", lambda: first | {"torch": "99.1"})
     small_run.run(config, finished)
     assert f"torch {first['torch']}" in model_card(run, 1), "a call that makes nothing is no maker"
+    assert [since for since, _ in read_view(run).versions] == [""]
     monkeypatch.setattr(check, "versions", lambda: first | {"torch": "99.2"})
     small_run.run(changed(config, iterations=2), finished)
     assert f"torch {first['torch']}" in model_card(run, 1) and "torch 99.2" in model_card(run, 2)
+    assert [since for since, _ in read_view(run).versions] == ["", "iter_001"]
     assert run.description()["versions"] == first
     assert run.description()["versions_since"] == {"iter_001": first | {"torch": "99.2"}}

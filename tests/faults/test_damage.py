@@ -138,7 +138,7 @@ def test_a_report_compares_with_the_initial_model_or_says_that_it_cannot(tmp_pat
     out = tmp_path / "run"
     shutil.copytree(calm, out)
     flip(out / "sft/heldout_rows.parquet")
-    assert len(read_view(RunDir(Storage(out))).unreadable) == 1
+    assert "sft/heldout_rows.parquet is missing or damaged" in read_view(RunDir(Storage(out))).unreadable[0]
     (out / "sft/eval.json").unlink()
     view = read_view(RunDir(Storage(out)))
     caution = view.verdict()[1]
@@ -151,7 +151,7 @@ SIDE_FILES = {
     "iter_000/pairs/_MANIFEST.json": "iter_000/pairs/_MANIFEST.json cannot be read",
     "iter_000/model/tokenizer.json": "tokenizer.json: cannot be read",
     "sft/heldout_samples/part-00000.parquet": "The examples cannot be read",
-    "iter_000/eval.json": "iter_000/eval.json or",
+    "iter_000/eval.json": "iter_000/eval.json is missing or damaged",
 }
 
 

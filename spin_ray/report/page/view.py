@@ -151,7 +151,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         name=run.storage.name,
         config=config,
         description=hide(description),
-        versions=[("", description.get("versions", {})), *description.get("versions_since", {}).items()],
+        versions=_versions(description, config),
         evaluations=evaluations,
         rows=read_rows(run, iterate_number(evaluations[-1]["iterate"])) if evaluations else None,
         train_logs=read_train_logs(run, config),
@@ -187,13 +187,20 @@ def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tup
     return "unfinished", ""
 
 
+def _versions(description: dict[str, Any], config: SpinConfig) -> list[tuple[str, dict[str, str]]]:
+    """Leaves out those of calls that found nothing left to make."""
+    since = description.get("versions_since", {}).items()
+    later = [(name, versions) for name, versions in since if iterate_number(name) <= config.iterations]
+    return [("", description.get("versions", {})), *later]
+
+
 def _not_evaluated(run: RunDir, config: SpinConfig) -> Iterator[str]:
     latest = run.latest()
     if config.data.heldout is not None and latest is not None:
         for iterate in range(iterate_number(latest) + 1):
             if not is_evaluated(run, iterate):
-                files = f"{run.eval_path(iterate)} or {run.heldout_rows_path(iterate)}"
-                yield f"{files} is missing or damaged; run the command again to make it."
+                file = run.heldout_rows_path(iterate) if run.evaluation(iterate) else run.eval_path(iterate)
+                yield f"{file} is missing or damaged; run the command again to make it."
 
 
 def _quarantine(run: RunDir, unreadable: list[str]) -> list[tuple[str, str, int, str]]:
