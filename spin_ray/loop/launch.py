@@ -15,7 +15,7 @@ from spin_ray.inputs.sources import find_files
 from spin_ray.planning.disk import check_room, disk_use, parameters_of
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.plan import count_rows
-from spin_ray.report.history import evidence_to_stop, read_evaluations
+from spin_ray.report.history import evidence_to_stop, is_evaluated, read_evaluations
 from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.tracking import check_trackers, track_all
 from spin_ray.run_dir.artefact import Artefact
@@ -143,9 +143,12 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
         or not all(model.is_committed for model in _models(run, config))
     ):
         return False
-    evaluations = read_evaluations(run, config)
-    evaluated = config.data.heldout is None or (bool(evaluations) and evaluations[-1]["iterate"] == latest)
-    return evaluated and (latest == iterate_name(config.iterations) or bool(evidence_to_stop(config, evaluations)))
+    if config.data.heldout is not None and not all(
+        is_evaluated(run, iterate) for iterate in range(iterate_number(latest) + 1)
+    ):
+        return False
+    at_end = latest == iterate_name(config.iterations)
+    return at_end or bool(evidence_to_stop(config, read_evaluations(run, config)))
 
 
 def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import RunDirError, first_line
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.report.margins import row_margins
 from spin_ray.run_dir.artefact import Artefact
@@ -115,5 +116,8 @@ def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
     folder = trained[0].local_folder(weights=False) if trained else Path(run.description()["start_model"])
     file = folder / "tokenizer.json"
     if file.exists():
-        return Tokenizer.from_file(str(file))
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a bare one
+            raise RunDirError(f"{file}: cannot be read ({first_line(error)}); restore it") from error
     return load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code).backend_tokenizer

@@ -11,7 +11,7 @@ from spin_ray.errors import RunDirError
 from spin_ray.report.measures import Evaluation, stop_evidence
 from spin_ray.run_dir.names import iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import table_from_bytes
+from spin_ray.run_dir.storage import bytes_digest, table_from_bytes
 
 
 def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
@@ -26,6 +26,25 @@ def read_rows(run: RunDir, iterate: int) -> pa.Table | None:
         return table_from_bytes(content) if content else None
     except (pa.ArrowException, OSError):
         return None
+
+
+def is_evaluated(run: RunDir, iterate: int) -> bool:
+    """Tells whether θ_iterate's ``eval.json`` is there and its ``heldout_rows.parquet`` whole.
+
+    Evaluations of older versions do not know the digest of their rows, or have no rows.
+    """
+    evaluation = run.evaluation(iterate) or {}
+    if "real_length" not in evaluation:
+        return False
+    content = run.storage.find(run.heldout_rows_path(iterate))
+    if digest := evaluation.get("heldout_rows"):
+        return content is not None and bytes_digest(content).sha256 == digest
+    return content is None or read_rows(run, iterate) is not None
+
+
+def evaluation_of(evaluations: list[Evaluation], iterate: int) -> Evaluation | None:
+    """Returns θ_iterate's evaluation; None if it is missing or damaged."""
+    return next((it for it in evaluations if it["iterate"] == iterate_name(iterate)), None)
 
 
 def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:
@@ -57,8 +76,9 @@ def find_iterate(run: RunDir, iterate: str) -> int:
         RunDirError: the run has no such iterate yet.
     """
     number = read_iterate((run.latest() or "") if iterate == "latest" else iterate.strip())
-    if number is None or number > run.config().iterations or (number and not run.model(number).is_committed):
-        there = [iterate_name(n) for n in range(run.config().iterations + 1) if run.model(n).is_committed]
+    iterations = run.config_as_made().iterations
+    if number is None or number > iterations or (number and not run.model(number).is_committed):
+        there = [iterate_name(n) for n in range(iterations + 1) if run.model(n).is_committed]
         raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")
     return number
 

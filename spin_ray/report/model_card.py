@@ -34,7 +34,7 @@ def write_card(run: RunDir, iterate: int) -> None:
 
 
 def model_card(run: RunDir, iterate: int) -> str:
-    config, description, name = run.config(), run.description(), iterate_name(iterate)
+    config, description, name = run.config_as_made(), run.description(), iterate_name(iterate)
     evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
     benchmarks = evaluation.get("benchmarks", {})
@@ -66,7 +66,7 @@ def model_card(run: RunDir, iterate: int) -> str:
         lines += ["## Benchmarks (lm-eval)", "", *_benchmark_rows(benchmarks), ""]
     lines += ["## Inputs and versions", ""]
     lines += [f"- SHA-256 of {key}: `{value or 'none'}`" for key, value in description["inputs"].items()]
-    lines += [f"- {', '.join(f'{package} {number}' for package, number in description['versions'].items())}", ""]
+    lines += [f"- {', '.join(f'{package} {number}' for package, number in run.versions(iterate).items())}", ""]
     recipe = yaml.safe_dump(hide(config.model_dump(mode="json", exclude_defaults=True)), sort_keys=False)
     lines += ["## Recipe", "", "    " + recipe.strip().replace("\n", "\n    "), ""]
     return "\n".join(lines)

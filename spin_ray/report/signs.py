@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.uncertainty import Change
+from spin_ray.run_dir.names import iterate_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +162,12 @@ def _kl_sentence(it: Compared) -> str:
 
 
 def all_warnings(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    """Returns each iterate's name with a warning. θ_0's evaluation comes first."""
+    """Returns each iterate's name with a warning. Without θ_0's evaluation nothing is compared with it."""
+    start = next((it for it in evaluations if it["iterate"] == iterate_name(0)), None)
     return [
         (evaluation["iterate"], text)
-        for number, evaluation in enumerate(evaluations)
-        for text in warnings(evaluation, evaluations[0] if number else None)
+        for evaluation in evaluations
+        for text in warnings(evaluation, None if evaluation is start else start)
     ]
 
 

@@ -231,4 +231,15 @@ def _settings(config: SpinConfig) -> dict[str, Any]:
 
 
 def _read_state(run: RunDir) -> dict[str, Any]:
-    return json.loads(run.storage.read(STATE)) if run.storage.exists(STATE) else {}
+    """Returns what was logged; nothing, with a warning, if the file is damaged."""
+    content = run.storage.find(STATE)
+    if content is None:
+        return {}
+    try:
+        state = json.loads(content)
+        if all(isinstance(mine["logged"], list) for mine in state.values()):
+            return state
+    except (ValueError, AttributeError, KeyError, TypeError):
+        pass
+    logger.warning("%s: is damaged; every iterate is logged again", run.storage.where(STATE))
+    return {}

@@ -92,17 +92,17 @@ class Change:
 
     @classmethod
     def of(cls, key: str, before: dict[str, Any], now: dict[str, Any], paired: dict[str, Any] | None = None) -> Self:
-        """Compares two evaluations that have the measure ``key`` at their top.
+        """Compares two evaluations that have the measure ``key`` at their top, by the rows that both have.
 
         Args:
-            paired: result of ``changes_by_row``. None: what ``now`` stored, else both as if of different rows.
+            paired: result of ``changes_by_row``; empty: both are as if of different rows. None: what ``now`` stored.
         """
         value = now[key] - before[key]
         stored = now.get("changes", {})
         found = paired if paired is not None else stored if stored.get("since") == before.get("iterate") else {}
         if key in found:
             error = found[key]["standard_error"]
-            return cls(value, None if error is None else CONFIDENCE * error)
+            return cls(found[key].get("value", value), None if error is None else CONFIDENCE * error)
         errors = [it.get("standard_errors", {}).get(key) for it in (before, now)]
         return cls(value, None if None in errors else CONFIDENCE * math.hypot(*errors))
 
@@ -118,8 +118,7 @@ ROW_SCHEMA = pa.schema(
 
 def changes_by_row(before: pa.Table, now: pa.Table) -> dict[str, Any]:
     """Returns mean differences of ROW_SCHEMA rows with the same prompt_id, and their standard errors."""
-    now = now.filter(pc.is_in(now["prompt_id"], value_set=before["prompt_id"]))
-    before = before.take(pc.index_in(now["prompt_id"], value_set=before["prompt_id"]))
+    before, now = common_rows(before, now)
     groups = now["conversation"].to_numpy()
     found = {}
     for name, added in PAIRED.items():
@@ -129,3 +128,17 @@ def changes_by_row(before: pa.Table, now: pa.Table) -> dict[str, Any]:
             error = standard_error(differences[there], groups[there], added)
             found[name] = {"value": float(differences[there].mean()), "standard_error": error}
     return found
+
+
+def common_rows(before: pa.Table, now: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Returns the rows of both whose prompt_id the other has, in one order."""
+    now = now.filter(pc.is_in(now["prompt_id"], value_set=before["prompt_id"]))
+    return before.take(pc.index_in(now["prompt_id"], value_set=before["prompt_id"])), now
+
+
+def common_means(key: str, before: pa.Table, now: pa.Table) -> tuple[float, float, int] | None:
+    """Returns both means of a measure over the rows for which both have it, and their number; None without any."""
+    before, now = common_rows(before, now)
+    values = np.stack([table[key].to_numpy() for table in (before, now)])
+    values = values[:, ~np.isnan(values).any(axis=0)]
+    return (float(values[0].mean()), float(values[1].mean()), values.shape[1]) if values.size else None

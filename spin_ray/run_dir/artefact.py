@@ -10,7 +10,7 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import BaseModel
 
-from spin_ray.config.recipe import digest
+from spin_ray.config.recipe import digest, flatten
 from spin_ray.errors import NotCommittedError, RunDirError
 from spin_ray.run_dir.cache import without_weights
 from spin_ray.run_dir.storage import (
@@ -135,18 +135,20 @@ class Artefact:
         if not self.is_committed:
             return False
         manifest = self.manifest()
-        differing = sorted(
-            key
-            for then, now in ((manifest.settings, _as_json(settings)), (manifest.inputs, inputs))
-            for key in then.keys() | now.keys()
-            if then.get(key) != now.get(key)
-        )
+        differing = _changes(manifest.settings, _as_json(settings)) + _differing(manifest.inputs, inputs)
         if differing:
             raise RunDirError(
-                f"{self.storage.where(self.path)}: was made with other values of {', '.join(differing)}; "
+                f"{self.storage.where(self.path)}: was made with other values of {', '.join(sorted(differing))}; "
                 "restore them, choose another --out, or remove this folder and those of later iterations"
             )
         return True
+
+    def readable_settings(self) -> dict[str, Any] | None:
+        """Returns the manifest's settings; None without a manifest that can be read."""
+        try:
+            return self.manifest().settings if self.is_committed else None
+        except RunDirError:
+            return None
 
     def write_part(self, name: str, table: pa.Table) -> FileEntry:
         """Commits one part; if it exists, returns the existing part's entry."""
@@ -294,6 +296,16 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> None:
                 f"{storage.where(where)}: is missing or differs from its digest; "
                 f"restore it or remove {storage.where(folder)}"
             )
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns ``optimizer.eps (was 1e-08, now 0.001)`` for each setting that differs."""
+    then, now = flatten(then), flatten(now)
+    return [f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in _differing(then, now)]
+
+
+def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
 
 
 def digests(*artefacts: Artefact) -> dict[str, str]:

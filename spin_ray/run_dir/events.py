@@ -62,11 +62,12 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 
 
 def parse_json_lines(content: bytes) -> list[dict[str, Any]]:
+    """Returns the objects of complete lines; damaged lines are left out."""
     lines = []
-    for line in content.decode().split("\n")[:-1]:
+    for line in content.decode(errors="replace").split("\n")[:-1]:
         with suppress(ValueError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A run on disk.
 
-RUN/run.json                     resolved config, date, versions, digests
+RUN/run.json                     resolved config, date, versions of packages, digests
 RUN/<artefact>/part-*.parquet    rows
 RUN/<artefact>/_MANIFEST.json    commit: readers trust only the files it lists
 RUN/events.jsonl                 log
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 from spin_ray.config.load import parse_config
@@ -23,6 +24,7 @@ from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, 
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.storage import ATTEMPTS, MANIFEST, Storage
+from spin_ray.run_dir.trained import refuse_other_values, trained_with, with_trained
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +144,13 @@ class RunDir:
 
         Raises:
             OtherRunError: the folder holds another run.
-            RunDirError: the folder holds other files.
+            RunDirError: the folder holds other files, or finished iterations were made with other values.
         """
         if self.storage.exists("run.json"):
             config = config.settle_auto("precision", self.config())
             self._refuse_other(config, facts)
+            refuse_other_values(self.storage.root, self.trained(), config)
+            facts = facts | self._versions(facts)
         elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
             raise RunDirError(
                 f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out"
@@ -194,6 +198,48 @@ class RunDir:
         """
         source = f"{self.storage.root}/run.json"
         return parse_config(self.description()["config"], source, overlooks=lambda _: True)
+
+    def trained(self) -> dict[str, dict[str, Any]]:
+        """Returns the settings that committed models were trained with, by folder; a damaged manifest tells none."""
+        named = ["sft", "reviser", *(name for name in self.storage.entries() if is_iterate_name(name))]
+        outside = ":" in self.description()["config"].get("algorithm", "")  # its objective may have a β of its own
+        found = {}
+        for name in dict.fromkeys(named):
+            iterate = iterate_number(name) if is_iterate_name(name) else None
+            model = self.artefact("reviser/model") if iterate is None else self.model(iterate)
+            settings = model.readable_settings()
+            if settings is not None:
+                beta = None if settings.get("loss") is None or outside else settings.get("beta")
+                if beta is None and iterate:
+                    beta = (self.evaluation(iterate) or {}).get("beta")
+                found[name] = trained_with(name, settings, beta)
+        return found
+
+    def config_as_made(self) -> SpinConfig:
+        """Returns the config in run.json with the values that finished iterations were trained with."""
+        return with_trained(self.config(), self.trained())
+
+    def _versions(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Returns ``versions``, with which the run began, and ``versions_since``, by the first iterate of later ones.
+
+        Versions that change in the middle of an iteration count for all of it.
+        """
+        stored, now = self.description(), facts.get("versions")
+        newest = next(number for number in count() if not self.model(number + 1).is_committed)
+        if "versions" not in stored or now is None or not (newest or self.model(0).is_committed):
+            return {}
+        next_one = iterate_name(newest + 1)
+        since = {name: it for name, it in stored.get("versions_since", {}).items() if iterate_number(name) <= newest}
+        if now != [stored["versions"], *since.values()][-1]:
+            since[next_one] = now
+        return {"versions": stored["versions"]} | ({"versions_since": since} if since else {})
+
+    def versions(self, iterate: int) -> dict[str, str]:
+        """Returns the versions of packages that made θ_iterate."""
+        description = self.description()
+        since = description.get("versions_since", {})
+        mine = [it for name, it in since.items() if iterate_number(name) <= iterate]
+        return [description.get("versions", {}), *mine][-1]
 
     def description(self) -> dict[str, Any]:
         """Returns the content of run.json.

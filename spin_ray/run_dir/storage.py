@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_ray.errors import ConfigError, StageError
+from spin_ray.errors import ConfigError, RunDirError, StageError
 from spin_ray.run_dir.fence import LEASE, check_token, locked
 
 MANIFEST = "_MANIFEST.json"
@@ -79,6 +79,7 @@ class Storage:
     Every node must see the root under the same path.
 
     Raises:
+        RunDirError: a file or folder belongs to another user, who keeps it from being read.
         StageError: from every change, if the disk is full or fails.
         RunDirError: from every change, if another driver has taken the run over.
     """
@@ -113,7 +114,11 @@ class Storage:
 
     def entries(self, folder: str = "") -> list[str]:
         """Returns the names of files and folders in ``folder``; none if it does not exist."""
-        return sorted(entry.name for entry in self.path(folder).glob("*"))
+        try:
+            with _reading(self.path(folder)):
+                return sorted(entry.name for entry in self.path(folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def find(self, name: str) -> bytes | None:
         try:
@@ -154,16 +159,19 @@ class Storage:
         )
 
     def exists(self, name: str) -> bool:
-        return self.path(name).exists()
+        with _reading(self.path(name)):
+            return self.path(name).exists()
 
     def names(self, folder: str) -> list[str]:
         try:
-            return sorted(entry.name for entry in self.path(folder).iterdir() if entry.is_file())
+            with _reading(self.path(folder)):
+                return sorted(entry.name for entry in self.path(folder).iterdir() if entry.is_file())
         except FileNotFoundError:
             return []
 
     def read(self, name: str) -> bytes:
-        return self.path(name).read_bytes()
+        with _reading(self.path(name)):
+            return self.path(name).read_bytes()
 
     def create(self, name: str, data: bytes) -> None:
         """Creates ``name``, or raises FileExistsError and changes nothing."""
@@ -221,7 +229,8 @@ class Storage:
             self._disk.remove(self.path(name))
 
     def digest(self, name: str) -> Digest:
-        return file_digest(self.path(name))
+        with _reading(self.path(name)):
+            return file_digest(self.path(name))
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -259,6 +268,14 @@ class Storage:
             yield attempt
         finally:
             self._disk.remove(attempt)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise RunDirError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.names import LATEST, api_spelling
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.access import Key
 from spin_ray.serving.arena.routes import arena_router
 from spin_ray.serving.arena.votes import VoteStore
@@ -45,12 +46,18 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(
-    engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore, *, proxied: bool = False
+    engines: Engines,
+    config: SpinConfig,
+    keys: list[Key],
+    votes: VoteStore,
+    *,
+    proxied: bool = False,
+    run: RunDir | None = None,
 ) -> FastAPI:
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
     desk = _Desk(engines, config, metrics)
-    app.include_router(_routes(engines, config, desk))
+    app.include_router(_routes(engines, config, desk, run))
     app.include_router(arena_router(votes, engines, desk), responses=_REFUSALS)
     _answer_errors(app)
     app.add_middleware(WholeBody, config=config.serving, slots=desk.slots)
@@ -59,7 +66,7 @@ def make_app(
     return app
 
 
-def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
+def _routes(engines: Engines, config: SpinConfig, desk: "_Desk", run: RunDir | None) -> APIRouter:
     router = APIRouter(responses=_REFUSALS)
 
     @router.post("/v1/chat/completions")
@@ -80,7 +87,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
         desk.log_text(request, plain(body.messages))
         with desk.slots.take(len(body.models)):
             async with while_listened_to(request):
-                compared = await compare(engines, body, config)
+                compared = await compare(engines, body, config, run)
         digests, iterates = ([answer[name] for answer in compared["answers"]] for name in ("digest", "iterate"))
         return JSONResponse(compared, headers={DIGEST_HEADER: ", ".join(digests), ITERATE_HEADER: ", ".join(iterates)})
 

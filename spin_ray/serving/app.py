@@ -46,7 +46,8 @@ def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool 
     """Builds the HTTP interface to a keeper's engines; needs a running event loop."""
     engines = ServeEngines(keeper)
     keys = read_keys(config.serving.keys) if config.serving.keys else []
-    app = make_app(engines, config, keys, VoteStore(votes_url(run_folder, config)), proxied=proxied)
+    votes = VoteStore(votes_url(run_folder, config))
+    app = make_app(engines, config, keys, votes, proxied=proxied, run=open_run(run_folder))
     app.state.following = asyncio.get_running_loop().create_task(engines.follow())
     collect_as_usual()
     return app

@@ -47,7 +47,7 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
     engines = f"{app}.{ENGINE_PREFIX}"
     try:
         handle = serve.run(keeper(str(run.storage.root), config, engines), name=app, route_prefix=None)
-        asyncio.run(_with_engines(handle, config, bodies, out))
+        asyncio.run(_with_engines(handle, run, config, bodies, out))
     finally:
         stop_serving(app, engines, config.serving.request_timeout_s)
     return len(bodies)
@@ -84,14 +84,16 @@ def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
             raise DataError(f"{file}: row {number + 1}: needs messages, or prompt") from error
 
 
-async def compare_rows(engines: Engines, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
+async def compare_rows(
+    engines: Engines, config: SpinConfig, bodies: list[CompareBody], out: IO[str], run: RunDir | None = None
+) -> None:
     """Writes one line per body, in order; the line of a refused body has an error."""
     room = asyncio.Semaphore(max(1, config.serving.max_concurrent // 2))
 
     async def one(body: CompareBody) -> dict[str, Any]:
         async with room:
             try:
-                return await compare(engines, body, config)
+                return await compare(engines, body, config, run)
             except Refusal as refusal:
                 return {"object": "comparison", "seed": body.seed, **refusal.content()}
 
@@ -101,12 +103,12 @@ async def compare_rows(engines: Engines, config: SpinConfig, bodies: list[Compar
         out.write(json.dumps({"messages": messages} | await task, ensure_ascii=False) + "\n")
 
 
-async def _with_engines(handle: Any, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
+async def _with_engines(handle: Any, run: RunDir, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
     engines = ServeEngines(handle)
     following = asyncio.get_running_loop().create_task(engines.follow())
     try:
         await _wait_for(engines, bodies[0].models, config.serving.start_timeout_s)
-        await compare_rows(engines, config, bodies, out)
+        await compare_rows(engines, config, bodies, out, run)
     finally:
         following.cancel()
 

@@ -3,10 +3,13 @@
 import asyncio
 import secrets
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import RunDirError
 from spin_ray.run_dir.names import iterate_number
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
 from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.errors import Refusal
@@ -19,8 +22,10 @@ NOTE = (
 )
 
 
-async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> dict[str, Any]:
+async def compare(engines: Engines, body: CompareBody, config: SpinConfig, run: RunDir | None = None) -> dict[str, Any]:
     """Returns the answers of ``body.models``; with ``logprobs``, also log p of each answer under each model.
+
+    ``run`` tells the β that an iterate was trained with. Without it the recipe's counts.
 
     Raises:
         UnknownModel: a model does not serve.
@@ -43,8 +48,16 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
     compared = [_shown(*each) for each in zip(body.models, iterates, digests, answers, strict=True)]
     result: dict[str, Any] = {"object": "comparison", "seed": seed, "answers": compared}
     if body.logprobs:
-        result |= {"engine_margins": margins(iterates, answers, config), "note": NOTE}
+        made = await asyncio.to_thread(_as_made, run, config)
+        result |= {"engine_margins": margins(iterates, answers, made), "note": NOTE}
     return result
+
+
+def _as_made(run: RunDir | None, config: SpinConfig) -> SpinConfig:
+    """Returns the run's recipe as its iterates were made; ``config`` if the run cannot be read here."""
+    with suppress(RunDirError, OSError):
+        return run.config_as_made() if run else config
+    return config
 
 
 def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConfig) -> list[dict[str, Any]]:

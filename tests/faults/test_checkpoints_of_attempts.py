@@ -155,22 +155,58 @@ def test_steps_are_not_saved_before_the_export_where_the_model_would_lose_its_ro
         assert committed(tmp_path / str(room)) == committed(calm)
 
 
+def with_little_room(write: Callable[[Fsdp2Backend, Path], None]) -> Callable[[Fsdp2Backend, Path], None]:
+    def limited(backend: Fsdp2Backend, folder: Path) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        try:
+            write(backend, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+def is_full_for_a_folder(*_: object) -> None:
+    raise shutil.Error([("a", "b", f"[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}: 'b'")])
+
+
+@pytest.mark.parametrize("place", ["within", "after"])
+def test_a_checkpoint_that_cannot_be_written_is_said_as_any_other(
+    tmp_path: Path, config: SpinConfig, calm: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The disk is full as torch writes the files, or as Ray Train keeps them."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if place == "within":
+            patch.setattr(Fsdp2Backend, "save", with_little_room(Fsdp2Backend.save))
+        else:
+            patch.setattr(shutil, "copytree", is_full_for_a_folder)
+        with pytest.raises(StageError, match=r"iter_000/checkpoints: could not be written \(.*\); see to that and run"):
+            small_run.run(config, out)
+    assert list((out / ATTEMPTS).iterdir()) == []
+    small_run.run(config, out)
+    assert committed(out) == committed(calm)
+
+
+def test_an_error_of_a_checkpoint_that_is_not_the_disks_stays_as_it_is(
+    tmp_path: Path, config: SpinConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("another error")
+
+    monkeypatch.setattr(Fsdp2Backend, "save", broken)
+    with pytest.raises(RuntimeError, match="another error"):
+        small_run.run(config, tmp_path / "run")
+
+
 def test_a_file_of_the_export_that_cannot_be_written_is_said_as_any_other(
     tmp_path: Path, config: SpinConfig, calm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit of 8 KiB a file stands for a disk that is full in the middle of the weights."""
-    out, export = tmp_path / "run", Fsdp2Backend.export_hf
-
-    def with_little_room(backend: Fsdp2Backend, folder: Path) -> None:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-        try:
-            export(backend, folder)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Fsdp2Backend, "export_hf", with_little_room)
+        patch.setattr(Fsdp2Backend, "export_hf", with_little_room(Fsdp2Backend.export_hf))
         with pytest.raises(StageError, match=r"iter_000/model: could not be written \(.*File too large.*\); see to"):
             small_run.run(config, out)
     assert list((out / ATTEMPTS).iterdir()) == []

@@ -9,6 +9,8 @@ import pytest
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
+from spin_ray.report.page.view import read_view
+from spin_ray.report.page.write import report_page
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_from_bytes
 from tests.support import small_run
@@ -117,6 +119,73 @@ def test_what_is_cheap_to_make_is_made_again(
     assert (out / "LATEST").read_text() == "iter_000\n"
     if damage is cut:  # a flipped bit within a number of eval.json cannot be seen; the file feeds no other stage
         assert (out / name).read_bytes() == (calm / name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+@pytest.mark.parametrize("name", ["sft/eval.json", "sft/heldout_rows.parquet", "iter_000/heldout_rows.parquet"])
+def test_a_finished_run_makes_again_what_was_measured_on_any_iterate(
+    tmp_path: Path, config: SpinConfig, calm: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(calm, out)
+    damage(out / name)
+    small_run.run(config, out)
+    for file in (name, "sft/eval.json", "iter_000/eval.json"):
+        assert (out / file).read_bytes() == (calm / file).read_bytes()
+
+
+def test_a_report_compares_with_the_initial_model_or_says_that_it_cannot(tmp_path: Path, calm: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(calm, out)
+    flip(out / "sft/heldout_rows.parquet")
+    assert "sft/heldout_rows.parquet is missing or damaged" in read_view(RunDir(Storage(out))).unreadable[0]
+    (out / "sft/eval.json").unlink()
+    view = read_view(RunDir(Storage(out)))
+    caution = view.verdict()[1]
+    assert "No sign of collapse" not in caution and "sft has no evaluation to compare it with" in caution
+    assert view.iterates == ["iter_000"] and "sft/eval.json" in view.unreadable[0]
+
+
+SIDE_FILES = {
+    "quarantine/prompts.parquet": "quarantine/prompts.parquet cannot be read",
+    "iter_000/pairs/_MANIFEST.json": "iter_000/pairs/_MANIFEST.json cannot be read",
+    "iter_000/model/tokenizer.json": "tokenizer.json: cannot be read",
+    "sft/heldout_samples/part-00000.parquet": "The examples cannot be read",
+    "iter_000/eval.json": "iter_000/eval.json is missing or damaged",
+}
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b"\xff\x00")])
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_report_names_what_it_cannot_read(
+    tmp_path: Path, calm: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(calm, out)
+    damage(out / name)
+    assert SIDE_FILES[name] in report_page([RunDir(Storage(out))])
+
+
+def test_a_report_needs_nothing_but_the_recipe(tmp_path: Path, calm: Path) -> None:
+    shutil.copytree(calm, out := tmp_path / "run")
+    run = RunDir(Storage(out))
+    for path in sorted(path for path in out.rglob("*") if path.is_file() and path.name != "run.json"):
+        content = path.read_bytes()
+        for bad in (b"", b"\xff\x00\n", b"[1]\n"):
+            path.write_bytes(bad)
+            assert "</html>" in report_page([run]), path
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"tensorboard": {}}', '{"tensorboard": 1}'])
+def test_a_damaged_list_of_what_was_logged_ends_no_run(
+    tmp_path: Path, config: SpinConfig, calm: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(calm, out := tmp_path / "run")
+    (out / "tracking.json").write_text(content)
+    small_run.run(config, out)
+    assert "tracking.json: is damaged; every iterate is logged again" in caplog.text
+    assert (out / "tracking.json").read_bytes() == (calm / "tracking.json").read_bytes()
 
 
 @pytest.fixture(scope="module")

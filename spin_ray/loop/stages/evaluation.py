@@ -24,7 +24,7 @@ from spin_ray.learner.losses import LOSSES, PairValues
 from spin_ray.learner.step import Objective
 from spin_ray.loop import scoring
 from spin_ray.report.grading import grade_all
-from spin_ray.report.history import read_rows
+from spin_ray.report.history import is_evaluated, read_rows
 from spin_ray.report.margins import margin_measures
 from spin_ray.report.responses import row_measures, text_measures
 from spin_ray.report.signs import warnings
@@ -39,7 +39,7 @@ from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import heldout_pair_id, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import pairs_of
-from spin_ray.run_dir.storage import table_to_bytes
+from spin_ray.run_dir.storage import bytes_digest, table_to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def run(
     samples = run_dir.heldout_samples(iterate)
     made_from = {"samples": samples.manifest().digest, "model": model.digest}
     done = run_dir.evaluation(iterate) or {}
-    if done.get("made_from") == made_from:
+    if done.get("made_from") == made_from and is_evaluated(run_dir, iterate):
         return done
     with run_dir.stage(f"{model.name}/evaluation") as counted:
         every = read_answers(run_dir.heldout, samples, config.evaluation.samples)
@@ -158,10 +158,12 @@ def _row_table(by_row: pd.DataFrame, grades: dict[str, list[float]], groups: Map
 
 
 def _changes(run_dir: RunDir, iterate: int, rows: pa.Table) -> dict[str, Any]:
-    """Stores the iterate's rows, and returns its changes since θ_0 where that was evaluated."""
-    run_dir.storage.replace(run_dir.heldout_rows_path(iterate), table_to_bytes(rows))
+    """Stores the iterate's rows; returns their digest, and the changes since θ_0 where that was evaluated."""
+    content = table_to_bytes(rows)
+    run_dir.storage.replace(run_dir.heldout_rows_path(iterate), content)
+    found: dict[str, Any] = {"heldout_rows": bytes_digest(content).sha256}
     before = read_rows(run_dir, 0) if iterate else None
-    return {} if before is None else {"changes": {"since": iterate_name(0)} | changes_by_row(before, rows)}
+    return found if before is None else found | {"changes": {"since": iterate_name(0)} | changes_by_row(before, rows)}
 
 
 def _grades(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, list[float]]:

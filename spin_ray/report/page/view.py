@@ -1,6 +1,7 @@
 """The content of a run's page, without HTML."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -9,18 +10,25 @@ import pyarrow as pa
 import yaml
 
 from spin_ray.config.recipe import SpinConfig, flatten
-from spin_ray.errors import UserError
+from spin_ray.errors import UserError, first_line
 from spin_ray.report.examples import Example, read_examples
-from spin_ray.report.history import read_benchmarks, read_evaluations, read_rows, read_train_logs
+from spin_ray.report.history import (
+    evaluation_of,
+    is_evaluated,
+    read_benchmarks,
+    read_evaluations,
+    read_rows,
+    read_train_logs,
+)
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.report.uncertainty import Change, changes_by_row
+from spin_ray.report.uncertainty import Change, changes_by_row, common_means
 from spin_ray.run_dir.events import Span, spans
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import table_from_bytes
+from spin_ray.run_dir.storage import MANIFEST, table_from_bytes
 
 EXAMPLES = 200
 """Most examples on the page."""
@@ -46,6 +54,8 @@ class RunView:
     name: str
     config: SpinConfig
     description: dict[str, Any]
+    versions: list[tuple[str, dict[str, str]]]
+    """Versions of packages, first those that the run began with; each with the first iterate that they made."""
     evaluations: list[Evaluation]
     rows: pa.Table | None
     """The newest evaluation's measures by held-out row; None if it has none."""
@@ -63,6 +73,8 @@ class RunView:
     failure: str
     warnings: list[tuple[str, str]]
     """(iterate, sentence)."""
+    unreadable: list[str]
+    """Sentences on parts of the run that the page leaves out, because their files are missing or damaged."""
 
     @property
     def iterates(self) -> list[str]:
@@ -128,15 +140,18 @@ class RunView:
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     """Reads what the page shows; ``only_prompts`` picks examples."""
-    config = run.config()
+    config = run.config_as_made()
     events = run.events()
+    description = run.description()
     evaluations = read_evaluations(run, config)
     examples, no_examples = _examples(run, config, only_prompts)
     state, failure = _state(run, config, events)
+    unreadable = list(_not_evaluated(run, config))
     return RunView(
         name=run.storage.name,
         config=config,
-        description=hide(run.description()),
+        description=hide(description),
+        versions=_versions(description, config),
         evaluations=evaluations,
         rows=read_rows(run, iterate_number(evaluations[-1]["iterate"])) if evaluations else None,
         train_logs=read_train_logs(run, config),
@@ -144,11 +159,12 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         spans=spans(events, read_progress(run).get("time", 0.0)),
         examples=examples,
         no_examples=no_examples,
-        quarantine=_quarantine(run),
-        pairs=_pairs(run, config),
+        quarantine=_quarantine(run, unreadable),
+        pairs=_pairs(run, config, unreadable),
         state=state,
         failure=failure,
         warnings=all_warnings(evaluations),
+        unreadable=unreadable,
     )
 
 
@@ -171,30 +187,56 @@ def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tup
     return "unfinished", ""
 
 
-def _quarantine(run: RunDir) -> list[tuple[str, str, int, str]]:
+def _versions(description: dict[str, Any], config: SpinConfig) -> list[tuple[str, dict[str, str]]]:
+    """Leaves out those of calls that found nothing left to make."""
+    since = description.get("versions_since", {}).items()
+    later = [(name, versions) for name, versions in since if iterate_number(name) <= config.iterations]
+    return [("", description.get("versions", {})), *later]
+
+
+def _not_evaluated(run: RunDir, config: SpinConfig) -> Iterator[str]:
+    latest = run.latest()
+    if config.data.heldout is not None and latest is not None:
+        for iterate in range(iterate_number(latest) + 1):
+            if not is_evaluated(run, iterate):
+                file = run.heldout_rows_path(iterate) if run.evaluation(iterate) else run.eval_path(iterate)
+                yield f"{file} is missing or damaged; run the command again to make it."
+
+
+def _quarantine(run: RunDir, unreadable: list[str]) -> list[tuple[str, str, int, str]]:
     found = []
     for name in run.storage.names("quarantine"):
-        rows = table_from_bytes(run.storage.read(f"quarantine/{name}")).select(["reason", "detail"]).to_pylist()
+        try:
+            rows = table_from_bytes(run.storage.read(f"quarantine/{name}")).select(["reason", "detail"]).to_pylist()
+        except (pa.ArrowException, OSError, KeyError, UserError) as error:
+            unreadable.append(f"quarantine/{name} cannot be read ({hide_in_text(first_line(error))}).")
+            continue
         details = {row["reason"]: row["detail"] for row in reversed(rows)}
         for reason, count in Counter(row["reason"] for row in rows).most_common():
             found.append((name.removesuffix(".parquet"), reason, count, hide_in_text(details[reason] or "")))
     return found
 
 
-def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
-    artefacts = [(iterate_name(iteration + 1), run.pairs(iteration)) for iteration in range(config.iterations)]
-    return [
-        (name, {key: int(count) for key, count in artefact.manifest().counts.items()})
-        for name, artefact in artefacts
-        if artefact.is_committed
-    ]
+def _pairs(run: RunDir, config: SpinConfig, unreadable: list[str]) -> list[tuple[str, dict[str, int]]]:
+    found = []
+    for iteration in range(config.iterations):
+        pairs = run.pairs(iteration)
+        if not pairs.is_committed:
+            continue
+        try:
+            counts = pairs.manifest().counts
+        except UserError:
+            unreadable.append(f"{pairs.path}/{MANIFEST} cannot be read; restore it.")
+            continue
+        found.append((iterate_name(iteration + 1), {key: int(count) for key, count in counts.items()}))
+    return found
 
 
 def _worth(evaluations: list[Evaluation]) -> str:
-    first, last = evaluations[0], evaluations[-1]
+    first, last = evaluation_of(evaluations, 0), evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
-    now, before = accuracy.of(last), accuracy.of(first)
-    if now is not None and before is not None and first is not last:
+    now, before = accuracy.of(last), accuracy.of(first or {})
+    if now is not None and before is not None and first is not None and first is not last:
         changed = _judged(Change.of("answer_accuracy", first, last), ".1%")
         return (
             f"{name} answers {now:.1%} of {last['answers_graded']} held-out questions right, {first['iterate']} "
@@ -217,15 +259,18 @@ def _worth(evaluations: list[Evaluation]) -> str:
 
 
 def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
-    first, last = evaluations[0], evaluations[-1]
+    first, last = evaluation_of(evaluations, 0), evaluations[-1]
     if mine := [text for iterate, text in found if iterate == last["iterate"]]:
         more = f" (and {len(mine) - 1} more below)" if len(mine) > 1 else ""
         return f"Beware: {mine[0].rstrip('.')}{more}."
-    return (
-        f"No sign of collapse: responses went from {first['generated_length']:.1f} to "
-        f"{last['generated_length']:.1f} tokens (human: {last['real_length']:.1f}), "
-        f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
-    )
+    rest = f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
+    now, human = f"{last['generated_length']:.1f} tokens", f"(human: {last['real_length']:.1f})"
+    if first is None:
+        return (
+            f"Whether {last['iterate']} collapses cannot be told, as {iterate_name(0)} has no evaluation to compare it "
+            f"with: its responses have {now} {human}, {rest}"
+        )
+    return f"No sign of collapse: responses went from {first['generated_length']:.1f} to {now} {human}, {rest}"
 
 
 def compare(first: RunView, other: RunView, first_name: str, other_name: str) -> str:
@@ -235,25 +280,53 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
-    by_row = None if first.rows is None or other.rows is None else changes_by_row(first.rows, other.rows)
-    for key in ("answer_accuracy", "generated_length"):
-        measure = BY_KEY[key]
-        found = [measure.of(one), measure.of(two)]
-        if found[0] is None or found[1] is None:
+    names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
+    for key, say in (("answer_accuracy", _say_accuracy), ("generated_length", _say_length)):
+        if None in (BY_KEY[key].of(one), BY_KEY[key].of(two)):
             continue
-        change = Change.of(key, one, two, by_row)
-        names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
-        if key == "answer_accuracy":
+        otherwise = _other_conditions(first, other, key)
+        if first.rows is None or other.rows is None:
+            change = Change.of(key, one, two, {})
+            return f"{names}: {say((one[key], two[key]), '', change, one['real_length'])}{otherwise}"
+        means = common_means(key, first.rows, other.rows)
+        if means is None:
             return (
-                f"{names}: {found[1]:.1%} of the held-out questions right against {found[0]:.1%}, "
-                f"{_judged(change, '.1%')}; another seed may differ by more."
+                f"{first_name} and {other_name} have no held-out rows in common, so their numbers cannot be compared."
             )
-        return (
-            f"{names}: responses of {found[1]:.1f} tokens against {found[0]:.1f} (human: {one['real_length']:.1f}), "
-            f"{_judged(change, '.1f')}; each run's losses and margins are against its own opponents, so "
-            "compare only examples, lengths and benchmarks."
-        )
+        before, now, rows = means
+        change = Change.of(key, one, two, changes_by_row(first.rows, other.rows))
+        human = one["real_length"] if rows == one["rows"] == two["rows"] else None
+        return f"{names}: {say((before, now), f'{rows} ', change, human)}{otherwise}"
     return f"{first_name} and {other_name} have no measure in common."
+
+
+def _say_accuracy(values: tuple[float, float], rows: str, change: Change, human: float | None) -> str:
+    both = " that both answered" if rows else ""
+    return (
+        f"{values[1]:.1%} of the {rows}held-out questions{both} right against {values[0]:.1%}, "
+        f"{_judged(change, '.1%')}; another seed may differ by more."
+    )
+
+
+def _say_length(values: tuple[float, float], rows: str, change: Change, human: float | None) -> str:
+    to = f" to the {rows}prompts that both answered" if rows else ""
+    of_humans = "" if human is None else f" (human: {human:.1f})"
+    return (
+        f"responses{to} of {values[1]:.1f} tokens against {values[0]:.1f}{of_humans}, {_judged(change, '.1f')}; each "
+        "run's losses and margins are against its own opponents, so compare only examples, lengths and benchmarks."
+    )
+
+
+_GRADED_BY = ("evaluation.samples", "evaluation.grade", "evaluation.answer_extractor")
+
+
+def _other_conditions(first: RunView, other: RunView, key: str) -> str:
+    """Returns a sentence on settings of sampling and grading that differ, or nothing."""
+    one, two = first.settings, other.settings
+    names = [name for name in one | two if name.startswith("generation.sampling.")]
+    names += _GRADED_BY if key == "answer_accuracy" else ()
+    told = [f"{name} {two.get(name)} against {one.get(name)}" for name in names if one.get(name) != two.get(name)]
+    return f" Beware: the answers were sampled or graded otherwise ({', '.join(told)})." if told else ""
 
 
 def _judged(change: Change, digits: str) -> str:

@@ -16,6 +16,7 @@ from spin_ray.report.page.charts import Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import RunView, compare, read_view
 from spin_ray.report.uncertainty import CONFIDENCE
 from spin_ray.run_dir.events import Span, exact_duration
+from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 
 _STAGES = ("prompts", "heldout", "sampling", "pairs", "training", "evaluation")
@@ -141,7 +142,8 @@ def _benchmark_title(task: str, result: dict[str, Any]) -> str:
 
 
 def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:
-    longest = max((view.iterates for view in views), key=len)
+    newest = max((iterate_number(name) for view in views for name in view.iterates), default=0)
+    x_names = [iterate_name(number) for number in range(newest + 1)]
     compared = len(views) > 1
     for title, keys in _EVAL_CHARTS:
         lines = [
@@ -154,13 +156,14 @@ def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Cha
         lines = [line for line in lines if line.points]
         if len({x for line in lines for x, _ in line.points}) > 1:
             level = (GUESSING, "ln 2") if title.startswith("Loss") else (0.0, "") if "Drift" in title else None
-            svg = line_chart(title, lines, x_label="iterate", x_names=longest, baseline=level)
+            svg = line_chart(title, lines, x_label="iterate", x_names=x_names, baseline=level)
             note = f"{BY_KEY[keys[0]].title}: {BY_KEY[keys[0]].meaning}. {BY_KEY[keys[0]].bad}"
             yield {"title": title, "svg": svg, "legend": lines if len(lines) > 1 else [], "note": note}
 
 
 def _line(view: RunView, measure: Measure, name: str, colour: int) -> Series:
-    found = [(float(place), measure.of(it), measure.interval(it)) for place, it in enumerate(view.evaluations)]
+    evaluations = [(float(iterate_number(it["iterate"])), it) for it in view.evaluations]
+    found = [(place, measure.of(it), measure.interval(it)) for place, it in evaluations]
     measured = [(place, value, interval) for place, value, interval in found if value is not None]
     points = [(place, value) for place, value, _ in measured]
     return Series(name, points, colour, [interval for _, _, interval in measured])
@@ -254,9 +257,7 @@ def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
     facts = []
     for view in views:
         inputs = {f"digest of {name}": (value or "none")[:16] for name, value in view.description["inputs"].items()}
-        facts.append(
-            view.settings | inputs | {f"{key} version": it for key, it in view.description["versions"].items()}
-        )
+        facts.append(view.settings | inputs | {f"{key} version": it for key, it in view.versions[-1][1].items()})
     keys = dict.fromkeys(key for fact in facts for key in fact)
     rows = [(key, [fact.get(key, "–") for fact in facts]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]

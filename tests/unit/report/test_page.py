@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from spin_ray.report.examples import read_examples
 from spin_ray.report.page import write_report
 from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_chart
-from spin_ray.report.page.view import read_view
+from spin_ray.report.page.view import compare, read_view
 from spin_ray.report.redaction import hide, hide_in_text
-from spin_ray.report.uncertainty import ROW_SCHEMA
+from spin_ray.report.uncertainty import ROW_SCHEMA, common_means
 from spin_ray.run_dir.events import spans
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_to_bytes
@@ -110,6 +111,40 @@ def test_runs_that_answered_the_same_rows_are_weighed_row_by_row(tmp_path):
     page = write_report(runs, tmp_path / "page.html").read_text()
     compared = page.partition('id="comparison-1">')[2].partition("</p>")[0]
     assert "+0.0% (± 62.0%), no more than chance may give" in compared
+
+
+def compared_rows(tmp_path: Path, lengths: list[list[float]], **sections: Any) -> str:
+    """Returns the comparison of two runs with responses of ``lengths`` to the prompts p0 and on."""
+    runs = [made_up_run(tmp_path / "one"), made_up_run(tmp_path / "other", **sections)]
+    for run, each in zip(runs, lengths, strict=True):
+        evaluation = json.loads(run.storage.read(run.eval_path(2)))
+        del evaluation["answer_accuracy"]
+        more = {"rows": len(each), "generated_length": sum(each) / len(each)}
+        run.storage.replace(run.eval_path(2), json.dumps(evaluation | more).encode())
+        rows = [
+            {"prompt_id": f"p{number}", "conversation": number, "truncation_rate": 0, "generated_length": length}
+            for number, length in enumerate(each)
+        ]
+        content = table_to_bytes(pa.Table.from_pylist(rows, ROW_SCHEMA))
+        run.storage.replace(run.heldout_rows_path(2), content)
+    return compare(*(read_view(run) for run in runs), "one", "other")
+
+
+def test_runs_that_answered_some_of_the_same_rows_are_weighed_by_those(tmp_path):
+    said = compared_rows(tmp_path, [[4, 6, 8, 30, 30, 30], [4, 6, 8]])
+    assert "responses to the 3 prompts that both answered of 6.0 tokens against 6.0, +0.0 (± 0.0), no more" in said
+    assert "Beware" not in said and "human" not in said
+
+
+def test_runs_that_answered_no_row_in_common_are_not_weighed():
+    rows = [{"prompt_id": name, "conversation": 0, "generated_length": 5.0} for name in ("p0", "p1")]
+    one, other = (pa.Table.from_pylist([row], ROW_SCHEMA) for row in rows)
+    assert common_means("generated_length", one, other) is None
+
+
+def test_a_comparison_names_what_was_sampled_or_graded_otherwise(tmp_path):
+    said = compared_rows(tmp_path, [[4, 6], [4, 6]], generation={"sampling": {"temperature": 0.3, "max_tokens": 9}})
+    assert "temperature 0.3 against 1.0" in said and "generation.sampling.max_tokens 9 against" in said
 
 
 def test_runs_with_other_held_out_rows_are_not_weighed_against_each_other(finished, tmp_path):

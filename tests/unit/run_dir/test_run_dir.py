@@ -111,7 +111,7 @@ def test_work_done_with_the_same_inputs_and_settings_is_already_made(pairs):
     ("inputs", "settings", "named"),
     [
         ({"prompts": "bb"}, {"window": 2, "rows": (1, 2)}, "prompts"),
-        ({"prompts": "aa"}, {"window": 3, "rows": (1,)}, "rows, window"),
+        ({"prompts": "aa"}, {"window": 3, "rows": (1,)}, r"rows \(was \[1, 2\], now \[1\]\), window \(was 2, now 3\)"),
         ({"prompts": "aa", "extra": "cc"}, {"window": 2, "rows": (1, 2)}, "extra"),
         ({}, {"window": 2, "rows": (1, 2)}, "prompts"),
     ],

@@ -15,8 +15,10 @@ from typing import Any
 import ray.train
 import torch.distributed as dist
 from pyarrow.fs import LocalFileSystem
+from ray.exceptions import RayError
+from torch.distributed.checkpoint import CheckpointException
 
-from spin_ray.errors import RunDirError
+from spin_ray.errors import RunDirError, StageError, TransientError, last_line
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.run_dir.artefact import FileEntry, folder_entries
@@ -31,16 +33,53 @@ _INDEX = ".metadata"
 
 
 def save(job: TrainJob, backend: TrainBackend, step: int) -> None:
-    """Writes a checkpoint beside the others of the run, and has Ray Train keep it in place of the last one."""
+    """Writes a checkpoint beside the others of the run, and has Ray Train keep it in place of the last one.
+
+    Raises:
+        StageError: the disk is full or fails.
+        TransientError: an object store fails.
+    """
     folder = job.storage.new_attempt_folder()
+    where, is_store = job.storage.where(job.checkpoints), not isinstance(job.storage.root, Path)
     try:
-        backend.save(folder)
-        seal(folder, step, job.identity())
-        ray.train.report(
-            {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_upload_fn=_into_place
-        )
+        with _writing(where, StageError):
+            backend.save(folder)
+            seal(folder, step, job.identity())
+        with _writing(where, TransientError if is_store else StageError):
+            ray.train.report(
+                {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_upload_fn=_into_place
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(where: str, kind: type[StageError]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException, RuntimeError) as error:
+        reason = _of_the_disk(error)
+        if reason is None:
+            raise
+        raise could_not_be_written(where, reason, kind) from error
+
+
+def _of_the_disk(error: BaseException) -> BaseException | None:
+    """Returns what the disk said of a file that could not be written; None for other errors.
+
+    torch gathers the errors of all ranks, and its writer names no cause.
+    """
+    if isinstance(error, CheckpointException):
+        found = (_of_the_disk(each) for each, _ in error.failures.values())
+        return next((reason for reason in found if reason is not None), None)
+    if isinstance(error, RayError | ConnectionError | TimeoutError):  # of other processes
+        return None
+    is_of_writer = isinstance(error, RuntimeError) and any(word in str(error) for word in _WRITER)
+    return error if isinstance(error, OSError) or is_of_writer else None
+
+
+_WRITER = ("PytorchStreamWriter", "inline_container")
+"""Words in the errors of torch's writer of files."""
 
 
 def _into_place(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
@@ -79,6 +118,13 @@ def restore(job: TrainJob, backend: TrainBackend) -> int:
         )
         backend.load(Path(folder))
     return step
+
+
+def could_not_be_written(where: str, error: BaseException, kind: type[StageError] = StageError) -> StageError:
+    return kind(
+        f"{where}: could not be written ({last_line(error)}); see to that and run the command again, everything "
+        "committed is kept"
+    )
 
 
 @contextmanager

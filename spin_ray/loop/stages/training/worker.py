@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from spin_ray.errors import RunDirError, StageError, last_line
+from spin_ray.errors import RunDirError
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.health import HealthMonitor
@@ -209,10 +209,7 @@ def _export(job: TrainJob, backend: TrainBackend) -> None:
             backend.export_hf(attempt)
             _commit(job, attempt)
         except (OSError, SafetensorError) as error:
-            raise StageError(
-                f"{job.storage.where(job.target.path)}: could not be written ({last_line(error)}); see to that and run "
-                "the command again, everything committed is kept"
-            ) from error
+            raise checkpoint.could_not_be_written(job.storage.where(job.target.path), error) from error
         finally:
             shutil.rmtree(attempt, ignore_errors=True)
     else:  # without waiting for rank 0, whose hashes and upload may take longer than a collective may
