@@ -15,6 +15,9 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.garbage import skip_imports
 from spin_ray.runtime.gpu_memory import wait_for_memory
 
+FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+"""Switch of a sampler that vLLM 0.29 builds with nvcc as it starts, also where no request uses it (vllm#49497).
+Seeded requests never do."""
 _MEMORY_SETTING = "generation.engine.gpu_memory_utilization"
 
 
@@ -145,6 +148,7 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault(FLASHINFER_SAMPLER, "0")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     cpu.prepare(threads)

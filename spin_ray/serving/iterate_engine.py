@@ -27,7 +27,7 @@ from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.learner.weights import layer_names
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
-from spin_ray.runtime.engine import engine_arguments, lora_arguments
+from spin_ray.runtime.engine import FLASHINFER_SAMPLER, engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
@@ -346,6 +346,7 @@ def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        FLASHINFER_SAMPLER: os.environ.get(FLASHINFER_SAMPLER, "0"),
     }
 
 

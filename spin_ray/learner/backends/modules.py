@@ -135,8 +135,11 @@ def export(
     lora, adapter_alone = settings.lora, settings.lora is not None and not settings.lora.merge
     whole = ((name, gather(tensor)) for name, tensor in tensors if is_adapter(name) or not adapter_alone)
     if dist.get_rank() != 0:
-        for _ in whole:
-            pass
+        for _, weight in whole:
+            # NCCL's watchdog counts from the call. All gathers at once would have to end, with rank 0's whole write
+            # between them, within the timeout of one.
+            if weight.is_cuda:
+                torch.cuda.current_stream(weight.device).synchronize()
         return
     names = {stored_name(name) for name, _ in tensors if not is_adapter(name)}
     if lora is not None and not adapter_alone:

@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,6 +315,27 @@ def test_scoring_sees_the_weights_that_load_and_step_put_in_place(make: MakeBack
     assert not torch.equal(scores(backend)[0], first[0])
     backend.load(tmp_path)
     assert_same_bits(scores(backend), first)
+
+
+def test_ranks_that_write_nothing_wait_for_each_gather_of_an_export(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """NCCL counts a collective's time from the call, and rank 0 writes between two of them."""
+    done: list[str] = []
+    monkeypatch.setattr(modules.dist, "get_rank", lambda: 1)
+    stream = SimpleNamespace(synchronize=lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def gather(tensor: Any) -> Any:
+        done.append(tensor.name)
+        return tensor
+
+    devices = {"a": "cuda", "b": "cuda", "c": "cpu"}
+    tensors: Any = [
+        (name, SimpleNamespace(name=name, is_cuda=device == "cuda", device=device)) for name, device in devices.items()
+    ]
+    modules.export(tmp_path, None, tensors, gather, tmp_path, BackendSettings(max_length=8))
+    assert done == ["a", "wait", "b", "wait", "c"]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

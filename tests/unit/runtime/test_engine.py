@@ -16,7 +16,7 @@ from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.runtime import cpu
 from spin_ray.runtime import engine as engine_module
-from spin_ray.runtime.engine import Completion, EngineSpec, VllmEngine, _completion, platform
+from spin_ray.runtime.engine import FLASHINFER_SAMPLER, Completion, EngineSpec, VllmEngine, _completion, platform
 from tests.support.fakes import config_of
 
 MODEL = resolve("embedded:tiny-llama")
@@ -168,6 +168,16 @@ def test_the_scheduler_runs_in_this_process_with_its_threads_and_memory(vllm):
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "5"
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "0"), ("1", "1")])
+def test_no_engine_needs_nvcc_for_a_sampler_unless_the_user_wants_it(vllm, monkeypatch, own, expected):
+    """vLLM 0.29 builds FlashInfer's sampler with nvcc as it starts, on any card that could run it."""
+    monkeypatch.delitem(os.environ, FLASHINFER_SAMPLER, raising=False)
+    if own:
+        monkeypatch.setitem(os.environ, FLASHINFER_SAMPLER, own)
+    VllmEngine(spec_of())
+    assert vllm["environment"][FLASHINFER_SAMPLER] == expected
 
 
 # Generating
