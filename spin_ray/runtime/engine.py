@@ -13,6 +13,7 @@ from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import cpu
 from spin_ray.runtime.garbage import skip_imports
+from spin_ray.runtime.gpu import check_triton
 from spin_ray.runtime.gpu_memory import wait_for_memory
 
 FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
@@ -104,6 +105,7 @@ class VllmEngine:
             },
         )
         if not current_platform.is_cpu():
+            check_triton("generation.resources.gpus")  # a node of a cluster has tools of its own
             wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
         self._llm: Any = LLM(**arguments)
         self._has_cache: bool = arguments["enable_prefix_caching"]

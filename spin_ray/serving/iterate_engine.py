@@ -29,6 +29,7 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import FLASHINFER_SAMPLER, engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
+from spin_ray.runtime.gpu import check_triton
 from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, COMPLETION, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
@@ -81,8 +82,15 @@ class IterateEngine(LLMServer):
         await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:
-        """Starts the engine; raises RunDirError if the folder has changed since it was checked."""
+        """Starts the engine.
+
+        Raises:
+            ConfigError: the node lacks tools that GPUs need.
+            RunDirError: the folder has changed since it was checked.
+        """
         cpu.prepare(self._config.serving.resources.threads)
+        if self._config.serving.resources.gpus:
+            check_triton("serving.resources.gpus")
         folder, model = self._iterate.folder, self._config.model
         found = open_unchanged(folder, self._iterate.name, trust_remote_code=model.trust_remote_code)
         if found.digest != self._iterate.digest:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,6 +271,18 @@ def test_layers_are_compiled_on_gpus_that_have_the_tools_for_it(monkeypatch: pyt
         ModelError, match=r"^train\.compile: needs a C compiler .*; install it or set train\.compile: f"
     ):
         modules.compiles(True, cpu)
+
+
+def test_without_pythons_headers_layers_stay_uncompiled_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton compiles against them at the first launch; a distribution's Python has them in a package of their own."""
+    monkeypatch.setattr(modules, "find_spec", lambda name: name)
+    monkeypatch.setattr(compilers.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert not modules.compiles("auto", torch.device("cuda"))
+    assert re.search(r"needs \S+/Python\.h \(apt-get install python3\.\d+-dev, or take a Python that", caplog.text)
+    with pytest.raises(ModelError, match=r"^train\.compile: needs \S+/Python\.h"):
+        modules.compiles(True, torch.device("cuda"))
 
 
 def test_layers_that_are_split_stay_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from spin_ray.config import recipe
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.runtime import cpu
+from spin_ray.runtime import cpu, gpu
 from spin_ray.runtime import engine as engine_module
 from spin_ray.runtime.engine import FLASHINFER_SAMPLER, Completion, EngineSpec, VllmEngine, _completion, platform
 from tests.support.fakes import config_of
@@ -110,6 +110,14 @@ def test_memory_of_the_cards_is_waited_for_before_vllm_starts(vllm, monkeypatch)
     vllm["is_cpu"] = False
     VllmEngine(spec_of(gpu_memory_utilization=0.4, tensor_parallel_size=2))
     assert asked == [((0.4, "generation.engine.gpu_memory_utilization", 2), False)]
+
+
+def test_a_node_without_tools_to_compile_is_told_before_its_engine_starts(vllm, monkeypatch):
+    monkeypatch.setattr(gpu, "missing_tools", lambda: "Python.h")
+    VllmEngine(spec_of())
+    vllm["is_cpu"] = False
+    with pytest.raises(ConfigError, match=rf"{socket.gethostname()} lacks Python\.h"):
+        VllmEngine(spec_of())
 
 
 def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
