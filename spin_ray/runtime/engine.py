@@ -15,6 +15,7 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.garbage import skip_imports
 from spin_ray.runtime.gpu import check_triton
 from spin_ray.runtime.gpu_memory import wait_for_memory
+from spin_ray.runtime.shared_cards import alone_on_card
 
 FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 """Switch of a sampler that vLLM 0.29 builds with nvcc as it starts, also where no request uses it (vllm#49497).
@@ -57,6 +58,10 @@ class EngineSpec:
     """Other tokens that end a response."""
     threads: int
     config: EngineConfig
+    gpus: float = 0
+    """GPUs of one engine; a fraction is a share of a card."""
+    start_timeout_s: float = 900
+    """Longest wait for other engines that start on the same card."""
     trust_remote_code: bool = False
     adapter: Path | None = None
     adapter_rank: int | None = None
@@ -106,8 +111,10 @@ class VllmEngine:
         )
         if not current_platform.is_cpu():
             check_triton("generation.resources.gpus")  # a node of a cluster has tools of its own
-            wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
-        self._llm: Any = LLM(**arguments)
+        with alone_on_card(spec.gpus, "generation", spec.start_timeout_s):
+            if not current_platform.is_cpu():
+                wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
+            self._llm: Any = LLM(**arguments)
         self._has_cache: bool = arguments["enable_prefix_caching"]
         self._of_each_call: dict[str, Any] = {"use_tqdm": False}
         if spec.adapter:

@@ -6,7 +6,7 @@ Unlike ``ray.serve.llm``, it checks files first and renders conversations as in 
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import FLASHINFER_SAMPLER, engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.runtime.gpu import check_triton
+from spin_ray.runtime.shared_cards import alone_on_card
 from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, COMPLETION, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
@@ -97,13 +98,22 @@ class IterateEngine(LLMServer):
             raise RunDirError(f"{folder}: changed after it was checked; restore it")
         self._renderer = open_renderer(str(folder), model, self._iterate.date)
         self._stops = [self._renderer.end_of_turn_id, *other_ends(folder, self._renderer)]
-        await super().start()
+        async with self._alone_on_card():
+            await super().start()
         engine: Any = self.engine  # private, but the only way to the renderer
         self._client = engine._engine_client
         self._vocabulary = self._client.model_config.get_vocab_size()
         self._watching = asyncio.get_running_loop().create_task(self._end_with_the_engine())
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
         collect_as_usual()
+
+    @asynccontextmanager
+    async def _alone_on_card(self) -> AsyncGenerator[None]:
+        serving = self._config.serving
+        with ExitStack() as held:
+            alone = alone_on_card(serving.resources.gpus, "serving", serving.start_timeout_s)
+            await asyncio.to_thread(held.enter_context, alone)
+            yield
 
     async def _end_with_the_engine(self) -> None:
         """Ends this process after vLLM's engine has died: Ray Serve then starts another at once."""

@@ -3,6 +3,8 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -110,6 +112,23 @@ def test_memory_of_the_cards_is_waited_for_before_vllm_starts(vllm, monkeypatch)
     vllm["is_cpu"] = False
     VllmEngine(spec_of(gpu_memory_utilization=0.4, tensor_parallel_size=2))
     assert asked == [((0.4, "generation.engine.gpu_memory_utilization", 2), False)]
+
+
+def test_engines_that_share_a_card_wait_for_memory_and_start_alone(vllm, monkeypatch):
+    """vLLM takes what another allocates meanwhile for its own."""
+    happened: list[Any] = []
+
+    @contextmanager
+    def alone(*given: Any) -> Iterator[None]:
+        happened.append(given)
+        yield
+        happened.append("arguments" in vllm)
+
+    monkeypatch.setattr(engine_module, "alone_on_card", alone)
+    monkeypatch.setattr(engine_module, "wait_for_memory", lambda *_: happened.append("memory"))
+    vllm["is_cpu"] = False
+    VllmEngine(replace(spec_of(), gpus=0.5, start_timeout_s=7))
+    assert happened == [(0.5, "generation", 7), "memory", True]
 
 
 def test_a_node_without_tools_to_compile_is_told_before_its_engine_starts(vllm, monkeypatch):
