@@ -214,7 +214,14 @@ def test_engines_that_share_a_card_start_one_after_another(monkeypatch: pytest.M
     """The processes of vLLM are Ray's, so that the replica knows only the node."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    config = tiny_config(serving={"resources": {"gpus": 0.5}, "start_timeout_s": 0.01})
+    config = override(
+        tiny_config(),
+        {
+            "serving.resources.gpus": "0.5",
+            "serving.start_timeout_s": "0.01",
+            "generation.engine.gpu_memory_utilization": "0.45",
+        },
+    )
     first, second = (object.__new__(IterateEngine) for _ in range(2))
     first._config = second._config = config
 
