@@ -314,6 +314,14 @@ def test_the_memory_of_a_node_that_offloading_takes_is_said(call, words, expecte
     assert all(any(each in note for note in said) for each in expected)
 
 
+def test_offloaded_gradients_of_several_packs_are_a_note(call):
+    """64 pairs a step on one card fill packs of 4,096 tokens, and adapters have few gradients."""
+    for words, said in (([], True), (["--train.pack_length=200000"], False), ([LORA.format("bf16")], False)):
+        _, out, error = call("--gpu", "H200", "--train.offload=true", *ONE_CARD, *words, "--json")
+        assert not error, words
+        assert any("29.0 GB of gradients are copied" in note for note in json.loads(out)["notes"]) is said
+
+
 def test_only_a_run_that_writes_whole_models_gathers_them(call):
     """Adapters are written alone; the warm-up's model is whole."""
     gathers = "the first train worker gathers the model to write it, 14.5 GB"

@@ -95,7 +95,7 @@ def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Choice]:
 
 
 def _warn_of_offload(job: TrainJob, packs: int, mesh: Mesh) -> None:
-    if dist.get_rank() or job.backend.lora is not None:
+    if not job.recipe.train.offload or dist.get_rank() or job.backend.lora is not None:
         return
     if warning := offload_warning(job.recipe, parameters_of(job.start.parts_here()[0]), packs, mesh):
         logger.warning("%s", warning)
