@@ -28,6 +28,10 @@ if ! $venv/bin/python -c '' 2>/dev/null; then
   "$python" -m venv --clear $venv
 fi
 bin=$venv/bin
+if [ "$venv" = .venv-gpu ]; then # vLLM and torch.compile need it when they run; told before gigabytes are installed
+  missing=$($bin/python -c 'import sys; sys.path.append("spin_ray/config"); from compilers import missing_tools; print(missing_tools() or "")')
+  if [ -n "$missing" ]; then say "a run on a GPU will need $missing"; fi
+fi
 uv=$(command -v uv || true)
 if [ -z "$uv" ] && $bin/pip install -q uv 2>/dev/null; then uv=$bin/uv; fi
 export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$($bin/pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)}}

@@ -227,7 +227,7 @@ class EngineConfig(Section):
     256 on CPUs. A run keeps its number."""
     gpu_memory_utilization: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
     """Fraction of the GPU's memory for weights and key-value cache. Engines that share a GPU need less each, e.g. 0.45
-    for two."""
+    for two, and start one after another."""
     cpu_kv_cache_gib: MayChange[Count] = 2
     """Size of the key-value cache on CPU, in GiB."""
     enforce_eager: bool = False

@@ -218,6 +218,8 @@ def _engine_spec(config: SpinConfig, start: Start, opponent: ModelFolder) -> Eng
         other_stop_ids=start.other_ends,
         threads=config.generation.resources.threads,
         config=config.resolve_dtype(config.generation.engine),
+        gpus=config.generation.resources.gpus,
+        start_timeout_s=config.generation.start_timeout_s,
         trust_remote_code=config.model.trust_remote_code,
         adapter_rank=config.train.lora.rank if config.train.lora and config.commits_adapters else None,
     )

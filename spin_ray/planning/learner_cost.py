@@ -1,12 +1,13 @@
 """Time and memory of scoring, training and evaluation."""
 
 from dataclasses import replace
+from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.learner.sizes import MOMENTS, ROWS_PER_CHUNK
 from spin_ray.planning.groups import Ranks, flat
-from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, Hardware
+from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, GB, Hardware
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import at_measured_rate
 from spin_ray.planning.stage_cost import RUNTIME, StageCost, summed
@@ -246,11 +247,14 @@ def learner_memory(
         memory |= {"gradients": 4 * trained}
         accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack
         memory |= {"whole gradients": 4.0 * weights.trained if accumulates else 0.0}
-    memory |= {
-        "gathered weights": _gathered_bytes(config, shape, mesh, trains=optimizer is not None, backward=backward),
-        "activations": _activation_bytes(config, shape, packs, backward=backward),
-        "runtime": RUNTIME,
-    }
+    gathered = _gathered_bytes(config, weights, mesh, trains=optimizer is not None)
+    activations = _activation_bytes(config, shape, packs, backward=backward)
+    if backward and mesh.ranks > 1:
+        gathered += _summed_bytes(config, shape, weights)
+    elif backward and config.train.backend == "fsdp2":
+        summed, activations = _summed_alone(config, shape, weights, packs, activations)
+        gathered += summed
+    memory |= {"gathered weights": gathered, "activations": activations, "runtime": RUNTIME}
     return {purpose: count for purpose, count in memory.items() if count}
 
 
@@ -273,6 +277,29 @@ def offloaded_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerC
     return ((4 * (2 + moments_of(optimizer)) + copied) * weights.trained + weights.frozen) / mesh.shard
 
 
+def offload_warning(config: SpinConfig, trained: float, packs: float, mesh: Mesh) -> str | None:
+    """Returns a warning if FSDP2 adds up gradients of several packs on the CPUs; None if it does not.
+
+    A later pack's gradients are copied to pageable memory, and the GPU waits for copies and additions (torch 2.13,
+    ``foreach_reduce``).
+
+    Args:
+        trained: parameters of the whole model that are trained.
+        packs: of a rank in a step.
+    """
+    train = config.train
+    moved = 4 * trained / mesh.shard / mesh.tensor
+    if not (train.offload and train.resources.gpus and train.reduces_every_pack) or train.backend != "fsdp2":
+        return None
+    if packs <= 1 or moved < GB:
+        return None
+    return (
+        f"train.offload: of each pack of a step but the first, {moved / GB:.1f} GB of gradients are copied to the "
+        f"node's memory and added by its CPUs, while the GPU waits; set a train.pack_length that holds a worker's rows "
+        f"of a step (now in about {ceil(packs)} packs), or train adapters (train.lora)"
+    )
+
+
 def _loading_memory(config: SpinConfig, shape: ModelShape, *, trains: bool) -> dict[str, float]:
     """Returns the bytes by purpose of a rank that loads a quantised base; nothing for others, which load shards.
 
@@ -285,18 +312,16 @@ def _loading_memory(config: SpinConfig, shape: ModelShape, *, trains: bool) -> d
     return {"whole base while loading": weights.whole + weights.frozen, "runtime": RUNTIME}
 
 
-def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
-    """Returns the bytes of gathered weights and of fp32 buffers for gradients.
+def _gathered_bytes(config: SpinConfig, weights: Weights, mesh: Mesh, *, trains: bool) -> float:
+    """Returns the bytes of gathered weights.
 
     Resharding keeps the root and two layers at once. A single worker also copies its weights to compute. Products
     dequantise their own weights, here those of one layer at once.
     """
-    weights = weights_of(config, shape, trains=trains)
     frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)
     resharded = config.train.sharding == "full" and (mesh.shard > 1 or frozen)
     layers = 2 if resharded else weights.layers
-    gathered = weights.root.gathered + layers * weights.layer.gathered + weights.layer.dequantised
-    return gathered + (_summed_bytes(config, shape, weights) if backward and mesh.ranks > 1 else 0.0)
+    return weights.root.gathered + layers * weights.layer.gathered + weights.layer.dequantised
 
 
 def _summed_bytes(config: SpinConfig, shape: ModelShape, weights: Weights) -> float:
@@ -309,6 +334,25 @@ def _summed_bytes(config: SpinConfig, shape: ModelShape, weights: Weights) -> fl
         return 2 * 4 * max(weights.root.trained, weights.layer.trained)
     matrix = shape.hidden * max(shape.vocab, 2 * shape.experts * shape.intermediate) if weights.root.trained else 0
     return max(4.0 * matrix, min(ZERO_3_BUCKET, 4.0 * weights.trained))
+
+
+def _summed_alone(
+    config: SpinConfig, shape: ModelShape, weights: Weights, packs: Packs, activations: float
+) -> tuple[float, float]:
+    """Returns the bytes of gradients beside the summed ones, and of activations then, of an only rank with FSDP2.
+
+    Without another rank, too, a unit's gradients are copied into two fp32 buffers, of which a step's first pack keeps
+    the second as its gradient (torch 2.13, ``foreach_reduce``). Layers are summed beside the activations and the head's
+    gradient in the format of the computation, the root after both.
+    """
+    if packs.per_rank_at_most > 1 and not config.train.reduces_every_pack:
+        return 0.0, activations  # whole gradients are counted, and are gone when the summed ones are there
+    kept = packs.per_rank_at_most == 1 and not (config.train.offload and config.train.resources.gpus)
+    copies = 1 if kept else 2
+    head = dtype_bytes(config) * shape.hidden * shape.vocab if weights.root.trained else 0
+    beside = max(0.0, copies * 4 * weights.layer.trained + head - (4 * weights.root.trained if kept else 0))
+    alone = copies * 4 * weights.root.trained
+    return (beside, activations) if beside + activations >= alone else (alone, 0.0)
 
 
 def _is_zero_3(config: SpinConfig) -> bool:

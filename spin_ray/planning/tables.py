@@ -9,12 +9,13 @@ from spin_ray.config.sections import Mesh, name_of
 from spin_ray.planning.cluster import Cluster, Devices
 from spin_ray.planning.disk import DiskUse, disk_use
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, GB
-from spin_ray.planning.learner_cost import most_offloaded_bytes
+from spin_ray.planning.learner_cost import most_offloaded_bytes, offload_warning
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import rate_of
 from spin_ray.planning.run_cost import Phase
 from spin_ray.planning.scaling import Scaling
 from spin_ray.planning.stage_cost import StageCost
+from spin_ray.planning.weights import weights_of
 from spin_ray.planning.work import Work
 from spin_ray.run_dir.events import exact_duration
 
@@ -87,6 +88,10 @@ def notes(
     use = disk_use(config, shape.parameters)
     yield from _host_memory(config, shape, devices, mesh, use)
     yield f"Disk of the run: {use}."
+    tokens = config.train.global_batch_pairs / mesh.data_ranks * (work.prompt + work.real + work.generated)
+    trained = weights_of(config, shape).trained
+    if warning := offload_warning(config, trained, tokens / config.train.pack_length, mesh):
+        yield f"{warning}."
     if config.train.lora and config.train.lora.base != "bf16":
         yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."
     if config.model.attention == "padded":

@@ -29,4 +29,7 @@ def file_lock(path: Path, *, alone: bool, timeout_s: float) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise TimeoutError from None
                 time.sleep(PAUSE_S)
-        yield
+        try:
+            yield
+        finally:  # a process forked meanwhile has the file, too, and would keep the lock
+            fcntl.flock(file.fileno(), fcntl.LOCK_UN)

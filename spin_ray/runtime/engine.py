@@ -13,8 +13,13 @@ from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import cpu
 from spin_ray.runtime.garbage import skip_imports
+from spin_ray.runtime.gpu import check_triton
 from spin_ray.runtime.gpu_memory import wait_for_memory
+from spin_ray.runtime.shared_cards import alone_on_card
 
+FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+"""Switch of a sampler that vLLM 0.29 builds with nvcc as it starts, also where no request uses it (vllm#49497).
+Seeded requests never do."""
 _MEMORY_SETTING = "generation.engine.gpu_memory_utilization"
 
 
@@ -53,6 +58,10 @@ class EngineSpec:
     """Other tokens that end a response."""
     threads: int
     config: EngineConfig
+    gpus: float = 0
+    """GPUs of one engine; a fraction is a share of a card."""
+    start_timeout_s: float = 900
+    """Longest wait for other engines that start on the same card."""
     trust_remote_code: bool = False
     adapter: Path | None = None
     adapter_rank: int | None = None
@@ -101,8 +110,11 @@ class VllmEngine:
             },
         )
         if not current_platform.is_cpu():
-            wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
-        self._llm: Any = LLM(**arguments)
+            check_triton("generation.resources.gpus")  # a node of a cluster has tools of its own
+        with alone_on_card(spec.gpus, "generation", spec.start_timeout_s):
+            if not current_platform.is_cpu():
+                wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
+            self._llm: Any = LLM(**arguments)
         self._has_cache: bool = arguments["enable_prefix_caching"]
         self._of_each_call: dict[str, Any] = {"use_tqdm": False}
         if spec.adapter:
@@ -145,6 +157,7 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault(FLASHINFER_SAMPLER, "0")
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     cpu.prepare(threads)

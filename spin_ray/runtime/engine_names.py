@@ -7,11 +7,11 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from spin_ray.config.compilers import CXX_COMPILER, has_cxx_compiler
+from spin_ray.config.compilers import missing_tools
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
-from spin_ray.runtime.gpu import runs_elsewhere
+from spin_ray.runtime.gpu import check_triton, runs_elsewhere
 
 _OF_GENERATION = {"engine/arg_utils.py": ("EngineArgs",)}
 """Classes whose fields are the arguments, by file."""
@@ -27,7 +27,7 @@ def check_engine(config: SpinConfig) -> None:
     """Checks what this machine's vLLM would refuse; the nodes of a cluster have their own.
 
     Raises:
-        ConfigError: an argument in ``extra`` is unknown, or there is no compiler for CPUs.
+        ConfigError: an argument in ``extra`` is unknown, or there is nothing to compile kernels with.
     """
     if runs_elsewhere(config):
         return
@@ -35,17 +35,22 @@ def check_engine(config: SpinConfig) -> None:
     _refuse_unknown("generation", engine, serving=False)
     if config.serving.engine:
         _refuse_unknown("serving", config.serving.engine, serving=True)
-    compiles = not (engine.enforce_eager or "compilation_config" in engine.extra or config.generation.resources.gpus)
-    if compiles and not has_cxx_compiler():
+    if config.generation.resources.gpus:
+        check_triton("generation.resources.gpus")
+        return
+    compiles = not (engine.enforce_eager or "compilation_config" in engine.extra)
+    if compiles and (missing := missing_tools(cxx=True)):
         raise ConfigError(
-            f"generation.engine.enforce_eager: false compiles for the CPU, for which {CXX_COMPILER} is missing; "
-            "install it or set true"
+            f"generation.engine.enforce_eager: false compiles for the CPU, which needs {missing}; install it or set "
+            "true"
         )
 
 
 def check_serving_engine(config: SpinConfig) -> None:
-    """Raises ConfigError if the local vLLM has no argument of a name in ``extra`` of the engines that serve."""
+    """Raises ConfigError if the local vLLM lacks an argument in ``extra``, or tools that engines on GPUs need."""
     _refuse_unknown("serving" if config.serving.engine else "generation", config.serving_engine, serving=True)
+    if config.serving.resources.gpus:
+        check_triton("serving.resources.gpus")
 
 
 def _refuse_unknown(section: str, engine: EngineConfig, *, serving: bool) -> None:

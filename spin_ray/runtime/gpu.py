@@ -1,10 +1,11 @@
 """Builds, environment and bf16 support for stages on GPUs."""
 
 import os
+import socket
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from spin_ray.config.compilers import C_COMPILER, has_c_compiler
+from spin_ray.config.compilers import missing_tools
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError
 
@@ -64,10 +65,22 @@ def check_compiler(config: SpinConfig) -> None:
     """Checks that this machine can compile layers, if the recipe insists on it.
 
     Raises:
-        ConfigError: there is no C compiler.
+        ConfigError: a compiler or Python's headers are missing.
     """
-    if config.train.compile is True and not runs_elsewhere(config) and not has_c_compiler():
-        raise ConfigError(f"train.compile: needs {C_COMPILER}; install it or set train.compile: false")
+    if config.train.compile is True and not runs_elsewhere(config) and (missing := missing_tools()):
+        raise ConfigError(f"train.compile: needs {missing}; install it or set train.compile: false")
+
+
+def check_triton(setting: str) -> None:
+    """Checks that Triton, which vLLM needs on any GPU, can compile on this machine.
+
+    Raises:
+        ConfigError: a compiler or Python's headers are missing; names ``setting``, which asks for GPUs.
+    """
+    if missing := missing_tools():
+        raise ConfigError(
+            f"{setting}: vLLM on GPUs compiles with Triton, for which {socket.gethostname()} lacks {missing}"
+        )
 
 
 def runs_elsewhere(config: SpinConfig) -> bool:

@@ -6,7 +6,7 @@ Unlike ``ray.serve.llm``, it checks files first and renders conversations as in 
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.learner.weights import layer_names
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
-from spin_ray.runtime.engine import engine_arguments, lora_arguments
+from spin_ray.runtime.engine import FLASHINFER_SAMPLER, engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
+from spin_ray.runtime.gpu import check_triton
+from spin_ray.runtime.shared_cards import alone_on_card
 from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, COMPLETION, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
@@ -81,15 +83,23 @@ class IterateEngine(LLMServer):
         await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:
-        """Starts the engine; raises RunDirError if the folder has changed since it was checked."""
+        """Starts the engine.
+
+        Raises:
+            ConfigError: the node lacks tools that GPUs need.
+            RunDirError: the folder has changed since it was checked.
+        """
         cpu.prepare(self._config.serving.resources.threads)
+        if self._config.serving.resources.gpus:
+            check_triton("serving.resources.gpus")
         folder, model = self._iterate.folder, self._config.model
         found = open_unchanged(folder, self._iterate.name, trust_remote_code=model.trust_remote_code)
         if found.digest != self._iterate.digest:
             raise RunDirError(f"{folder}: changed after it was checked; restore it")
         self._renderer = open_renderer(str(folder), model, self._iterate.date)
         self._stops = [self._renderer.end_of_turn_id, *other_ends(folder, self._renderer)]
-        await super().start()
+        async with self._alone_on_card():
+            await super().start()
         engine: Any = self.engine  # private, but the only way to the renderer
         self._client = engine._engine_client
         self._vocabulary = self._client.model_config.get_vocab_size()
@@ -101,6 +111,14 @@ class IterateEngine(LLMServer):
         """Starts the engine without Ray's telemetry: each would wait for an actor that imports torch first."""
         engine: Any = self.engine
         await engine.start()
+
+    @asynccontextmanager
+    async def _alone_on_card(self) -> AsyncGenerator[None]:
+        serving = self._config.serving
+        with ExitStack() as held:
+            alone = alone_on_card(serving.resources.gpus, "serving", serving.start_timeout_s)
+            await asyncio.to_thread(held.enter_context, alone)
+            yield
 
     async def _end_with_the_engine(self) -> None:
         """Ends this process after vLLM's engine has died: Ray Serve then starts another at once."""
@@ -352,6 +370,7 @@ def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        FLASHINFER_SAMPLER: os.environ.get(FLASHINFER_SAMPLER, "0"),
     }
 
 

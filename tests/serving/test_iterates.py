@@ -6,24 +6,28 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from vllm import SamplingParams
+from vllm.envs import environment_variables
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.utils import is_in_target_modules
 
 from spin_ray.config.limits import TEMPERATURES
 from spin_ray.config.load import override
-from spin_ray.errors import ConfigError, DataError, ResourceError, RunDirError
+from spin_ray.config.sections import ServingConfig
+from spin_ray.errors import ConfigError, DataError, ResourceError, RunDirError, StageError
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
+from spin_ray.runtime.engine import FLASHINFER_SAMPLER
 from spin_ray.serving.app import build, check_devices
 from spin_ray.serving.batch import compare_rows, read_rows
-from spin_ray.serving.iterate_engine import _for_adapters, build_engine
+from spin_ray.serving.iterate_engine import IterateEngine, _environment, _for_adapters, build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
 from spin_ray.serving.server import check_room, check_settings, start, with_room
 from tests.support.fake_engines import FakeEngines
@@ -198,6 +202,40 @@ def test_replicas_place_and_parts_of_an_engine_are_the_configs(run: RunDir, requ
     large = options(engine=sizes, resources=json.dumps({"cpus": 2, "gpus": 4, "labels": labels}))
     assert large._replica_config.placement_group_bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
     assert large._replica_config.placement_group_bundle_label_selector == [labels] * 4
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "0"), ("1", "1")])
+def test_no_engine_that_serves_needs_nvcc_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, expected: str
+) -> None:
+    assert FLASHINFER_SAMPLER in environment_variables, "vLLM's name"
+    monkeypatch.delenv(FLASHINFER_SAMPLER, raising=False)
+    if own:
+        monkeypatch.setenv(FLASHINFER_SAMPLER, own)
+    assert _environment(ServingConfig(), 1)[FLASHINFER_SAMPLER] == expected
+
+
+def test_engines_that_share_a_card_start_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The processes of vLLM are Ray's, so that the replica knows only the node."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = override(
+        tiny_config(),
+        {
+            "serving.resources.gpus": "0.5",
+            "serving.start_timeout_s": "0.01",
+            "generation.engine.gpu_memory_utilization": "0.45",
+        },
+    )
+    first, second = (object.__new__(IterateEngine) for _ in range(2))
+    first._config = second._config = config
+
+    async def starts() -> None:
+        async with first._alone_on_card(), second._alone_on_card():
+            pass
+
+    with pytest.raises(StageError, match=r"^serving\.start_timeout_s: after 0\.01 s another engine is .* on this node"):
+        asyncio.run(starts())
 
 
 def test_temperatures_are_refused_where_vllm_refuses_or_changes_them():

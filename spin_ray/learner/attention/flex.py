@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from spin_ray.config.compilers import missing_tools
 from spin_ray.learner.attention.base import Window, effective_windows, to_device
 from spin_ray.learner.attention.capability import too_old
 from spin_ray.learner.attention.hook import allow_many_graphs
@@ -35,6 +36,8 @@ class Flex:
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cuda" and find_spec("triton") is None:
             return "FlexAttention needs triton, which is not installed"
+        if device.type == "cuda" and (missing := missing_tools()):
+            return f"FlexAttention needs {missing}"
         return too_old(device, "FlexAttention")
 
     def prepare(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin_ray.config.compilers import C_COMPILER, has_c_compiler
+from spin_ray.config.compilers import missing_tools
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapter_folder import write_adapter
 from spin_ray.learner.adapters import file_name, is_adapter, merge_adapters, stored_name
@@ -44,17 +44,14 @@ def compiles(wanted: bool | Literal["auto"], device: torch.device, *, split: boo
         split: layers are split over a tensor group, on which torch 2.13's compiler fails (RecursionError).
 
     Raises:
-        ModelError: ``wanted`` is True, but a compiler is missing or layers are split.
+        ModelError: ``wanted`` is True, but a compiler or Python's headers are missing, or layers are split.
     """
     if split and wanted is True:
         raise ModelError("train.compile: layers that are split (train.mesh.tensor) cannot be compiled; leave it out")
     if not wanted or split or (wanted == "auto" and device.type == "cpu"):
         return False
-    missing = None
-    if device.type == "cuda" and find_spec("triton") is None:
-        missing = "the package triton"
-    elif not has_c_compiler():
-        missing = C_COMPILER
+    no_triton = device.type == "cuda" and find_spec("triton") is None
+    missing = "the package triton" if no_triton else missing_tools()
     if missing and wanted == "auto":
         logger.warning("train.compile: needs %s; training goes on uncompiled, which is slower", missing)
     elif missing:
@@ -135,8 +132,11 @@ def export(
     lora, adapter_alone = settings.lora, settings.lora is not None and not settings.lora.merge
     whole = ((name, gather(tensor)) for name, tensor in tensors if is_adapter(name) or not adapter_alone)
     if dist.get_rank() != 0:
-        for _ in whole:
-            pass
+        for _, weight in whole:
+            # NCCL's watchdog counts from the call. All gathers at once would have to end, with rank 0's whole write
+            # between them, within the timeout of one.
+            if weight.is_cuda:
+                torch.cuda.current_stream(weight.device).synchronize()
         return
     names = {stored_name(name) for name, _ in tensors if not is_adapter(name)}
     if lora is not None and not adapter_alone:

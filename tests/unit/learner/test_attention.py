@@ -164,6 +164,9 @@ def test_varlen_refuses_what_its_kernel_would_ignore(long_pack: PackedBatch) -> 
 def test_reasons_against_a_way_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     assert ATTENTIONS["varlen"].why_not(cuda, torch.float32) == "varlen_attn computes in bf16 or fp16, not in float32"
+    monkeypatch.setattr(flex, "find_spec", lambda name: name)
+    monkeypatch.setattr(flex, "missing_tools", lambda: "Python.h")
+    assert ATTENTIONS["flex"].why_not(cuda, torch.bfloat16) == "FlexAttention needs Python.h"
     assert "is for CPUs" in str(ATTENTIONS["trees"].why_not(cuda, torch.float32))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(capability, "_card", lambda _: "Tesla T4")

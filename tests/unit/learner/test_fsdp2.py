@@ -3,9 +3,11 @@
 import gc
 import json
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,6 +273,18 @@ def test_layers_are_compiled_on_gpus_that_have_the_tools_for_it(monkeypatch: pyt
         modules.compiles(True, cpu)
 
 
+def test_without_pythons_headers_layers_stay_uncompiled_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton compiles against them at the first launch; a distribution's Python has them in a package of their own."""
+    monkeypatch.setattr(modules, "find_spec", lambda name: name)
+    monkeypatch.setattr(compilers.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert not modules.compiles("auto", torch.device("cuda"))
+    assert re.search(r"needs \S+/Python\.h \(apt-get install python3\.\d+-dev, or take a Python that", caplog.text)
+    with pytest.raises(ModelError, match=r"^train\.compile: needs \S+/Python\.h"):
+        modules.compiles(True, torch.device("cuda"))
+
+
 def test_layers_that_are_split_stay_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.13's compiler ends in a RecursionError on them."""
     monkeypatch.setattr(modules, "find_spec", lambda name: name)
@@ -314,6 +328,27 @@ def test_scoring_sees_the_weights_that_load_and_step_put_in_place(make: MakeBack
     assert not torch.equal(scores(backend)[0], first[0])
     backend.load(tmp_path)
     assert_same_bits(scores(backend), first)
+
+
+def test_ranks_that_write_nothing_wait_for_each_gather_of_an_export(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """NCCL counts a collective's time from the call, and rank 0 writes between two of them."""
+    done: list[str] = []
+    monkeypatch.setattr(modules.dist, "get_rank", lambda: 1)
+    stream = SimpleNamespace(synchronize=lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def gather(tensor: Any) -> Any:
+        done.append(tensor.name)
+        return tensor
+
+    devices = {"a": "cuda", "b": "cuda", "c": "cpu"}
+    tensors: Any = [
+        (name, SimpleNamespace(name=name, is_cuda=device == "cuda", device=device)) for name, device in devices.items()
+    ]
+    modules.export(tmp_path, None, tensors, gather, tmp_path, BackendSettings(max_length=8))
+    assert done == ["a", "wait", "b", "wait", "c"]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import Mesh
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop
@@ -337,3 +338,16 @@ def test_a_training_counts_the_kept_steps_of_all_its_worker_groups(run, jobs, mo
     commit = run.events()[-1]
     assert (commit["steps"], commit["tokens"], commit["tokens_per_s"]) == (6, 3000, 3.0)
     assert commit["useful"] == pytest.approx((10 + 2 * 101 + 4 * 102) / 1000)
+
+
+def test_a_training_that_adds_up_offloaded_gradients_says_so_once(monkeypatch, caplog):
+    """20 packs of a step on two shards; the first worker says it."""
+    recipe = config_of(train={"workers": 2, "offload": True, "resources": {"gpus": 1}})
+    start: Any = SimpleNamespace(parts_here=lambda: ("folder", None))
+    job: Any = SimpleNamespace(recipe=recipe, start=start, backend=BackendSettings(max_length=8))
+    monkeypatch.setattr(worker, "parameters_of", lambda folder: 8_000_000_000)
+    for rank in range(2):
+        monkeypatch.setattr(worker.dist, "get_rank", lambda rank=rank: rank)
+        worker._warn_of_offload(job, 10, Mesh(shard=2))
+    [told] = caplog.messages
+    assert "16.0 GB of gradients" in told and "in about 10 packs" in told

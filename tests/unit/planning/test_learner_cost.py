@@ -2,13 +2,19 @@
 
 import gc
 import json
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
@@ -25,6 +31,7 @@ from spin_ray.planning.learner_cost import (
     evaluation_cost,
     learner_memory,
     moments_of,
+    offload_warning,
     pack_flops,
     scoring_cost,
     settle_checkpointing,
@@ -209,6 +216,80 @@ def _bytes_of_tensors() -> int:
     return sum({it.untyped_storage().data_ptr(): it.untyped_storage().nbytes() for it in tensors}.values())
 
 
+class Made(TorchDispatchMode):
+    """The bytes of memory that is taken meanwhile; ``most`` at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._alive = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # asked again for its local tensors
+        result = func(*args, **(kwargs or {}))
+        given = {it.untyped_storage()._cdata for it in tree_leaves((args, kwargs)) if isinstance(it, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known | given:
+                    self._known.add(storage._cdata)
+                    self._alive += storage.nbytes()
+                    self.most = max(self.most, self._alive)
+                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        return result
+
+    def _forget(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self._alive -= size
+
+
+def _count_fsdp2_bytes(rank: int, folder: Path, packs: int) -> None:
+    """Writes the most bytes that are taken in the last pack but one of a second step, or in its only pack."""
+    settings = BackendSettings(
+        max_length=48, precision="bf16", optimizer=RMSPROP, learning_rate=1e-5, total_steps=2, reduce_every_pack=True
+    )
+    with one_rank(folder):
+        backend = make_backend(folder / "model", settings, torch.device("cpu"))
+        batch = batches_of(random_rows(0, trees=1))[0]
+        for _ in range(2):
+            for number in range(packs):
+                if number == max(0, packs - 2):
+                    gathered = backend.logps(batch) if packs == 1 else None  # noqa: F841
+                    held = _bytes_of_tensors()
+                    with Made() as made:
+                        backend.backward(backend.logps(batch).sum(), last_microbatch=False)
+                else:
+                    backend.backward(backend.logps(batch).sum(), last_microbatch=number == packs - 1)
+            backend.step()
+    (folder / "bytes.json").write_text(json.dumps(held + made.most))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packs", [3, 1])
+@pytest.mark.parametrize(("vocab", "inner"), [(4096, 64), (64, 4096)])
+def test_one_rank_needs_the_bytes_of_the_plan_while_it_sums_gradients(
+    vocab: int, inner: int, packs: int, tmp_path: Path
+):
+    """The most is needed for the root with a large vocabulary, else for a layer, whose activations are small here.
+
+    torch copies gradients into two buffers also without another rank.
+    """
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab, hidden_size=512, intermediate_size=inner, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    folder = save_model(tmp_path / "model", model.eval())
+    run_ranks(_count_fsdp2_bytes, (tmp_path, packs), 1)
+    config = tiny_config(pack_length=32, reduce_every_pack=True)
+    several = replace(ONE_PACK, per_rank=packs, per_rank_at_most=packs, length=32, targets=16)
+    memory = learner_memory(config, ModelShape.from_folder(folder), several, optimizer=RMSPROP, backward=True)
+    needed = sum(memory.values()) - RUNTIME
+    assert json.loads((tmp_path / "bytes.json").read_text()) == pytest.approx(needed, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sharding", "precision"), [("full", "bf16"), ("full", "fp32"), ("shard_grad_op", "bf16")])
 def test_zero_keeps_the_bytes_of_the_plan(sharding: str, precision: str, tmp_path: Path):
@@ -254,6 +335,19 @@ def test_zero_3_sums_gradients_in_copies_of_its_bucket_and_not_of_a_unit():
 
     assert (summed(fsdp2, MISTRAL_7B), summed(zero_3, MISTRAL_7B)) == (8 * MISTRAL_7B.root, 2e9)
     assert (summed(fsdp2, large), summed(zero_3, large)) == (8 * large.root, 4 * 4096 * 256_000)
+
+
+def test_offloaded_gradients_of_several_packs_are_told_with_the_cure():
+    """torch copies a later pack's gradients to pageable memory and adds them there: 29 GB of a 7B."""
+    config = ZEPHYR.with_train(workers=1, offload=True, compile=False)
+    warned = partial(offload_warning, trained=MISTRAL_7B.parameters, mesh=Mesh())
+    told = warned(config, packs=2.2)
+    assert told and "29.0 GB" in told and "in about 3 packs" in told and "train.pack_length" in told
+    assert warned(config, packs=1) is None
+    assert warned(config.with_train(offload=False), packs=2) is None
+    assert warned(config.with_train(reduce_every_pack=False), packs=2) is None
+    assert warned(config, packs=2, trained=4e7) is None, "adapters"
+    assert "14.5 GB" in (warned(config, packs=2, mesh=Mesh(shard=2)) or "")
 
 
 def test_evaluation_holds_neither_gradients_nor_optimizer():

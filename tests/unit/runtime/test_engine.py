@@ -3,6 +3,8 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,9 +16,9 @@ from spin_ray.config import recipe
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.runtime import cpu
+from spin_ray.runtime import cpu, gpu
 from spin_ray.runtime import engine as engine_module
-from spin_ray.runtime.engine import Completion, EngineSpec, VllmEngine, _completion, platform
+from spin_ray.runtime.engine import FLASHINFER_SAMPLER, Completion, EngineSpec, VllmEngine, _completion, platform
 from tests.support.fakes import config_of
 
 MODEL = resolve("embedded:tiny-llama")
@@ -112,6 +114,31 @@ def test_memory_of_the_cards_is_waited_for_before_vllm_starts(vllm, monkeypatch)
     assert asked == [((0.4, "generation.engine.gpu_memory_utilization", 2), False)]
 
 
+def test_engines_that_share_a_card_wait_for_memory_and_start_alone(vllm, monkeypatch):
+    """vLLM takes what another allocates meanwhile for its own."""
+    happened: list[Any] = []
+
+    @contextmanager
+    def alone(*given: Any) -> Iterator[None]:
+        happened.append(given)
+        yield
+        happened.append("arguments" in vllm)
+
+    monkeypatch.setattr(engine_module, "alone_on_card", alone)
+    monkeypatch.setattr(engine_module, "wait_for_memory", lambda *_: happened.append("memory"))
+    vllm["is_cpu"] = False
+    VllmEngine(replace(spec_of(), gpus=0.5, start_timeout_s=7))
+    assert happened == [(0.5, "generation", 7), "memory", True]
+
+
+def test_a_node_without_tools_to_compile_is_told_before_its_engine_starts(vllm, monkeypatch):
+    monkeypatch.setattr(gpu, "missing_tools", lambda: "Python.h")
+    VllmEngine(spec_of())
+    vllm["is_cpu"] = False
+    with pytest.raises(ConfigError, match=rf"{socket.gethostname()} lacks Python\.h"):
+        VllmEngine(spec_of())
+
+
 def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
     """Sampling never comes from the model folder, nothing is cached between calls, and only safetensors are read."""
     VllmEngine(spec_of(dtype="bfloat16", max_num_seqs=64, enforce_eager=True))
@@ -168,6 +195,16 @@ def test_the_scheduler_runs_in_this_process_with_its_threads_and_memory(vllm):
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "5"
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "0"), ("1", "1")])
+def test_no_engine_needs_nvcc_for_a_sampler_unless_the_user_wants_it(vllm, monkeypatch, own, expected):
+    """vLLM 0.29 builds FlashInfer's sampler with nvcc as it starts, on any card that could run it."""
+    monkeypatch.delitem(os.environ, FLASHINFER_SAMPLER, raising=False)
+    if own:
+        monkeypatch.setitem(os.environ, FLASHINFER_SAMPLER, own)
+    VllmEngine(spec_of())
+    assert vllm["environment"][FLASHINFER_SAMPLER] == expected
 
 
 # Generating

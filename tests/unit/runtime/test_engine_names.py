@@ -1,12 +1,15 @@
 """What vLLM would refuse after a warm-up is told at the start."""
 
 import dataclasses
+import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from spin_ray.config import compilers
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, last_line
 from spin_ray.runtime import engine_names, gpu
@@ -72,15 +75,41 @@ def test_a_missing_compiler_is_told_before_an_engine_starts(monkeypatch: pytest.
     for name in ("CXX", "CC", "TORCH_INDUCTOR_INSTALL_GXX"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(
-        ConfigError, match=r"^generation\.engine\.enforce_eager: .* a C\+\+ compiler \(g\+\+\) is missing"
+        ConfigError,
+        match=r"^generation\.engine\.enforce_eager: .* needs a C\+\+ compiler \(g\+\+\) \(apt-get install g\+\+\)",
     ):
         check_engine(recipe())
     check_engine(recipe(generation={"engine": {"enforce_eager": True}}))
-    check_engine(recipe(generation={"resources": {"gpus": 1}}))
+    with pytest.raises(
+        ConfigError,
+        match=r"^generation\.resources\.gpus: .* lacks a C compiler \(gcc or clang\) \(apt-get install gcc\)",
+    ):
+        check_engine(recipe(generation={"resources": {"gpus": 1}}))
+    with pytest.raises(ConfigError, match=r"^serving\.resources\.gpus: .* lacks a C compiler"):
+        check_serving_engine(recipe(serving={"resources": {"gpus": 1}}))
     check_engine(recipe(cluster={"address": "head:6379"}))
     with pytest.raises(ConfigError, match=r"^train\.compile: needs a C compiler \(gcc or clang\)"):
         gpu.check_compiler(recipe(train={"compile": True}))
     gpu.check_compiler(recipe(train={"compile": "auto"}))
+
+
+def test_missing_headers_of_python_are_told_before_an_engine_of_a_gpu_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A distribution's Python has them in a package of their own."""
+    gpus = recipe(generation={"resources": {"gpus": 1}})
+    monkeypatch.setenv("CC", sys.executable)
+    check_engine(gpus)
+    monkeypatch.setattr(compilers.sysconfig, "get_path", lambda *_: str(tmp_path))
+    minor = sys.version_info.minor
+    with pytest.raises(ConfigError) as told:
+        check_engine(gpus)
+    assert str(told.value) == (
+        "generation.resources.gpus: vLLM on GPUs compiles with Triton, for which "
+        f"{socket.gethostname()} lacks {tmp_path}/Python.h (apt-get install python3.{minor}-dev, or take a "
+        "Python that brings its headers, as uv's and conda's do)"
+    )
+    check_engine(recipe(generation={"resources": {"gpus": 1}}, cluster={"address": "head:6379"}))
 
 
 def test_pydantics_advice_is_no_cause() -> None:

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from spin_ray.config.sections import Mesh
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import TrainBackend
@@ -27,6 +29,7 @@ from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.loop.stages.training.recomputation import recomputes
 from spin_ray.loop.stages.training.teacher import load_teacher
 from spin_ray.planning.disk import checkpoint_bytes, free_bytes, parameters_of
+from spin_ray.planning.learner_cost import offload_warning
 from spin_ray.planning.mesh import Choice, mesh_of
 from spin_ray.planning.weights import dtype_bytes
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
@@ -59,6 +62,7 @@ def work(job: TrainJob) -> dict[str, Any]:
     table = _share(_pairs(job.rows), own)
     steps = [step for epoch in epochs for step in epoch]
     backend = _backend(job, total_steps=sum(map(len, planned)))
+    _warn_of_offload(job, max((ceil(len(step.packs) / ranks) for step in steps), default=0), choice.mesh)
     started = time.monotonic()
     audited = audit_engine(job, backend)
     reference = _reference(job, backend, epochs[0], table)
@@ -88,6 +92,13 @@ def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Choice]:
         logger.info("%s", choice)
     backend, shape = replace(job.backend, mesh=choice.mesh), replace(job.shape, tensor=choice.mesh.tensor)
     return replace(job, backend=backend, shape=shape), choice
+
+
+def _warn_of_offload(job: TrainJob, packs: int, mesh: Mesh) -> None:
+    if not job.recipe.train.offload or dist.get_rank() or job.backend.lora is not None:
+        return
+    if warning := offload_warning(job.recipe, parameters_of(job.start.parts_here()[0]), packs, mesh):
+        logger.warning("%s", warning)
 
 
 def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
