@@ -130,6 +130,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with_on_another_machine(machine
     """Also a run of the versions whose default was bf16: their run.json says so."""
     run = RunDir(Storage(tmp_path / "run"))
     run.begin(config_of(train={"precision": began}), FACTS)
+    run.storage.create("sft/train_log.jsonl", b"")
     machine["says"] = here
     config = with_precision(config_of(train={"precision": "auto"}), run)
     assert of(config) == began
@@ -140,6 +141,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with_on_another_machine(machine
 def test_another_precision_than_the_run_began_with_is_refused(tmp_path):
     run = RunDir(Storage(tmp_path / "run"))
     run.begin(config_of(train={"precision": "bf16"}), FACTS)
+    run.storage.create("sft/train_log.jsonl", b"")
     with pytest.raises(RunDirError, match=r"train\.precision \(was 'bf16', now 'fp32'\)"):
         run.begin(with_precision(config_of(train={"precision": "fp32"}), run), FACTS)
 
