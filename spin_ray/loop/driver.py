@@ -23,7 +23,7 @@ from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
 from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers, samples_of
-from spin_ray.loop.algorithms.rows import make_rows
+from spin_ray.loop.algorithms.prepare import prepare_training
 from spin_ray.loop.algorithms.table import find_algorithm, imported_by_workers
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
@@ -128,7 +128,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, p
         if _should_stop(run, config, evaluations):
             break
         if iteration < config.iterations:
-            training.run(run, config, iteration, opponent, make_rows(turn, algorithm))
+            training.run(run, config, iteration, opponent, prepare_training(turn, algorithm))
         previous = opponent
 
 

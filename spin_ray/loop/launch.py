@@ -52,7 +52,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         StageError: a stage failed; a second call continues from the committed artefacts.
     """
     with _opened(config, out) as (run, config, inputs):
-        if is_finished(run, config):
+        if is_finished(run, config) and not _probes_again(run, config, inputs):
             run.begin(config, inputs.facts())
             for model in _models(run, config):
                 model.verify()  # a finished run reports damage, too
@@ -149,6 +149,13 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
         return False
     at_end = latest == iterate_name(config.iterations)
     return at_end or bool(evidence_to_stop(config, read_evaluations(run, config)))
+
+
+def _probes_again(run: RunDir, config: SpinConfig, inputs: Inputs) -> bool:
+    """Tells whether a probe that stopped the run was one of another recipe, model or data."""
+    if run.latest() is not None:
+        return False
+    return bool(run.differing(config, inputs.facts())) or run.config().at(0) != config.at(0)
 
 
 def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:

@@ -28,7 +28,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.actors import task_options
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.placement import in_the_cluster
-from spin_ray.runtime.waiting import wait_until_free
+from spin_ray.runtime.waiting import wait_for_a_task
 
 PRESETS: dict[str, tuple[Benchmark, ...]] = {
     # Open LLM Leaderboard, version 1: table 1 of the SPIN paper, which quotes the mean of the six.
@@ -194,25 +194,20 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
 
     connect(config)
     resources = backend_resources(config, request.backend)
-    stage, most = (
-        ("generation", config.generation.replicas) if request.backend == "vllm" else ("train", config.train.workers)
-    )
-    parts = split(request, most)
-    wait_until_free(_with_one(config), stage, f"lm-eval on {request.name}")  # the other parts may follow the first
-    limit_s = config.train.stall_timeout_s
+    section = config.generation if request.backend == "vllm" else config.train
+    parts = split(request, config.generation.replicas if request.backend == "vllm" else config.train.workers)
+    limit_s = max(section.start_timeout_s, config.cluster.wait_for_nodes_s)
+    wait_for_a_task(resources, limit_s, f"lm-eval on {request.name}")  # the other parts may follow the first
     # max_calls=1 ends the process afterwards: vLLM and torch give no memory back.
     task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
     running = {task.remote(run_dir, iterate, part): part for part in parts}
 
     def ended() -> Iterator[tuple[Request, dict[str, Any] | Exception]]:
         while running:
-            ready, _ = ray.wait(list(running), timeout=limit_s)
+            ready, _ = ray.wait(list(running), timeout=config.train.stall_timeout_s)
             if not ready:
-                tasks = ",".join(benchmark.task for part in running.values() for benchmark in part.benchmarks)
-                raise StageError(
-                    f"waited {limit_s:.0f} s (train.stall_timeout_s) for lm-eval on {request.name}, --tasks {tasks}; "
-                    f"{in_the_cluster()}"
-                )
+                yield from _stuck(running, config.train.stall_timeout_s)
+                return
             [first] = ready
             part = running.pop(first)
             try:
@@ -223,10 +218,13 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
     yield from results_of(ended())
 
 
-def _with_one(config: SpinConfig) -> SpinConfig:
-    """Returns the config with one train worker and one engine."""
-    one = config.generation.model_copy(update={"replicas": 1, "min_replicas": None})
-    return config.with_train(workers=1, min_workers=None).model_copy(update={"generation": one})
+def _stuck(running: dict[Any, Request], waited_s: float) -> Iterator[tuple[Request, Exception]]:
+    """Ends the tasks of all parts that run; yields each with its error."""
+    import ray
+
+    for task, part in running.items():
+        ray.cancel(task, force=True)
+        yield part, StageError(f"waited {waited_s:.0f} s (train.stall_timeout_s); {in_the_cluster()}")
 
 
 def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> Iterator[dict[str, Any]]:

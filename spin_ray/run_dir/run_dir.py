@@ -17,13 +17,13 @@ from typing import Any
 
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import OtherRunError, RunDirError
+from spin_ray.errors import RunDirError
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.bound import ROWS, Made, bound_to, has_learnt, made_in, without_moved
+from spin_ray.run_dir.bound import accept, has_learnt, without_moved
 from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, was_cut_off, write_event
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
-from spin_ray.run_dir.storage import ATTEMPTS, MANIFEST, Storage
+from spin_ray.run_dir.storage import ATTEMPTS, Storage
 from spin_ray.run_dir.trained import refuse_other_values, trained_with, with_trained
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,8 @@ class RunDir:
         """
         if self.storage.exists("run.json"):
             config = config.settle_auto("precision", self.config())
-            self._refuse_other(config, facts)
+            if differing := self.differing(config, facts):
+                accept(self.storage, differing)
             refuse_other_values(self.storage.root, self.trained(), config)
             facts = facts | self._versions(facts)
         elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
@@ -161,33 +162,16 @@ class RunDir:
 
     @property
     def has_begun(self) -> bool:
-        """True if a training or an engine has worked by the recipe in run.json."""
+        """True if the folder holds more than rows and a probe."""
         return self.storage.exists("run.json") and has_learnt(self.storage)
 
-    def _refuse_other(self, config: SpinConfig, facts: dict[str, Any]) -> None:
+    def differing(self, config: SpinConfig, facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Returns the settings and inputs that differ from run.json's, then and now. Inputs may have moved."""
         stored = self.description()
         then = self.config().settle_auto("precision", config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
-        differing = {key: pair for key, pair in each.items() if pair[0] != pair[1]}
-        differing = without_moved(differing, stored["inputs"])
-        if not differing:
-            return
-        made = made_in(self.storage)
-        bound = bound_to(made, differing)
-        if bound and made > Made.ROWS:
-            raise OtherRunError(self.storage.root, {key: differing[key] for key in bound})
-        changed = "; ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items())
-        again = "; the rows are made again" if bound else ""
-        logger.info("%s: changed before anything was made with it: %s%s", self.storage.root, changed, again)
-        if bound or made == Made.NOTHING:
-            self._discard_rows()
-
-    def _discard_rows(self) -> None:
-        for name in ROWS:
-            self.storage.delete(f"{name}/{MANIFEST}")  # first: without it, no half of a folder counts
-            self.storage.delete(name)
-            self.storage.delete(f"quarantine/{name}.parquet")
+        return without_moved({key: pair for key, pair in each.items() if pair[0] != pair[1]}, stored["inputs"])
 
     def config(self) -> SpinConfig:
         """Returns the config in run.json, whose combinations the version that wrote it has checked.

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import ray
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import StageError
+from spin_ray.runtime.actors import task_options
 from spin_ray.runtime.placement import asking, covers, demands, in_the_cluster, lack_of, request_now, shown
 
 Row = TypeVar("Row")
@@ -49,6 +51,25 @@ def _still_waiting(what: str, waited_s: float, needed: dict[str, float], lack: s
     if not lack:
         return said
     return f"{said}; {lack}{'' if asked else ' (an autoscaler is asked only with cluster.wait_for_nodes_s)'}"
+
+
+def wait_for_a_task(resources: ResourcesConfig, limit_s: float, what: str) -> None:
+    """Waits until a task with ``resources`` has run. Until then it is a demand that an autoscaler sees.
+
+    Raises:
+        StageError: it has not run after ``limit_s``; says that ``what`` waited.
+    """
+    task = ray.remote(_do_nothing).options(**task_options(resources, retries=0)).remote()
+    try:
+        ray.get(task, timeout=limit_s)
+    except ray.exceptions.GetTimeoutError as error:
+        ray.cancel(task)
+        wanted = shown(resources.bundle)
+        raise StageError(f"{what}: waited {limit_s:.0f} s for {wanted} to be free; {in_the_cluster()}") from error
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str) -> Iterator[Row]:

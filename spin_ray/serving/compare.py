@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import RunDirError
+from spin_ray.errors import StageError, UserError
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
@@ -55,7 +55,7 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig, run: 
 
 def _as_made(run: RunDir | None, config: SpinConfig) -> SpinConfig:
     """Returns the run's recipe as its iterates were made; ``config`` if the run cannot be read here."""
-    with suppress(RunDirError, OSError):
+    with suppress(UserError, StageError, OSError):
         return run.config_as_made() if run else config
     return config
 

@@ -9,6 +9,7 @@ import pytest
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, OtherRunError
 from spin_ray.loop import driver, launch
+from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -83,14 +84,27 @@ def test_after_the_warm_up_what_it_read_is_bound_and_what_comes_later_is_not(con
 def test_after_the_answers_the_training_on_them_may_still_be_corrected(config, tmp_path, monkeypatch):
     """Hours of answers should not be lost for a batch that is too large, or a training that fails."""
     out = tmp_path / "run"
-    stopped_before(monkeypatch, config, out, training, "run")
+    stopped_before(monkeypatch, config, out, pairs, "build")
     answers = small_run.committed(out / "iter_000/generations")
-    assert answers and (out / "iter_000/pairs").exists()
+    assert answers
     with pytest.raises(OtherRunError, match=r"generation\.sampling\.max_tokens"):
         small_run.run(with_values(config, generation={"sampling": {"max_tokens": 6}}), out)
     other = with_values(config, objective={"sft_weight": 0.5}, train={"global_batch_pairs": 3})
     small_run.run(other, out)
     assert small_run.committed(out / "iter_000/generations") == answers
+    small_run.run(other, tmp_path / "anew")
+    assert small_run.committed(out) == small_run.committed(tmp_path / "anew")
+
+
+def test_after_the_pairs_their_objective_may_be_corrected_but_not_what_made_them(config, tmp_path, monkeypatch):
+    """Scores are made by the batches of the pairs, so that the first margins are exactly 0."""
+    out = tmp_path / "run"
+    stopped_before(monkeypatch, config, out, training, "run")
+    for sections in ({"train": {"global_batch_pairs": 3}}, {"objective": {"window": 3}}):
+        with pytest.raises(OtherRunError):
+            small_run.run(with_values(config, **sections), out)
+    other = with_values(config, objective={"sft_weight": 0.5})
+    small_run.run(other, out)
     small_run.run(other, tmp_path / "anew")
     assert small_run.committed(out) == small_run.committed(tmp_path / "anew")
 

@@ -79,5 +79,5 @@ def problems_of(algorithm: Algorithm, config: SpinConfig) -> Iterator[str]:
     if config.train.pack_length < least:
         yield (
             f"train.pack_length: {config.train.pack_length} may not hold a prompt with its responses in algorithm "
-            f"{config.algorithm}; raise it to {least}, or lower model.max_length or generation.sampling.max_tokens"
+            f"{config.algorithm}; raise it to {least}, or lower model.max_length"
         )

@@ -101,7 +101,7 @@ def build(
     *,
     algorithm: str,
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
-    """Writes the parts and returns entries and counts. One part of each input is in memory.
+    """Writes the parts and returns entries and counts. One part of each input and the names of all pairs are in memory.
 
     Raises:
         DataError: two rows have the same ``pair_id``, by which scores are matched with pairs.

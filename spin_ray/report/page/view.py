@@ -290,14 +290,12 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
             return f"{names}: {say((one[key], two[key]), '', change, one['real_length'])}{otherwise}"
         means = common_means(key, first.rows, other.rows)
         if means is None:
-            return (
-                f"{first_name} and {other_name} have no held-out rows in common, so their numbers cannot be compared."
-            )
+            continue
         before, now, rows = means
         change = Change.of(key, one, two, changes_by_row(first.rows, other.rows))
         human = one["real_length"] if rows == one["rows"] == two["rows"] else None
         return f"{names}: {say((before, now), f'{rows} ', change, human)}{otherwise}"
-    return f"{first_name} and {other_name} have no measure in common."
+    return f"{first_name} and {other_name} have no measure or no held-out rows in common, so they cannot be compared."
 
 
 def _say_accuracy(values: tuple[float, float], rows: str, change: Change, human: float | None) -> str:

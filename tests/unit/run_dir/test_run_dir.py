@@ -221,11 +221,12 @@ OTHERS = {
     "shard_rows": {"generation": {"shard_rows": 8}},
     "sft": {"sft": {"epochs": 2}},
     "loss": {"objective": {"loss": "hinge"}},
+    "window": {"objective": {"window": 3}},
     "temperature": {"generation": {"sampling": {"temperature": 0.7}}},
     "batch": {"train": {"global_batch_pairs": 8}},
     "pack": {"train": {"pack_length": 8192}},
 }
-OF_TRAINING = {"loss", "batch"}
+OF_TRAINING = {"loss", "batch", "window"}
 OF_ANSWERS = OF_TRAINING | {"temperature"}
 NOT_OF_ROWS = OF_ANSWERS | {"sft", "pack"}
 
@@ -246,9 +247,11 @@ def make(run: RunDir, *names: str) -> None:
         ((*ROWS_MADE, *TUNED), OF_ANSWERS, OF_ANSWERS),
         ((*ROWS_MADE, *TUNED, "sft/heldout_samples/part-00000.parquet"), OF_TRAINING, OF_TRAINING),
         ((*ROWS_MADE, "iter_000/generations/part-00000.parquet"), OF_TRAINING, OF_TRAINING),
-        ((*ROWS_MADE, f"iter_000/pairs/{MANIFEST}", "iter_000/checkpoints/0/seal.json"), OF_TRAINING, OF_TRAINING),
+        ((*ROWS_MADE, "iter_000/pairs/part-00000.parquet", "mlruns/0/x"), OF_TRAINING, OF_TRAINING),
+        ((*ROWS_MADE, f"iter_000/pairs/{MANIFEST}"), {"loss"}, {"loss"}),
+        ((*ROWS_MADE, "iter_000/checkpoints/0/seal.json"), {"loss"}, {"loss"}),
         ((*ROWS_MADE, f"iter_000/pairs/{MANIFEST}", f"iter_000/model/{MANIFEST}"), set(), set()),
-        ((*ROWS_MADE, "start/answers/part-00000.parquet"), set(), set()),
+        ((*ROWS_MADE, "start/answers/part-00000.parquet", f"reviser/model/{MANIFEST}"), OF_TRAINING, OF_TRAINING),
         (("notes/mine.txt",), set(), set()),
     ],
 )  # fmt: skip

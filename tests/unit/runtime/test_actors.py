@@ -40,8 +40,9 @@ def asked(monkeypatch) -> dict[str, Any]:
     monkeypatch.setattr(ray, "get", lambda found: {})
     monkeypatch.setattr(ray, "wait", lambda running, timeout: (running[:1], running[1:]))
     monkeypatch.setattr(benchmarks, "connect", lambda config: None)
-    for module in (generation, preferences, benchmarks):
+    for module in (generation, preferences):
         monkeypatch.setattr(module, "wait_until_free", lambda *_: None)
+    monkeypatch.setattr(benchmarks, "wait_for_a_task", lambda *_: None)
     return told
 
 
@@ -123,19 +124,25 @@ def test_a_model_that_cannot_be_loaded_is_no_death_of_its_actor(tmp_path: Path):
 
 
 def test_lm_eval_waits_for_room_for_one_part_and_not_longer_than_for_a_stuck_step(asked, monkeypatch):
-    waited = []
-    monkeypatch.setattr(benchmarks, "wait_until_free", lambda *asked: waited.append(asked))
+    waited, cancelled = [], []
+    monkeypatch.setattr(benchmarks, "wait_for_a_task", lambda *asked: waited.append(asked))
     monkeypatch.setattr(ray, "wait", lambda running, timeout: ([], running))
+    monkeypatch.setattr(ray, "cancel", lambda task, force: cancelled.append(task))
     monkeypatch.setattr(benchmarks, "in_the_cluster", lambda: "8 CPU of 8 are taken")
-    config = config_of(train={"workers": 4, "stall_timeout_s": 60}, generation={"replicas": 2})
+    config = config_of(
+        train={"workers": 4, "stall_timeout_s": 60, "start_timeout_s": 20, "resources": {"cpus": 3}},
+        generation={"replicas": 1, "start_timeout_s": 30},
+    )
     tasks = tuple(benchmarks.parse_benchmarks(["gsm8k", "mmlu"]))
-    for backend, stage in (("hf", "train"), ("vllm", "generation")):
+    for backend, parts in (("hf", ["gsm8k", "mmlu"]), ("vllm", ["gsm8k,mmlu"])):
         request = benchmarks.Request(model="m", name="sft", benchmarks=tasks, backend=cast(Any, backend))
         with pytest.raises(StageError) as caught:
             list(benchmarks._measure_on_ray(cast(Any, None), 1, request, config))
-        assert str(caught.value) == (
-            "waited 60 s (train.stall_timeout_s) for lm-eval on sft, --tasks gsm8k,mmlu; 8 CPU of 8 are taken"
+        assert str(caught.value) == "; ".join(
+            f"lm-eval failed on sft, --tasks {part}: waited 60 s (train.stall_timeout_s); 8 CPU of 8 are taken"
+            for part in parts
         )
-        one, asked_stage, what = waited.pop()
-        assert (asked_stage, what) == (stage, "lm-eval on sft")
-        assert (one.train.workers, one.generation.replicas) == (1, 1)
+    assert len(cancelled) == 3
+    assert waited == [
+        (config.train.resources, 20, "lm-eval on sft"), (config.generation.resources, 30, "lm-eval on sft")
+    ]  # fmt: skip

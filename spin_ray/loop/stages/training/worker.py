@@ -182,7 +182,10 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
             "remove the folder"
         )
     if len(found.unique()) != table.num_rows:
-        raise RunDirError(f"{artefact.path}: pairs share a pair_id, so that scores cannot be told apart")
+        raise RunDirError(
+            f"{artefact.path}: pairs share a pair_id, so that scores cannot be told apart; number them, and remove the "
+            "folders of pairs and scores"
+        )
     ordered = scores.take(found)
     return [torch.tensor(ordered[name].to_numpy()).to(device()) for name in columns]
 

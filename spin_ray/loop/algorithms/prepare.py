@@ -8,7 +8,7 @@ from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import base_scores
 
 
-def make_rows(turn: Turn, algorithm: Algorithm) -> Objective:
+def prepare_training(turn: Turn, algorithm: Algorithm) -> Objective:
     """Commits what training reads, and returns the objective.
 
     Raises:

@@ -10,7 +10,7 @@ from spin_ray.errors import ConfigError, NotCommittedError
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms import rows
 from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, margin_objective, pair_table
-from spin_ray.loop.algorithms.rows import make_rows
+from spin_ray.loop.algorithms.prepare import prepare_training
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.run_dir import RunDir
@@ -84,7 +84,7 @@ def turn_of(run: RunDir, algorithm: str, iteration: int = 0, **objective: Any) -
 
 def made(run: RunDir, name: str, iteration: int = 0, **objective: Any) -> Objective:
     turn = turn_of(run, f"{__name__}:{name}", iteration, **objective)
-    return make_rows(turn, find_algorithm(turn.config.algorithm))
+    return prepare_training(turn, find_algorithm(turn.config.algorithm))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_an_artefact_that_an_algorithm_forgot_is_told_with_its_name(run, name, p
 
 def test_what_is_missing_in_the_run_of_an_algorithm_of_the_package_is_told_as_it_was(run):
     with pytest.raises(NotCommittedError, match="iter_000/generations: is not committed; run the command again"):
-        make_rows(turn_of(run, "spin"), find_algorithm("spin"))
+        prepare_training(turn_of(run, "spin"), find_algorithm("spin"))
 
 
 def test_the_initial_model_scores_the_pairs_of_any_algorithm_that_reads_alpha(run, monkeypatch):
