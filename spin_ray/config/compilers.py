@@ -35,8 +35,8 @@ def missing_tools(*, cxx: bool = False) -> str | None:
 
 
 def has_c_compiler() -> bool:
-    """Returns True if Triton would find one."""
-    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    """Returns True if Triton would find one: $CC alone, if it is set."""
+    return any(map(shutil.which, [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]))
 
 
 def has_cxx_compiler() -> bool:

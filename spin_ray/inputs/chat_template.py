@@ -330,7 +330,7 @@ class ChatTemplate:
         offers = list(tools) or [None] * len(conversations)
         if len(conversations) > 1 and any(offers):
             each = zip(conversations, offers, strict=True)
-            return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer])]
+            return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer], more)]
         variables, named = self._variables(more), [self._with_named_thoughts(each) for each in conversations]
         try:
             return self._tokenizer.apply_chat_template(
@@ -340,7 +340,7 @@ class ChatTemplate:
             if len(conversations) == 1:
                 said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
                 return [RenderError(f"the chat template refuses it: {said}")]
-            return [text for each in conversations for text in self._apply([each], add_generation_prompt)]
+            return [text for each in conversations for text in self._apply([each], add_generation_prompt, more=more)]
 
     def _probe(self) -> tuple[str, list[str]]:
         user = {"role": "user", "content": "?"}

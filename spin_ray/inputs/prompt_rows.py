@@ -171,7 +171,7 @@ def _refuse_own_variables(found: Found, task: PromptTask) -> None:
     given = {name: value for name, value in given.items() if value is not None and name not in OWN_TEMPLATE_VARIABLES}
     changes = task.renderer.template.changed_by(found.all[-1], found.tools, given)
     if changes is not None:
-        said = json.dumps({changes: given[changes]}, ensure_ascii=False)[1:-1]
+        said = json.dumps({changes: given[changes]}, ensure_ascii=False, default=str)[1:-1]
         raise Unusable(
             "template",
             f"its chat_template_kwargs has {said if len(said) < 80 else changes}, with which the chat template writes "

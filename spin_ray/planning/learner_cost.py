@@ -247,11 +247,13 @@ def learner_memory(
         memory |= {"gradients": 4 * trained}
         accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack
         memory |= {"whole gradients": 4.0 * weights.trained if accumulates else 0.0}
+        if on_host and mesh.replicate > 1 and packs.per_rank_at_most > 1 and config.train.reduces_every_pack:
+            memory |= {"gradients": 4 * weights.trained / mesh.shard}  # summed on the GPU until the last pack
     gathered = _gathered_bytes(config, weights, mesh, trains=optimizer is not None)
     activations = _activation_bytes(config, shape, packs, backward=backward)
     if backward and mesh.ranks > 1:
         gathered += _summed_bytes(config, shape, weights)
-    elif backward and config.train.backend == "fsdp2":
+    elif backward and config.train.backend != "deepspeed":
         summed, activations = _summed_alone(config, shape, weights, packs, activations)
         gathered += summed
     memory |= {"gathered weights": gathered, "activations": activations, "runtime": RUNTIME}
@@ -289,9 +291,9 @@ def offload_warning(config: SpinConfig, trained: float, packs: float, mesh: Mesh
     """
     train = config.train
     moved = 4 * trained / mesh.shard / mesh.tensor
-    if not (train.offload and train.resources.gpus and train.reduces_every_pack) or train.backend != "fsdp2":
+    if not (train.offload and train.resources.gpus and train.reduces_every_pack) or train.backend == "deepspeed":
         return None
-    if packs <= 1 or moved < GB:
+    if packs <= 1 or moved < GB or mesh.replicate > 1:  # between copies, sums stay on the GPU until the last pack
         return None
     return (
         f"train.offload: of each pack of a step but the first, {moved / GB:.1f} GB of gradients are copied to the "

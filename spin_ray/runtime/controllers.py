@@ -94,9 +94,13 @@ class TrainControllers:
 
 def _take(node: str, job: str) -> Any:
     if idle := _idle.pop((node, job), None):
-        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        try:
             ray.get(idle.__ray_ready__.remote(), timeout=_ANSWERS_WITHIN_S)
             return idle
+        except ray.exceptions.RayActorError:
+            pass
+        except ray.exceptions.GetTimeoutError:
+            ray.kill(idle)
     here = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(TrainControllers).options(num_cpus=0, scheduling_strategy=here).remote()
 

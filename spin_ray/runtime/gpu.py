@@ -67,7 +67,9 @@ def check_compiler(config: SpinConfig) -> None:
     Raises:
         ConfigError: a compiler or Python's headers are missing.
     """
-    if config.train.compile is True and not runs_elsewhere(config) and (missing := missing_tools()):
+    if config.train.compile is not True or runs_elsewhere(config):
+        return
+    if missing := missing_tools(cxx=not config.train.resources.gpus):
         raise ConfigError(f"train.compile: needs {missing}; install it or set train.compile: false")
 
 

@@ -54,8 +54,10 @@ def try_on_a_worker(
         with raised_there(what):
             ray.get(running, timeout=limit_s)
     except ConfigError as error:
-        cure = "or give it to the job by --working-dir and --runtime-env-json (docs/data.md)"
-        raise ConfigError(f"on the workers, {error}, {cure}") from error
+        said, cure = f"on the workers, {error}", "or give it to the job by --working-dir and --runtime-env-json"
+        if "cannot be imported" not in said:
+            raise ConfigError(f"{said}; install there what is installed here") from error
+        raise ConfigError(f"{said}, {cure} (docs/data.md)") from error
 
 
 @contextmanager

@@ -83,6 +83,15 @@ def test_a_saturated_model_is_told_to_stop_and_does_where_the_recipe_says_so(con
     assert (found["verdict"], found["rule"], found["evidence"]["jsd_lower_bound"]) == ("stop", "saturated", None)
     assert (run.latest(), result.evaluations) == (None, [])
     assert launch.is_finished(run, config)
+    asked = len(parrot.calls)
+    launch.run_spin(config, out, start_engine=lambda spec: parrot)
+    assert len(parrot.calls) == asked, "the same recipe has its verdict"
+    corrected = config.model_copy(update={"data": config.data.model_copy(update={"max_rows": 10})})
+    launch.run_spin(corrected, out, start_engine=lambda spec: parrot)
+    assert read_probe(run)["made_from"] != found["made_from"], "other rows are probed again"
+    hotter = corrected.model_copy(update={"objective": corrected.objective.model_copy(update={"beta": 2.0})})
+    launch.run_spin(hotter, out, start_engine=lambda spec: parrot)
+    assert len({found["made_from"], read_probe(run)["made_from"]}) == 2
     small_run.run(with_probe(config, sft=False, stop=False), out)
     assert run.latest() == "iter_000"
 

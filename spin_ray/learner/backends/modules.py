@@ -51,7 +51,7 @@ def compiles(wanted: bool | Literal["auto"], device: torch.device, *, split: boo
     if not wanted or split or (wanted == "auto" and device.type == "cpu"):
         return False
     no_triton = device.type == "cuda" and find_spec("triton") is None
-    missing = "the package triton" if no_triton else missing_tools()
+    missing = "the package triton" if no_triton else missing_tools(cxx=device.type == "cpu")
     if missing and wanted == "auto":
         logger.warning("train.compile: needs %s; training goes on uncompiled, which is slower", missing)
     elif missing:

@@ -264,13 +264,15 @@ def test_layers_are_compiled_on_gpus_that_have_the_tools_for_it(monkeypatch: pyt
     monkeypatch.setattr(modules, "find_spec", lambda name: name)
     monkeypatch.setattr(compilers.shutil, "which", lambda name: name if name == "gcc" else None)
     assert [modules.compiles(wanted, card) for wanted in ("auto", True, False)] == [True, True, False]
+    with pytest.raises(ModelError, match=r"^train\.compile: needs a C\+\+ compiler"):
+        modules.compiles(True, cpu)
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: name if name == "g++" else None)
     assert [modules.compiles(wanted, cpu) for wanted in ("auto", True, False)] == [False, True, False]
-    monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
     assert not modules.compiles("auto", card)
     with pytest.raises(
         ModelError, match=r"^train\.compile: needs a C compiler .*; install it or set train\.compile: f"
     ):
-        modules.compiles(True, cpu)
+        modules.compiles(True, card)
 
 
 def test_without_pythons_headers_layers_stay_uncompiled_with_the_cure(

@@ -8,7 +8,7 @@ import pytest
 
 from spin_ray.errors import ConfigError, NotCommittedError
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms import rows
+from spin_ray.loop.algorithms import prepare
 from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, margin_objective, pair_table
 from spin_ray.loop.algorithms.prepare import prepare_training
 from spin_ray.loop.algorithms.table import find_algorithm
@@ -111,7 +111,7 @@ def test_what_is_missing_in_the_run_of_an_algorithm_of_the_package_is_told_as_it
 
 def test_the_initial_model_scores_the_pairs_of_any_algorithm_that_reads_alpha(run, monkeypatch):
     scored = []
-    monkeypatch.setattr(rows.base_scores, "run", lambda *args: scored.append(args[2:]))
+    monkeypatch.setattr(prepare.base_scores, "run", lambda *args: scored.append(args[2:]))
     for iteration, alpha in ((0, 0.5), (1, 1.0), (1, 0.5)):
         objective = made(run, "Constant", iteration, reference_alpha=alpha)
         assert objective == margin_objective(turn_of(run, "spin").config, iteration)

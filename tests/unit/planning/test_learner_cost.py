@@ -348,6 +348,19 @@ def test_offloaded_gradients_of_several_packs_are_told_with_the_cure():
     assert warned(config.with_train(reduce_every_pack=False), packs=2) is None
     assert warned(config, packs=2, trained=4e7) is None, "adapters"
     assert "14.5 GB" in (warned(config, packs=2, mesh=Mesh(shard=2)) or "")
+    assert warned(config, packs=2, mesh=Mesh(replicate=2, shard=8)) is None, "sums stay on the GPU"
+
+
+def test_copies_of_an_offloaded_model_sum_gradients_on_the_gpu():
+    """torch moves them to the host with the last pack of a step, after it has summed those of the copies."""
+    config = ZEPHYR.with_train(workers=16, offload=True)
+
+    def gradients(mesh: Mesh, packs: Any = TWO_PACKS) -> float:
+        memory = learner_memory(config, MISTRAL_7B, packs, optimizer=RMSPROP, mesh=mesh, backward=True)
+        return memory.get("gradients", 0.0)
+
+    assert gradients(Mesh(replicate=2, shard=8)) == pytest.approx(4 * MISTRAL_7B.parameters / 8, rel=0.01)
+    assert gradients(Mesh(shard=16)) == gradients(Mesh(replicate=2, shard=8), ONE_PACK) == 0
 
 
 def test_evaluation_holds_neither_gradients_nor_optimizer():

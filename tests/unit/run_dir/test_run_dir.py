@@ -293,8 +293,8 @@ def test_a_change_before_anything_was_made_with_it_is_told_with_both_values(run,
     with caplog.at_level("INFO"):
         run.begin(with_values(seed=5, objective={"loss": "hinge"}), FACTS)
     assert caplog.messages == [
-        f"{run.storage.root}: changed before anything was made with it: objective.loss (was 'logistic', now 'hinge'); "
-        "seed (was 0, now 5); the rows are made again"
+        f"{run.storage.root}: changed before anything was learnt with it: objective.loss (was 'logistic', now "
+        "'hinge'); seed (was 0, now 5); the rows are made again"
     ]
 
 

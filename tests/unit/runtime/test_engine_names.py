@@ -88,8 +88,10 @@ def test_a_missing_compiler_is_told_before_an_engine_starts(monkeypatch: pytest.
     with pytest.raises(ConfigError, match=r"^serving\.resources\.gpus: .* lacks a C compiler"):
         check_serving_engine(recipe(serving={"resources": {"gpus": 1}}))
     check_engine(recipe(cluster={"address": "head:6379"}))
-    with pytest.raises(ConfigError, match=r"^train\.compile: needs a C compiler \(gcc or clang\)"):
+    with pytest.raises(ConfigError, match=r"^train\.compile: needs a C\+\+ compiler \(g\+\+\)"):
         gpu.check_compiler(recipe(train={"compile": True}))
+    with pytest.raises(ConfigError, match=r"^train\.compile: needs a C compiler \(gcc or clang\)"):
+        gpu.check_compiler(recipe(train={"compile": True, "resources": {"gpus": 1}}))
     gpu.check_compiler(recipe(train={"compile": "auto"}))
 
 
