@@ -299,11 +299,18 @@ def resolve_loss(name: str | None) -> Loss:
     found = import_object(str(name), "objective.loss", [*MARGIN_FUNCTIONS, "space"])
     if isinstance(found, type):
         raise ConfigError(f"objective.loss: {name} is a class; name an object of it, or a function of the margin")
-    if isinstance(found, Loss):
-        return found
-    lacking = [name for name in _OF_AN_OBJECT if not hasattr(found, name)]
-    if len(lacking) < len(_OF_AN_OBJECT):
-        raise ConfigError(f"objective.loss: {name} lacks {', '.join(lacking)}, which a Loss has (docs/extending.md)")
+    lacking = [attribute for attribute in _OF_AN_OBJECT if not _has(found, attribute)]
+    if len(lacking) == len(_OF_AN_OBJECT):
+        if not callable(found):
+            raise ConfigError(f"objective.loss: {name} is neither a Loss nor a function of the margin")
+        return MarginLoss(found)
     if not callable(found):
-        raise ConfigError(f"objective.loss: {name} is neither a Loss nor a function of the margin")
-    return MarginLoss(found)
+        lacking.append("__call__")
+    if lacking:
+        raise ConfigError(f"objective.loss: {name} lacks {', '.join(lacking)}, which a Loss has (docs/extending.md)")
+    return found
+
+
+def _has(found: object, attribute: str) -> bool:
+    """Returns False for a ``margin`` that is a number, as a function of the margin may have one."""
+    return hasattr(found, attribute) and (attribute != "margin" or callable(getattr(found, attribute)))

@@ -30,7 +30,7 @@ def load_checkpoint(directory: Path, shards: Shards, optimizer: Optimizer, name:
     """Restores weights and state in place, and returns the number of steps done; a collective.
 
     Raises:
-        ConfigError: the checkpoint holds state of a user's own optimizer that cannot be restored.
+        ConfigError: the checkpoint holds state or groups of a user's own optimizer that cannot be restored.
     """
     if not optimizer.state:
         allocate_by_a_step(optimizer)
@@ -84,14 +84,36 @@ def _allocate_later_state(saved: Metadata, shards: Shards, optimizer: Optimizer,
 def _groups_of(saved: Metadata, now: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
     """Returns the groups' values that a checkpoint holds; older versions kept none."""
     kept: dict[str, dict[str, Any]] = {}
-    for _, (number, key, *_) in _paths(saved, "groups"):
+    for entry, (number, key, *deeper) in _paths(saved, "groups"):
         if number not in now:
             raise ConfigError(
                 f"optimizer.name: {name} has {len(now)} parameter groups, and more in its checkpoint; use as many "
                 "workers and the train.mesh of before"
             )
+        found, held = saved.state_dict_metadata[entry], _at(now[number], (key, *deeper))
+        is_tensor = isinstance(found, TensorStorageMetadata)
+        if (is_tensor and getattr(held, "shape", None) != found.size) or (deeper and held is _NOTHING):
+            where = "".join(f"[{step!r}]" for step in (int(number), key, *deeper))
+            of_shape = f" of shape {tuple(found.size)}" if is_tensor else ""
+            raise ConfigError(
+                f"optimizer.name: {name} makes param_groups{where}{of_shape} after its first step, so that it cannot "
+                "be restored; make it in the first"
+            )
         kept.setdefault(number, {})[key] = now[number].get(key)
     return kept
+
+
+_NOTHING = object()
+
+
+def _at(values: Any, path: tuple[Any, ...]) -> Any:
+    """Returns the value at a path within dicts and lists, or ``_NOTHING``."""
+    for step in path:
+        try:
+            values = values[step]
+        except (KeyError, IndexError, TypeError):
+            return _NOTHING
+    return values
 
 
 def _paths(saved: Metadata, kind: str) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
@@ -27,12 +28,13 @@ def try_on_shards(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], 
     """Takes steps on DTensors of one rank, once undisturbed and once resumed from a checkpoint.
 
     Raises:
-        ConfigError: a step fails, the resumed weights differ, or several workers would have state of their own.
+        ConfigError: a step fails, a checkpoint cannot be written or read, the resumed weights differ, or several
+            workers would have state of their own.
     """
     name: str = config.name
     try:
-        with _one_rank() as mesh, TemporaryDirectory() as folder:
-            lost, own = _lost_by_a_checkpoint(config, shapes, mesh, Path(folder))
+        with _one_rank() as mesh, _temporary_folder(name) as folder:
+            lost, own = _lost_by_a_checkpoint(config, shapes, mesh, folder)
     except ConfigError:
         raise
     except Exception as error:
@@ -43,12 +45,13 @@ def try_on_shards(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], 
     if lost is not None:
         raise ConfigError(
             f"optimizer.name: {name} goes on otherwise after a checkpoint, which does not hold {lost}; keep it in "
-            "state[parameter] or param_groups"
+            "state[parameter] or param_groups, and draw random numbers from torch's default generator"
         )
     if own and workers > 1:
         raise ConfigError(
             f"optimizer.name: {name} keeps state[parameter][{own[0]!r}] as a plain tensor of each worker, of which a "
-            "checkpoint holds one worker's alone; make it by torch.zeros_like(parameter)"
+            "checkpoint holds one worker's alone; make a DTensor, as torch.zeros_like(parameter) and operations on the "
+            "parameter do"
         )
 
 
@@ -76,11 +79,11 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def states(self) -> Iterator[tuple[Any, Tensor]]:
-        """Yields key and value of each tensor of a parameter's state that has the parameter's shape."""
+        """Yields each tensor of the parameters' state, with the key that holds it."""
         for shard in self.shards.values():
             for key, value in self.optimizer.state.get(shard, {}).items():
-                if isinstance(value, Tensor) and value.shape == shard.shape:
-                    yield key, value
+                for tensor in _tensors_in(value):
+                    yield key, tensor
 
     def weights(self) -> list[Tensor]:
         with weights_to_use(self.optimizer):
@@ -90,18 +93,22 @@ class _Run:
 def _lost_by_a_checkpoint(
     config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], mesh: DeviceMesh, folder: Path
 ) -> tuple[str | None, list[str]]:
-    """Returns what a checkpoint does not hold if the weights show it, and the keys of state of the shards' shape."""
+    """Returns what a checkpoint does not hold if the weights show it, and the keys of plain tensors in the state.
+
+    A plain tensor of one element, such as a count of steps, is taken to be alike on all workers.
+    """
     undisturbed, resumed = (_Run(config, shapes, mesh) for _ in range(2))
     for number in range(_BEFORE):
         undisturbed.step(number)
-    save_checkpoint(folder, undisturbed.shards, undisturbed.optimizer, config.name, _BEFORE)
-    load_checkpoint(folder, resumed.shards, resumed.optimizer, config.name)
+    with _checkpointing(config.name, folder):
+        save_checkpoint(folder, undisturbed.shards, undisturbed.optimizer, config.name, _BEFORE)
+        load_checkpoint(folder, resumed.shards, resumed.optimizer, config.name)
     lost = _differences(undisturbed, resumed)
     for run in (undisturbed, resumed):
         for number in range(_BEFORE, _BEFORE + _AFTER):
             run.step(number)
     same = all(torch.equal(one, other) for one, other in zip(undisturbed.weights(), resumed.weights(), strict=True))
-    own = [key for key, shard in undisturbed.states() if not isinstance(shard, DTensor)]
+    own = [key for key, tensor in undisturbed.states() if not isinstance(tensor, DTensor) and tensor.numel() > 1]
     return (None if same else ", ".join(lost) or "something that it keeps elsewhere"), own
 
 
@@ -112,13 +119,66 @@ def _differences(undisturbed: _Run, resumed: _Run) -> list[str]:
         key for key in before if key not in ("state", "param_groups") and _differ(before[key], after.get(key))
     ]
     keys = [key for key in undisturbed.optimizer.state if key not in parameters]
-    return [f"self.{key}" for key in attributes] + [f"state[{key!r}]" for key in keys]
+    kinds = {key: " (a torch.Generator)" for key in attributes if isinstance(before[key], torch.Generator)}
+    return [f"self.{key}{kinds.get(key, '')}" for key in attributes] + [f"state[{key!r}]" for key in keys]
 
 
 def _differ(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return not torch.equal(_whole(one), _whole(other))
+    if isinstance(one, torch.Generator) and isinstance(other, torch.Generator):
+        return not torch.equal(one.get_state(), other.get_state())
     return isinstance(one, bool | int | float | str | None) and one != other
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(inner)
+
+
+@contextmanager
+def _temporary_folder(name: str) -> Iterator[Path]:
+    try:
+        folder = TemporaryDirectory()
+    except OSError as error:
+        raise _not_written(name, gettempdir(), error) from error
+    with folder:
+        yield Path(folder.name)
+
+
+@contextmanager
+def _checkpointing(name: str, folder: Path) -> Iterator[None]:
+    """Turns a failure of saving or loading, which torch raises as a BaseException, into a ConfigError."""
+    try:
+        yield
+    except CheckpointException as failed:
+        errors = [error for error, _ in failed.failures.values()]
+        causes = [cause for error in errors for cause in _chain(error) if isinstance(cause, OSError)]
+        if causes:
+            raise _not_written(name, folder.parent, causes[0]) from failed
+        said = "; ".join(f"{type(error).__name__}: {first_line(error)}" for error in errors)
+        raise ConfigError(
+            f"optimizer.name: {name} has a state or param_groups that no checkpoint can hold or restore ({said}); keep "
+            "tensors, numbers and what can be pickled, of one shape from the first step on"
+        ) from failed
+    except OSError as error:
+        raise _not_written(name, folder.parent, error) from error
+
+
+def _not_written(name: str, folder: object, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"{folder}: the checkpoint of a trial of optimizer.name: {name} cannot be written or read there "
+        f"({type(error).__name__}: {first_line(error)}); make room, or set $TMPDIR to another folder"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _whole(tensor: Tensor) -> Tensor:

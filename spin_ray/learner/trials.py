@@ -1,6 +1,7 @@
 """Trials of a user's own loss and optimizer on a few numbers, before anything runs."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,7 +16,7 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError, first_line
 from spin_ray.learner.backends import makes_dtensors
 from spin_ray.learner.losses import Loss, MarginLoss, PairValues
-from spin_ray.learner.optimizers import allocate_by_a_step, find_optimizer, has_modes, is_own, make_optimizer
+from spin_ray.learner.optimizers import allocate_by_a_step, has_modes, is_own, make_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ _POLICY = ((-30.0, -29.0), (-3.0, -4.0), (-12.5, -12.0), (-7.0, -6.5))
 _REFERENCE = ((-30.0, -29.0), (-3.2, -4.0), (-12.0, -12.5), (-7.0, -6.0))
 """The first pair's margin is 0, as each is at the first step."""
 _WINS = ((0.9, 0.2), (0.5, 0.5), (0.6, 0.4), (0.7, 0.1))
+_INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool, on_gpus: bool) -> None:
-    """Computes a loss of several pairs, twice, and of each alone, with its gradient.
+    """Computes a loss of several pairs, three times, and of each alone, with its gradient.
 
     Args:
         name: its path.
@@ -35,20 +37,21 @@ def try_loss(loss: Loss, name: str, beta: float, *, in_fp64: bool, on_gpus: bool
         on_gpus: True if it will run on GPUs, so that failing on a CPU may mean nothing.
 
     Raises:
-        ConfigError: the loss fails, is no finite, differentiable sum over pairs, or keeps something between calls.
+        ConfigError: the loss fails, is no finite, differentiable sum over pairs, keeps something between calls, or
+            draws random numbers.
     """
     per = getattr(loss, "per", None)
     if per not in ("pair", "token"):
         raise ConfigError(f"objective.loss: {name} has per {per!r}; expected 'pair' or 'token'")
     for dtype in (torch.float32, *((torch.float64,) if in_fp64 else ())):
-        with _told(f"objective.loss: {name}", f"in {str(dtype).removeprefix('torch.')}", on_gpus=on_gpus):
+        with (
+            _inductor_cache_kept(),
+            _told(f"objective.loss: {name}", f"in {str(dtype).removeprefix('torch.')}", on_gpus=on_gpus),
+        ):
             each = [_try(loss, name, beta, slice(at, at + 1), dtype) for at in range(len(_POLICY))]
-            total, again = (_try(loss, name, beta, slice(None), dtype) for _ in range(2))
-            if not _same(total, again):
-                raise ConfigError(
-                    f"objective.loss: {name} gives {total.value:.7g} and then {again.value:.7g} for the same pairs; "
-                    "a loss keeps nothing from one call to the next"
-                )
+            total, again, with_other_noise = (_try(loss, name, beta, slice(None), dtype, seed) for seed in (0, 0, 1))
+            _expect_same(total, again, name, "keeps nothing from one call to the next, and is deterministic")
+            _expect_same(total, with_other_noise, name, "is deterministic: it draws no random numbers")
             _expect_sum(total, each, name)
 
 
@@ -57,6 +60,14 @@ class _Tried(NamedTuple):
 
     value: float
     gradient: Float[Tensor, "2 pairs"]
+
+
+def _expect_same(one: _Tried, other: _Tried, name: str, expected: str) -> None:
+    if not _same(one, other):
+        raise ConfigError(
+            f"objective.loss: {name} gives {one.value:.7g} and then {other.value:.7g}, or another gradient, for the "
+            f"same pairs; a loss {expected}"
+        )
 
 
 def _expect_sum(total: _Tried, each: list[_Tried], name: str) -> None:
@@ -76,7 +87,13 @@ def _same(one: _Tried, other: _Tried, tolerance: float = 1e-6) -> bool:
     return abs(one.value - other.value) <= tolerance * (abs(one.value) + 1e-3) and bool(apart <= tolerance * most)
 
 
-def _try(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype) -> _Tried:
+def _try(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype, seed: int = 0) -> _Tried:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _compute(loss, name, beta, pairs, dtype)
+
+
+def _compute(loss: Loss, name: str, beta: float, pairs: slice, dtype: torch.dtype) -> _Tried:
     leaves = [each.requires_grad_() for each in _values(_POLICY, pairs, dtype)]
     policy = PairValues(*(leaf * torch.ones_like(leaf) for leaf in leaves))  # a graph that backward frees, as a model's
     reference = _values(_REFERENCE, pairs, dtype) if loss.needs_reference else None
@@ -143,11 +160,16 @@ def try_optimizer(
     name: str = config.name
     if not is_own(name):
         return
+    with _inductor_cache_kept():
+        _try_optimizer(config, matrices_only, on_gpus, backend, workers)
+
+
+def _try_optimizer(config: OptimizerConfig, matrices_only: bool, on_gpus: bool, backend: str, workers: int) -> None:
+    name: str = config.name
     where = "on a small matrix" + ("" if matrices_only else " and a vector")
     shapes = ((4, 2),) if matrices_only else ((4, 2), (4,))
     passed = False
     with _told(f"optimizer.name: {name}", where, on_gpus=on_gpus and not name.startswith("torch.optim:")):
-        find_optimizer(config)
         _step_and_save(config, shapes, backend)
         passed = True
     if passed and makes_dtensors(backend):
@@ -181,6 +203,18 @@ def _step_and_save(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...],
         raise ConfigError(
             f"optimizer.name: {name} has a state that no checkpoint can hold ({_said(error)}); keep tensors and numbers"
         ) from error
+
+
+@contextmanager
+def _inductor_cache_kept() -> Iterator[None]:
+    """Restores the variable that torch sets at the first step of an optimizer, and that workers would inherit."""
+    before = os.environ.get(_INDUCTOR_CACHE)
+    try:
+        yield
+    finally:
+        os.environ.pop(_INDUCTOR_CACHE, None)
+        if before is not None:
+            os.environ[_INDUCTOR_CACHE] = before
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.optim import Optimizer
 
 
@@ -148,6 +149,69 @@ class LocalMomentum(Own):
             sum_ = self.state[parameter].setdefault("sum", torch.zeros_like(mine))
             sum_.mul_(0.9).add_(of_mine)
             mine.sub_(sum_, alpha=group["lr"])
+
+
+class LocalRows(Own):
+    """Works on this rank's part of the parameters, and keeps a factor of each of its rows in a list."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group, parameter, gradient in self.each():
+            mine, of_mine = (getattr(it, "to_local", lambda it=it: it)() for it in (parameter, gradient))
+            (rows,) = self.state[parameter].setdefault("rows", [torch.ones(len(mine))])
+            rows += of_mine.reshape(len(rows), -1).norm(dim=1)
+            mine.sub_((of_mine.reshape(len(rows), -1) / rows[:, None]).reshape(mine.shape), alpha=group["lr"])
+
+
+class KeepsAFunction(Own):
+    """Has a function in its parameter groups, as a schedule of its own."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr, schedule=lambda step: 1 / step)
+
+    def step(self) -> None:  # type: ignore[override]
+        return
+
+
+class AveragesLate(Own):
+    """Makes a tensor in its parameter groups in its second step."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            if group["count"] == 2:
+                group["ema"] = torch.zeros(3)
+
+
+class CountsLate(Own):
+    """Makes a dict in its parameter groups in its second step."""
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if "count" in group:
+                group["late"] = {"count": group["count"]}
+            group["count"] = group.get("count", 0) + 1
+
+
+class RoundsAtRandom(Own):
+    """Draws from its own generator."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr)
+        self.noise = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group, parameter, gradient in self.each():
+            parameter.sub_(gradient, alpha=group["lr"] * float(torch.rand((), generator=self.noise)))
+
+
+class Compiles(Own):
+    """Has torch choose a folder for compiled code, as the first step of torch's own optimizers does."""
+
+    def step(self) -> None:  # type: ignore[override]
+        cache_dir()
 
 
 class PlainRows(Own):

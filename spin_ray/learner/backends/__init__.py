@@ -101,7 +101,10 @@ def _refuse_other_signatures(backend: object, methods: Iterable[str], kind: str)
         _, *expected = inspect.signature(getattr(TrainBackend, method)).parameters.values()  # without self
         named = {it.name: None for it in expected if it.kind is inspect.Parameter.KEYWORD_ONLY}
         given = [it.name for it in expected if it.name not in named]
-        of_class = isinstance(backend, type) and inspect.isfunction(inspect.getattr_static(backend, method))
+        static = inspect.getattr_static(backend, method, None) if isinstance(backend, type) else None
+        of_class = inspect.isfunction(static)
+        if isinstance(backend, type) and not of_class and not isinstance(static, staticmethod | classmethod):
+            continue  # a functools.partialmethod, say; the object tells what it takes
         try:
             signature = inspect.signature(getattr(backend, method))
         except ValueError:  # some functions in C tell none

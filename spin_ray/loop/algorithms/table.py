@@ -79,10 +79,12 @@ def try_own_objects(config: SpinConfig) -> None:
     algorithm = find_algorithm(config.algorithm)
     on_gpus, adapters = bool(config.train.resources.gpus), config.train.lora is not None
     evaluates = bool(config.data.heldout) and config.objective.reference_alpha == 1
+    tried: list[tuple[Objective, bool]] = []
     for iteration in range(config.iterations):
         objective = algorithm.objective(config, iteration)
-        if objective.loss is not None and objective.loss not in LOSSES:
-            in_fp64 = evaluates and objective.is_of_log_ratios()
+        in_fp64 = evaluates and objective.is_of_log_ratios()
+        if objective.loss is not None and objective.loss not in LOSSES and (objective, in_fp64) not in tried:
+            tried.append((objective, in_fp64))
             with _named(config.algorithm, iteration):
                 loss = objective.resolve()
                 try_loss(loss, objective.loss, objective.beta, in_fp64=in_fp64, on_gpus=on_gpus)

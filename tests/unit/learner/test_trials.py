@@ -52,6 +52,10 @@ def fp32_alone(margin):
     return functional.softplus(-margin)
 
 
+def slightly_noisy(margin):
+    return functional.softplus(-margin) * (1 + 0.01 * torch.rand(margin.shape))
+
+
 class Own:
     needs_reference = True
     needs_wins = False
@@ -152,10 +156,11 @@ def told_of_loss(loss):
         (WithoutReference(), "'NoneType' object has no attribute 'real'"),
         (OneMargin(), "my:loss.margin gives shape ()"),
         (centred, "differs from the sum over each pair alone, 2.772589; expected a sum over pairs"),
-        (Baseline(), " for the same pairs; a loss keeps nothing from one call to the next"),
+        (Baseline(), " for the same pairs; a loss keeps nothing from one call to the next, and is deterministic"),
         (BaselineOfGraphs(), "keeps the graph of an earlier call; a loss keeps nothing from one call to the next"),
         (Counted(), "keeps the graph of an earlier call"),
-        (Noisy(), " for the same pairs; a loss keeps nothing"),
+        (Noisy(), " for the same pairs; a loss is deterministic: it draws no random numbers"),
+        (slightly_noisy, " for the same pairs; a loss is deterministic: it draws no random numbers"),
     ],
     ids=lambda given: getattr(given, "__name__", type(given).__name__) if not isinstance(given, str) else "",
 )

@@ -14,12 +14,13 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.learner.backends import make_backend
+from spin_ray.learner.backends import check_backend, make_backend
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.losses import LOSSES, MarginLoss, PairValues, resolve_loss
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.step import Objective
 from spin_ray.loop import driver
+from spin_ray.loop.algorithms import table
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.events import read_json_lines
@@ -31,6 +32,8 @@ from tests.support.fakes import rows_of, write_rows
 from tests.support.learner_cases import logp_alone, one_rank, random_rows, save_model, tiny_llama, train
 
 MODULE = '''
+from functools import partialmethod
+
 import pyarrow as pa
 import torch
 from torch.nn import functional
@@ -62,7 +65,23 @@ class ReferenceFree:
 
 reference_free = ReferenceFree()
 without_two = type("WithoutTwo", (), {"needs_reference": True, "needs_wins": False, "__call__": print})()
+attributes = {"needs_reference": True, "needs_wins": False, "per": "pair"}
+numbered = type("Numbered", (), {**attributes, "margin": 1.0, "__call__": print})()
+uncalled = type("Uncalled", (), {**attributes, "margin": print})()
 not_a_loss = 3
+
+
+class Hinge:
+    """A function of the margin with a width of its own."""
+
+    def __init__(self, margin):
+        self.margin = margin
+
+    def __call__(self, margin):
+        return functional.relu(self.margin - margin)
+
+
+hinge = Hinge(margin=2.0)
 
 
 class Mirrored(Algorithm):
@@ -114,6 +133,13 @@ class Counting(Fsdp2Backend):
         return super().step()
 
 
+class SavesPartly(Fsdp2Backend):
+    def save_to(self, extra, directory):
+        super().save(directory)
+
+    save = partialmethod(save_to, None)
+
+
 class ReturnsNothing(Fsdp2Backend):
     def step(self):
         super().step()
@@ -154,6 +180,26 @@ def test_a_loss_object_is_taken_as_it_is(mine: Any) -> None:
     assert resolve_loss("my_pkg.mine:reference_free") is mine().reference_free
 
 
+def test_a_function_of_the_margin_may_have_a_margin_that_is_a_number() -> None:
+    loss = resolve_loss("my_pkg.mine:hinge")
+    assert isinstance(loss, MarginLoss)
+    assert loss.function(torch.tensor([0.5])).tolist() == [1.5]
+
+
+def test_methods_that_are_no_plain_functions_are_left_to_the_object() -> None:
+    check_backend("my_pkg.mine:SavesPartly", None, ())
+
+
+def test_equal_losses_of_several_iterations_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+    monkeypatch.setattr(table, "try_loss", lambda loss, name, beta, **_: tried.append(beta))
+    content = small_run.make_inputs(tmp_path).model_dump()
+    content |= {"iterations": 4}
+    content["objective"] |= {"loss": "my_pkg.mine:squared_hinge", "beta": [0.1, 0.1, 0.2, 0.2]}
+    table.try_own_objects(SpinConfig.model_validate(content))
+    assert tried == [0.1, 0.2]
+
+
 def test_names_come_from_the_table() -> None:
     assert [resolve_loss(name) for name in LOSSES] == list(LOSSES.values())
 
@@ -166,6 +212,8 @@ def test_names_come_from_the_table() -> None:
         ("my_pkg.mine:loss", "module my_pkg.mine has no loss"),
         ("my_pkg.mine:ReferenceFree", "is a class; name an object of it"),
         ("my_pkg.mine:without_two", r"lacks per, margin, which a Loss has"),
+        ("my_pkg.mine:numbered", r"lacks margin, which a Loss has"),
+        ("my_pkg.mine:uncalled", r"lacks __call__, which a Loss has"),
         ("my_pkg.mine:not_a_loss", "is neither a Loss nor a function of the margin"),
     ],
 )
