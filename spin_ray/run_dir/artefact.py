@@ -59,7 +59,7 @@ class Manifest(BaseModel):
         settings: dict[str, Any],
         counts: dict[str, float] | None = None,
     ) -> Self:
-        settings = _as_json(settings)
+        settings = as_json(settings)
         return cls(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
 
     def to_bytes(self) -> bytes:
@@ -135,7 +135,7 @@ class Artefact:
         if not self.is_committed:
             return False
         manifest = self.manifest()
-        differing = _changes(manifest.settings, _as_json(settings)) + _differing(manifest.inputs, inputs)
+        differing = changes(manifest.settings, as_json(settings)) + _differing(manifest.inputs, inputs)
         if differing:
             raise RunDirError(
                 f"{self.storage.where(self.path)}: was made with other values of {', '.join(sorted(differing))}; "
@@ -298,7 +298,7 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> None:
             )
 
 
-def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns ``optimizer.eps (was 1e-08, now 0.001)`` for each setting that differs."""
     then, now = flatten(then), flatten(now)
     return [f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in _differing(then, now)]
@@ -337,5 +337,6 @@ def _json_bytes(content: Any) -> bytes:
     return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
-def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings as they come back from a manifest or a seal, e.g. lists in place of tuples."""
     return json.loads(json.dumps(settings))

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 from spin_ray.errors import RunDirError, StageError, TransientError, last_line
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.loop.stages.training.job import TrainJob
-from spin_ray.run_dir.artefact import FileEntry, folder_entries
+from spin_ray.run_dir.artefact import FileEntry, as_json, changes, folder_entries
 from spin_ray.run_dir.storage import Storage, file_digest, fsync
 from spin_ray.runtime.snapshot import SNAPSHOT, is_readable, snapshot_of
 
@@ -188,13 +188,13 @@ def refuse_other_settings(job: TrainJob, name: str) -> None:
     folders = {each: _sealed(job, each) for each in job.storage.entries(job.checkpoints)}
     if folders.get(name):
         return
-    inputs, now = job.inputs(), _as_json(job.identity())
+    inputs, now = job.inputs(), as_json(job.identity())
     for path, then in (sealed for found in folders.values() for sealed in found.items()):
         same_inputs = all(then.get(key) == value for key, value in inputs.items())
-        if same_inputs and (changes := _changes(then, now | {WORKERS: then.get(WORKERS)})):
+        if same_inputs and (changed := changes(then, now | {WORKERS: then.get(WORKERS)})):
             raise RunDirError(
-                f"{job.storage.where(path)}: a training that began with other values of {changes} is not finished; "
-                f"restore them, {_else_do(job)}"
+                f"{job.storage.where(path)}: a training that began with other values of {', '.join(changed)} is not "
+                f"finished; restore them, {_else_do(job)}"
             )
 
 
@@ -206,26 +206,6 @@ def _sealed(job: TrainJob, name: str) -> dict[str, dict[str, Any]]:
         with suppress(ValueError, KeyError, TypeError):
             found[path] = json.loads(job.storage.find(f"{path}/{_seal_name(0)}") or b"")["identity"]
     return found
-
-
-def _changes(then: dict[str, Any], now: dict[str, Any]) -> str:
-    then, now = _flat(then), _flat(now)
-    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-    return ", ".join(f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in differing)
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``{"optimizer.eps": 1e-8}`` for ``{"optimizer": {"eps": 1e-8}}``."""
-    groups = (value if isinstance(value, dict) else {"": value} for value in values.values())
-    return {
-        f"{key}.{inner}".rstrip("."): value
-        for key, group in zip(values, groups, strict=True)
-        for inner, value in group.items()
-    }
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(values))
 
 
 def _else_do(job: TrainJob) -> str:
@@ -291,12 +271,12 @@ def check(
         RunDirError: a file is damaged, or of other work; the message ends with ``else_do``.
     """
     seals = [_read(_seal_of(folder, 0), else_do)]
-    then, now = seals[0]["identity"], {WORKERS: dist.get_world_size(), **_as_json(identity)}
+    then, now = seals[0]["identity"], {WORKERS: dist.get_world_size(), **as_json(identity)}
     writers = then[WORKERS]
     if any_workers:
         now[WORKERS] = writers
-    if changes := _changes(then, now):
-        raise RunDirError(f"{folder}: was written with other values of {changes}; restore them, {else_do}")
+    if changed := changes(then, now):
+        raise RunDirError(f"{folder}: was written with other values of {', '.join(changed)}; restore them, {else_do}")
     seals += [_read(_seal_of(folder, rank), else_do) for rank in range(1, writers)]
     files = {name: entry for seal in seals[share[0] :: share[1]] for name, entry in seal["files"].items()}
     for name, entry in (files | {_INDEX: seals[0]["files"].get(_INDEX)}).items():
