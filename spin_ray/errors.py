@@ -1,7 +1,7 @@
 """Errors that the user can repair (one line, exit code 2), and failures of a run (exit code 1)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -29,13 +29,18 @@ class RunDirError(UserError):
     """A run folder that is another run's, in use, or damaged."""
 
 
+def was_and_now(differing: Mapping[str, tuple[object, object]]) -> list[str]:
+    """Returns ``optimizer.eps (was 1e-08, now 0.001)`` for each old and new value; None: not set."""
+    return [f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items()]
+
+
 class OtherRunError(RunDirError):
     """A run folder that was begun with other settings or inputs."""
 
     def __init__(self, root: object, differing: dict[str, tuple[object, object]]) -> None:
         """Takes old and new value of each differing setting or input; None: not set."""
         self.root, self.differing = root, differing
-        each = "; ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items())
+        each = "; ".join(was_and_now(differing))
         super().__init__(f"{root}: holds another run: {each}; restore these or choose another --out")
 
 

@@ -98,5 +98,4 @@ def _print_room(
 
 
 def _recipe_of(out: str | None) -> SpinConfig | None:
-    run = open_run(out) if out else None
-    return run.config() if run and run.has_begun else None
+    return open_run(out).begun_config() if out else None

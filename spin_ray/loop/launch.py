@@ -84,8 +84,9 @@ def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinC
     storage = open_storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         run = RunDir(lease.storage)
-        inputs = find_inputs(config, check=not run.has_begun)
-        yield run, _settle_sizes(with_precision(config, run), run, inputs), inputs
+        begun = run.begun_config()
+        inputs = find_inputs(config, check=begun is None)
+        yield run, _settle_sizes(with_precision(config, begun), begun, inputs), inputs
 
 
 def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
@@ -93,7 +94,7 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
 
     check_algorithm(config)
     check_machine(config)
-    if run.has_begun:
+    if run.begun_config():
         check_architecture(config, inputs.model.path)
     else:
         check_trackers(config)  # later, a tracker that fails ends no run
@@ -121,10 +122,9 @@ def _check_room(run: RunDir, config: SpinConfig, model: Path) -> None:
             logger.warning("%s", warning)
 
 
-def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:
-    """Fills in batch sizes that the recipe leaves open. A continued run keeps its sizes."""
-    if run.has_begun:
-        begun = run.config()
+def _settle_sizes(config: SpinConfig, begun: SpinConfig | None, inputs: Inputs) -> SpinConfig:
+    """Fills in batch sizes that the recipe leaves open. A run that has ``begun`` keeps its sizes."""
+    if begun:
         return config.settle_auto("gradient_checkpointing", begun).settle_sizes(begun)
     sources = sources_of(inputs.train)
     if not config.generation.resources.gpus or any("://" in source.path for source in sources):

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from spin_ray.report.history import evaluation_of
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.uncertainty import Change
-from spin_ray.run_dir.names import iterate_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ def _kl_sentence(it: Compared) -> str:
 
 def all_warnings(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
     """Returns each iterate's name with a warning. Without θ_0's evaluation nothing is compared with it."""
-    start = next((it for it in evaluations if it["iterate"] == iterate_name(0)), None)
+    start = evaluation_of(evaluations, 0)
     return [
         (evaluation["iterate"], text)
         for evaluation in evaluations

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from spin_ray.config.recipe import digest, flatten
-from spin_ray.errors import NotCommittedError, RunDirError
+from spin_ray.errors import NotCommittedError, RunDirError, was_and_now
 from spin_ray.run_dir.cache import without_weights
 from spin_ray.run_dir.storage import (
     MANIFEST,
@@ -299,9 +299,9 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns ``optimizer.eps (was 1e-08, now 0.001)`` for each setting that differs."""
+    """Returns ``was_and_now`` of each setting that differs, by dotted names."""
     then, now = flatten(then), flatten(now)
-    return [f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in _differing(then, now)]
+    return was_and_now({key: (then.get(key), now.get(key)) for key in _differing(then, now)})
 
 
 def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
-from spin_ray.errors import OtherRunError
+from spin_ray.errors import OtherRunError, was_and_now
 from spin_ray.run_dir.names import iteration_name
 from spin_ray.run_dir.storage import MANIFEST, Storage
 
@@ -118,7 +118,7 @@ def accept(storage: Storage, differing: Mapping[str, tuple[Any, Any]]) -> None:
     bound = bound_to(made, differing)
     if bound and made > Made.ROWS:
         raise OtherRunError(storage.root, {key: differing[key] for key in bound})
-    changed = "; ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items())
+    changed = "; ".join(was_and_now(differing))
     again = "; the rows are made again" if bound else ""
     logger.info("%s: changed before anything was learnt with it: %s%s", storage.root, changed, again)
     if bound or made == Made.NOTHING:

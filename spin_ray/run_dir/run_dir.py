@@ -160,10 +160,9 @@ class RunDir:
         content = {"config": config.model_dump(mode="json"), "date": self.date().isoformat(), **facts}
         self.storage.replace("run.json", json.dumps(content, indent=1).encode())
 
-    @property
-    def has_begun(self) -> bool:
-        """True if the folder holds more than rows and a probe."""
-        return self.storage.exists("run.json") and has_learnt(self.storage)
+    def begun_config(self) -> SpinConfig | None:
+        """Returns the config in run.json if the folder holds more than rows and a probe; raises as ``config``."""
+        return self.config() if self.storage.exists("run.json") and has_learnt(self.storage) else None
 
     def differing(self, config: SpinConfig, facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns the settings and inputs that differ from run.json's, then and now. Inputs may have moved."""

@@ -12,7 +12,6 @@ from typing import Literal
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import first_line
-from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.probes import in_own_process, once_per_boot
 
@@ -44,14 +43,14 @@ _KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
 _NVIDIA = Path("/dev/nvidiactl")
 
 
-def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
-    """Replaces ``train.precision: auto`` by bf16 or fp32; a run keeps its precision.
+def with_precision(config: SpinConfig, begun: SpinConfig | None = None) -> SpinConfig:
+    """Replaces ``train.precision: auto`` by bf16 or fp32.
 
-    Raises:
-        RunDirError: run.json is damaged.
+    Args:
+        begun: recipe of a run that goes on, whose precision stays.
     """
-    if run and run.has_begun:
-        config = config.settle_auto("precision", run.config())
+    if begun:
+        config = config.settle_auto("precision", begun)
     if config.train.precision != "auto":
         return config
     precision = faster_precision(config.train.resources)

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from spin_ray.errors import StageError
@@ -31,19 +31,16 @@ def alone_on_card(share: float, section: str, timeout_s: float) -> Iterator[None
         return
     card = _card()
     lock = Path(tempfile.gettempdir(), f"spin_ray-{os.getuid()}", f"engine-{re.sub('[^A-Za-z0-9]+', '-', card)}.lock")
-    held = file_lock(lock, alone=True, timeout_s=timeout_s)
-    try:
-        held.__enter__()
-    except TimeoutError as error:
-        raise StageError(
-            f"{section}.start_timeout_s: after {timeout_s:g} s another engine is still starting on {card}, and engines "
-            f"that share a card ({section}.resources.gpus {share:g}) start one after another; end a process that hangs "
-            "there, or give engines more time"
-        ) from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(lock, alone=True, timeout_s=timeout_s))
+        except TimeoutError as error:
+            raise StageError(
+                f"{section}.start_timeout_s: after {timeout_s:g} s another engine is still starting on {card}, and "
+                f"engines that share a card ({section}.resources.gpus {share:g}) start one after another; end a "
+                "process that hangs there, or give engines more time"
+            ) from error
         yield
-    finally:
-        held.__exit__(None, None, None)
 
 
 def _card() -> str:

@@ -1,4 +1,4 @@
-"""What an algorithm says of itself: its class attributes, and the methods that read a recipe."""
+"""Checks of an algorithm's class attributes, and of its methods that read a recipe."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

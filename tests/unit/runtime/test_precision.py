@@ -132,7 +132,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with_on_another_machine(machine
     run.begin(config_of(train={"precision": began}), FACTS)
     run.storage.create("sft/train_log.jsonl", b"")
     machine["says"] = here
-    config = with_precision(config_of(train={"precision": "auto"}), run)
+    config = with_precision(config_of(train={"precision": "auto"}), run.begun_config())
     assert of(config) == began
     run.begin(config, FACTS)
     assert run.description()["config"]["train"]["precision"] == began
@@ -143,7 +143,7 @@ def test_another_precision_than_the_run_began_with_is_refused(tmp_path):
     run.begin(config_of(train={"precision": "bf16"}), FACTS)
     run.storage.create("sft/train_log.jsonl", b"")
     with pytest.raises(RunDirError, match=r"train\.precision \(was 'bf16', now 'fp32'\)"):
-        run.begin(with_precision(config_of(train={"precision": "fp32"}), run), FACTS)
+        run.begin(with_precision(config_of(train={"precision": "fp32"}), run.begun_config()), FACTS)
 
 
 @pytest.mark.parametrize("says", ["bf16", "fp32"])
