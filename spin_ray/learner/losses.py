@@ -177,14 +177,24 @@ class Loss(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class MarginLoss:
-    """ℓ(margin) of equation 4.7; with a ``positive_weight``, DPO-Positive (arXiv 2402.13228)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AgainstReference:
+    """A loss of pairs whose margin, logged and limited, is that of equation 4.7."""
 
-    function: MarginFunction
     needs_reference: bool = True
     needs_wins: bool = False
     per: Literal["pair", "token"] = "pair"
+
+    def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> Float[Tensor, "pairs"]:
+        assert reference is not None
+        return margins(*policy, *reference, beta)
+
+
+@dataclass(frozen=True, slots=True)
+class MarginLoss(_AgainstReference):
+    """ℓ(margin) of equation 4.7; with a ``positive_weight``, DPO-Positive (arXiv 2402.13228)."""
+
+    function: MarginFunction
     positive_weight: float = 0.0
     """λ in ℓ(margin − β λ max(0, −r)), r = log p_θ(y|x)/p_ref(y|x). The logged margin omits this term."""
 
@@ -197,29 +207,18 @@ class MarginLoss:
             margin = margin - beta * self.positive_weight * functional.relu(reference.real - policy.real)
         return spin_loss(margin, self.function)
 
-    def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> Float[Tensor, "pairs"]:
-        assert reference is not None
-        return margins(*policy, *reference, beta)
-
 
 @dataclass(frozen=True, slots=True)
-class SpaceLoss:
+class SpaceLoss(_AgainstReference):
     """``space_loss``; beta scales only the margin, which is logged and limited."""
 
     mu: float = 1.0
-    needs_reference: bool = True
-    needs_wins: bool = False
-    per: Literal["pair", "token"] = "pair"
 
     def __call__(
         self, policy: PairValues, reference: PairValues | None, wins: PairValues | None, beta: float
     ) -> Float[Tensor, ""]:
         assert reference is not None
         return space_loss(policy.real - reference.real, policy.generated - reference.generated, self.mu)
-
-    def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> Float[Tensor, "pairs"]:
-        assert reference is not None
-        return margins(*policy, *reference, beta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,22 +241,16 @@ class ReferenceFreeLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class SquareLoss:
+class SquareLoss(_AgainstReference):
     """``square_loss``; the margin is only logged and limited."""
 
-    needs_reference: bool = True
     needs_wins: bool = True
-    per: Literal["pair", "token"] = "pair"
 
     def __call__(
         self, policy: PairValues, reference: PairValues | None, wins: PairValues | None, beta: float
     ) -> Float[Tensor, ""]:
         assert reference is not None and wins is not None
         return square_loss(policy.real - reference.real, policy.generated - reference.generated, *wins, beta)
-
-    def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> Float[Tensor, "pairs"]:
-        assert reference is not None
-        return margins(*policy, *reference, beta)
 
 
 @dataclass(frozen=True, slots=True)

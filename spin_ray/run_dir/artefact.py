@@ -220,7 +220,7 @@ class Artefact:
         return self.open_part(name)[1]
 
     def part_names(self) -> list[str]:
-        return [name for name in self.storage.names(self.path) if name.startswith("part-")]
+        return [name for name in self.storage.entries(self.path) if name.startswith("part-")]
 
     def commit(
         self,

@@ -83,10 +83,6 @@ class ObjectStorage(Storage):
             return False
         return True
 
-    def names(self, folder: str) -> list[str]:
-        listed = self._insist(folder, lambda: obstore.list_with_delimiter(self._store, folder))
-        return sorted(one["path"].rpartition("/")[2] for one in listed["objects"])
-
     def read(self, name: str) -> bytes:
         return self._insist(name, lambda: bytes(obstore.get(self._store, name).bytes()))
 

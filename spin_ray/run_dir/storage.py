@@ -162,13 +162,6 @@ class Storage:
         with _reading(self.path(name)):
             return self.path(name).exists()
 
-    def names(self, folder: str) -> list[str]:
-        try:
-            with _reading(self.path(folder)):
-                return sorted(entry.name for entry in self.path(folder).iterdir() if entry.is_file())
-        except FileNotFoundError:
-            return []
-
     def read(self, name: str) -> bytes:
         with _reading(self.path(name)):
             return self.path(name).read_bytes()

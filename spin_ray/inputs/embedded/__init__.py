@@ -4,9 +4,6 @@ An asset is made once, from an installed package or by computation, in ``$SPIN_R
 (default cache: ``~/.cache/spin-ray``).
 """
 
-import os
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +11,7 @@ from pathlib import Path
 
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import data, models
-from spin_ray.run_dir.cache import cache_root
-from spin_ray.run_dir.storage import fsync
+from spin_ray.run_dir.cache import cache_root, filling
 
 SCHEME = "embedded:"
 
@@ -60,31 +56,12 @@ def resolve(uri: str) -> str:
         raise ConfigError(f"{uri!r} names no embedded asset; known names: {', '.join(sorted(ASSETS))}")
     folder = cache_root() / "embedded" / f"{name}-v{asset.version}"
     try:
-        _make_once(folder, asset.make)
+        if not folder.is_dir():
+            with filling(folder) as attempt:
+                if attempt is not None:
+                    asset.make(attempt)
     except OSError as error:
         raise ConfigError(
             f"cannot make {uri} in {folder.parent}: {error}; set SPIN_RAY_CACHE to a writable folder with 300 MB free"
         ) from error
     return str(folder / asset.file)
-
-
-def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Makes ``folder`` appear complete or not at all; the first process wins."""
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    attempt = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
-    attempt.mkdir()
-    try:
-        make(attempt)
-        for path in (*attempt.rglob("*"), attempt):
-            fsync(path)
-        try:
-            os.rename(attempt, folder)
-        except OSError:
-            # POSIX refuses to rename over a folder that is not empty: another process was faster.
-            if not folder.is_dir():
-                raise
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(attempt, ignore_errors=True)

@@ -9,7 +9,7 @@ dense    any     any          the whole pack with a dense mask, for tests
 
 import torch
 
-from spin_ray.learner.attention.base import Attention, AttentionPlan, unsupported
+from spin_ray.learner.attention.base import Attention, AttentionPlan
 from spin_ray.learner.attention.dense import Dense
 from spin_ray.learner.attention.flex import Flex
 from spin_ray.learner.attention.hook import IMPLEMENTATION
@@ -18,7 +18,7 @@ from spin_ray.learner.attention.varlen import Varlen
 
 ATTENTIONS: dict[str, Attention] = {way.name: way for way in (Trees(), Flex(), Varlen(), Dense())}
 
-__all__ = ["ATTENTIONS", "IMPLEMENTATION", "Attention", "AttentionPlan", "candidates", "unsupported"]
+__all__ = ["ATTENTIONS", "IMPLEMENTATION", "Attention", "AttentionPlan", "candidates"]
 
 
 def candidates(device: torch.device) -> tuple[str, ...]:

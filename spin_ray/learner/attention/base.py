@@ -76,7 +76,3 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def unsupported(way: str, feature: str) -> NotImplementedError:
-    return NotImplementedError(f"attention {way} cannot compute {feature}")

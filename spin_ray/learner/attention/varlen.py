@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from spin_ray.learner.attention.base import Window, effective_windows, to_device, unsupported
+from spin_ray.learner.attention.base import Window, effective_windows, to_device
 from spin_ray.learner.attention.capability import too_old
 from spin_ray.learner.batch import PackedBatch
 
@@ -83,9 +83,9 @@ class VarlenPlan:
         sinks: Float[Tensor, "heads"] | None,
     ) -> Float[Tensor, "1 tokens heads width"]:
         if softcap is not None:
-            raise unsupported("varlen", "soft-capped scores")
+            raise NotImplementedError("attention varlen cannot compute soft-capped scores")
         if sinks is not None:
-            raise unsupported("varlen", "attention sinks")
+            raise NotImplementedError("attention varlen cannot compute attention sinks")
         window = self.windows[window]
         attended = self.kernel(
             query[0].transpose(0, 1).contiguous(),

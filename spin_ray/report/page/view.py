@@ -205,7 +205,7 @@ def _not_evaluated(run: RunDir, config: SpinConfig) -> Iterator[str]:
 
 def _quarantine(run: RunDir, unreadable: list[str]) -> list[tuple[str, str, int, str]]:
     found = []
-    for name in run.storage.names("quarantine"):
+    for name in run.storage.entries("quarantine"):
         try:
             rows = table_from_bytes(run.storage.read(f"quarantine/{name}")).select(["reason", "detail"]).to_pylist()
         except (pa.ArrowException, OSError, KeyError, UserError) as error:

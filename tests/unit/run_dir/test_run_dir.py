@@ -179,7 +179,7 @@ def test_the_same_run_may_begin_again_and_leftovers_of_attempts_go(run):
     run.storage.create(f"{ATTEMPTS}/leftover", b"")
     run.begin(with_values(iterations=9, cluster={"address": "auto"}), FACTS)
     assert run.config().iterations == 9
-    assert run.storage.names(ATTEMPTS) == []
+    assert run.storage.entries(ATTEMPTS) == []
 
 
 def test_another_run_is_refused_and_every_difference_named_with_both_values(run):

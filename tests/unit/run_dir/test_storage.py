@@ -114,7 +114,7 @@ def test_a_writer_that_dies_before_the_file_appears_leaves_nothing_under_its_nam
         with pytest.raises(Crash):
             getattr(storage, write)("folder/part-00000.parquet", b"data")
     assert not storage.exists("folder/part-00000.parquet")
-    assert storage.names("folder") == []
+    assert storage.entries("folder") == []
 
 
 def test_bytes_are_on_disk_before_their_name_is(storage, monkeypatch):
@@ -135,7 +135,7 @@ def test_nothing_is_left_among_the_attempts(storage):
     storage.replace("one", b"2")
     with pytest.raises(FileExistsError):
         storage.create("one", b"3")
-    assert storage.names(ATTEMPTS) == []
+    assert storage.entries(ATTEMPTS) == []
 
 
 def test_a_folder_appears_whole_and_never_replaces_another(storage):
@@ -156,11 +156,11 @@ def test_a_folder_that_cannot_be_moved_for_another_reason_says_so(storage):
         storage.create_folder("model", storage.path("none"))
 
 
-def test_names_are_the_files_of_a_folder_sorted(storage):
-    assert storage.names("none") == []
+def test_entries_are_the_files_and_folders_of_a_folder_sorted(storage):
+    assert storage.entries("none") == []
     for name in ("b", "a", "c/d"):
         storage.create(f"folder/{name}", b"")
-    assert storage.names("folder") == ["a", "b"]
+    assert storage.entries("folder") == ["a", "b", "c"]
 
 
 def test_delete_takes_files_folders_and_nothing(storage):

@@ -10,7 +10,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers
 from spin_ray.loop.stages import pairs
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, WIN_SCHEMA
@@ -45,10 +45,7 @@ class Sppo(Algorithm):
             grades.run(run, config, turn.iteration, turn.opponent)
         else:
             preferences.run(run, config, turn.iteration, turn.start.scorer, turn.opponent)
-        inputs = {
-            artefact.path: artefact.manifest().digest
-            for artefact in (run.prompts, run.generations(turn.iteration), run.preferences(turn.iteration))
-        }
+        inputs = digests(run.prompts, run.generations(turn.iteration), run.preferences(turn.iteration))
         tables = (table for table, _ in _duels(turn))
         pairs.make(run, config, turn.iteration, pairs.Fresh(tables, inputs, {"pair": "best against worst"}))
         _commit_wins(turn)

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import torch.distributed as dist
+
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.step import Objective, PackShape
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.events import read_json_lines
-from spin_ray.run_dir.names import train_log_path
+from spin_ray.run_dir.names import part_name, train_log_path
 from spin_ray.run_dir.storage import Storage
 
 
@@ -86,3 +89,17 @@ class TrainJob:
 
     def logged(self) -> list[dict[str, Any]]:
         return read_json_lines(self.storage, self.log_path)
+
+
+def commit_parts(
+    target: Artefact, part: pa.Table, shape: PackShape, inputs: dict[str, str], settings: dict[str, Any]
+) -> None:
+    """Writes this rank's part and commits all ranks' parts; a collective."""
+    rank, ranks = shape.place()
+    if shape.writes():
+        target.replace_part(part_name(rank), part)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        names = [part_name(number) for number in range(ranks)]
+        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
+    dist.barrier()

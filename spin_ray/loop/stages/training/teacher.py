@@ -5,15 +5,13 @@ Its k likeliest tokens at each token of y′ are committed before the first step
 
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.distillation import ReadTop
 from spin_ray.learner.step import feed, pair_lengths, plan
 from spin_ray.learner.teacher import Teacher, teacher_columns
-from spin_ray.loop.stages.training.job import TrainJob
-from spin_ray.run_dir.names import part_name
+from spin_ray.loop.stages.training.job import TrainJob, commit_parts
 from spin_ray.run_dir.schemas import TEACHER_SCHEMA
 
 
@@ -52,10 +50,4 @@ def _score(job: TrainJob, backend: TrainBackend) -> None:
     with torch.no_grad():
         for _, batch in feed(packs, rows, job.shape, backend.device):
             parts.append(teacher_columns(pair_ids, backend.read(batch, reader), batch).cast(TEACHER_SCHEMA))
-    if job.shape.writes():
-        target.replace_part(part_name(rank), pa.concat_tables(parts))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        names = [part_name(number) for number in range(ranks)]
-        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
-    dist.barrier()
+    commit_parts(target, pa.concat_tables(parts), job.shape, inputs, settings)

@@ -24,7 +24,7 @@ from spin_ray.learner.packing import Step
 from spin_ray.learner.step import ReferenceScores, pair_lengths, plan, rows_of_rank, score_rows, train_step
 from spin_ray.loop.stages.training import checkpoint
 from spin_ray.loop.stages.training.audit import audit_engine
-from spin_ray.loop.stages.training.job import TrainJob
+from spin_ray.loop.stages.training.job import TrainJob, commit_parts
 from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.loop.stages.training.recomputation import recomputes
 from spin_ray.loop.stages.training.teacher import load_teacher
@@ -33,7 +33,6 @@ from spin_ray.planning.learner_cost import offload_warning
 from spin_ray.planning.mesh import Choice, mesh_of
 from spin_ray.planning.weights import dtype_bytes
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
-from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import MANIFEST
 from spin_ray.runtime.workers import device, nodes_and_room
@@ -158,14 +157,7 @@ def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], ta
         return
     rows, real, generated = score_rows(backend, steps, table, job.shape)
     part = pa.table([table["pair_id"].take(pa.array(rows, pa.int64())), real, generated], schema=REFERENCE_SCHEMA)
-    rank, ranks = job.shape.place()
-    if job.shape.writes():
-        target.replace_part(part_name(rank), part)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        names = [part_name(rank) for rank in range(ranks)]
-        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
-    dist.barrier()
+    commit_parts(target, part, job.shape, inputs, settings)
 
 
 def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
