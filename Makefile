@@ -49,12 +49,12 @@ serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:80
 arena-picture: $(READY) ## The picture of the arena for the documentation: iterates of `make demo` answer, in Chromium
 	$(BIN)/python -m docs.images.take_arena $(RUN)/demo
 
-# Two processes share all tests, a file at a time (tests/conftest.py). Files of minutes come first; unit tests come last, and keep
-# both processes busy to the end.
-TEST_PROCESSES ?= 2
+# Three processes share all tests, a file at a time; two of them those that start engines and workers (tests/conftest.py). Files of
+# minutes come first, unit tests last.
+TEST_PROCESSES ?= 3
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
 test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
-	$(BIN)/pytest tests/e2e tests/ray tests/serving tests/faults tests/unit $(SIDE_BY_SIDE)
+	$(BIN)/pytest tests/serving tests/e2e tests/ray tests/faults tests/unit $(SIDE_BY_SIDE)
 
 .PHONY: avx2
 # oneDNN and torch are held at AVX2, where bf16 is slow. `make test` has a whole run with it (tests/e2e/test_job_submit.py).

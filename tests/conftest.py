@@ -21,10 +21,13 @@ garbage.collect_rarely()  # until all tests are imported, and with them torch, t
 
 SLOWEST = 8
 """Tests of each suite that are named."""
+HEAVY = 2
+"""Processes that start engines and workers at one time."""
 LONGEST = ("tests/ray/test_many_nodes.py", "tests/unit/benchmarks/test_gpu_benchmark.py")
 """Files of minutes. They begin first: one of several processes would be left with them at the end."""
 
 
+ENGINES = "serving with engines"
 WITH_ENGINES = frozenset(
     f"tests/serving/test_{name}.py"
     for name in (
@@ -46,9 +49,17 @@ def pytest_collection_finish() -> None:
     garbage.collect_as_usual()
 
 
+def _is_light(work: str) -> bool:
+    """Tells whether tests start neither engines nor workers, so that 24 GiB hold a third process of them."""
+    return not work.startswith(("tests/e2e/", "tests/ray/", ENGINES, *LONGEST))
+
+
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Returns what gives each process whole files, and those of ``WITH_ENGINES`` together."""
+    """Returns what gives each process whole files, and those of ``WITH_ENGINES`` together.
+
+    Two processes take the files in order. Those beyond take light files alone, in the time in which engines start.
+    """
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -56,7 +67,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class WholeFiles(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "serving" if file in WITH_ENGINES else file
+            return ENGINES if file in WITH_ENGINES else file
+
+        def _reschedule(self, node: Any) -> None:
+            if self.workqueue and not self._next_for(node):
+                node.shutdown()
+            else:
+                super()._reschedule(node)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            if work := self._next_for(node):
+                self.workqueue.move_to_end(work, last=False)
+                super()._assign_work_unit(node)
+
+        def _next_for(self, node: Any) -> str | None:
+            works = iter(self.workqueue)
+            return next(works if node in self.nodes[:HEAVY] else filter(_is_light, works), None)
 
     return WholeFiles(config, log)
 
