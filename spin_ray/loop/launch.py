@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Inputs, Start, check_architecture, check_recipe, find_inputs
+from spin_ray.inputs.needs import needs_of
 from spin_ray.planning.disk import check_room, disk_use, parameters_of
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.rows import rows_at_start
@@ -123,8 +124,12 @@ def _settle_sizes(config: SpinConfig, begun: SpinConfig | None, inputs: Inputs) 
     """Fills in batch sizes that the recipe leaves open. A run that has ``begun`` keeps its sizes."""
     if begun:
         return config.settle_auto("gradient_checkpointing", begun).settle_sizes(begun)
-    rows = rows_at_start(inputs.train, config.data) if config.generation.resources.gpus else None
-    return config.settle_sizes(rows=rows)
+    if not config.generation.resources.gpus:
+        return config.settle_sizes()
+    if inputs.questions and needs_of(config).plays_questions:
+        one_each = config.data.model_copy(update={"turns": "last"})  # a question is one row
+        return config.settle_sizes(rows=rows_at_start(inputs.questions, one_each))
+    return config.settle_sizes(rows=rows_at_start(inputs.train, config.data))
 
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:

@@ -25,8 +25,11 @@ def settle(config: SpinConfig, rows: int) -> SpinConfig:
     return config.settle_sizes(rows=rows if known else None)
 
 
-def rows_at_start(train: Train, data: DataConfig) -> int | None:
+def rows_at_start(played: Train, data: DataConfig) -> int | None:
     """Returns the rows by which a start sizes shards, rather too many than too few; None if some cannot be estimated.
+
+    Args:
+        played: sources of the rows whose prompts are answered.
 
     Raises:
         DataError: a file cannot be read.
@@ -35,7 +38,7 @@ def rows_at_start(train: Train, data: DataConfig) -> int | None:
     from spin_ray.inputs.sources import count_rows, estimate_rows, find_files
 
     counts = []
-    for source in sources_of(train):
+    for source in sources_of(played):
         files = find_files(source.path)
         count = estimate_rows(files) if "://" in source.path else count_rows(files)
         if count is None:
@@ -44,7 +47,7 @@ def rows_at_start(train: Train, data: DataConfig) -> int | None:
             rows = first_rows(files, data)
             count = ceil(_MARGIN * count * max(1, _responses(rows, data)) / max(1, len(rows)))
         counts.append(count)
-    return sum(expected_shares(sources_of(train), counts))
+    return sum(expected_shares(sources_of(played), counts))
 
 
 def count_responses(source: str, data: DataConfig) -> int:

@@ -28,7 +28,7 @@ def rows(tmp_path: Path) -> str:
 
 def shard_rows(train: Any, turns: str = "last", **generation: Any) -> int:
     config = config_of(data={"train": train, "turns": turns}, generation={"resources": {"gpus": 1}} | generation)
-    inputs = cast(Inputs, SimpleNamespace(train=config.data.train))
+    inputs = cast(Inputs, SimpleNamespace(train=config.data.train, questions=None))
     return launch._settle_sizes(config, None, inputs).generation.shard_rows
 
 
@@ -38,6 +38,17 @@ def test_shards_are_sized_by_the_rows_that_a_run_makes_and_draws(rows):
     assert shard_rows(rows, "all", replicas=2) == 630
     assert shard_rows([{"path": rows, "rows": 1000}], "all", replicas=2) == 500
     assert shard_rows([{"path": rows, "rows": 10}], replicas=2) == 5
+
+
+def test_shards_of_questions_are_sized_by_the_questions(rows, tmp_path):
+    (tmp_path / "questions.jsonl").write_text("\n".join(f'{{"prompt": "{number}?"}}' for number in range(40)))
+    questions = str(tmp_path / "questions.jsonl")
+    config = config_of(
+        algorithm="self_reinforcement", data={"train": rows, "questions": questions, "turns": "all"},
+        generation={"resources": {"gpus": 1}, "replicas": 2, "samples_per_prompt": 3},
+    )  # fmt: skip
+    inputs = cast(Inputs, SimpleNamespace(train=rows, questions=questions))
+    assert launch._settle_sizes(config, None, inputs).generation.shard_rows == 3 * 40 / 2
 
 
 def test_a_count_that_sizes_shards_refuses_no_source(rows):
