@@ -154,8 +154,8 @@ class DataConfig(Section):
     """Unlabelled questions for ``self_reinforcement`` and ``seft``, as ``prompt`` or ``messages``. A last turn of the
     assistant is not read. One source, or a list of several, as for ``train``."""
     heldout: OneOrSources | None = None
-    """Rows like those of ``train`` that are never trained on: one source, or a list of several. Not set: no
-    evaluation."""
+    """Rows like those of ``train``, one source or a list of several. None of them is trained on, also where
+    ``evaluation.max_rows`` measures on fewer. Not set: no evaluation."""
     prompts_per_iteration: Count | None = None
     """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer prompts make shorter
     iterations, so y′ comes from a more recent model."""
@@ -170,7 +170,8 @@ class DataConfig(Section):
     keep_leaks: Later[bool] = False
     """Training on rows that are also held out. Off: such rows are removed from training, and counted."""
     max_quarantine_fraction: Fraction = 0.05
-    """Fraction of unusable rows above which the run stops. Many unusable rows hint at a mistake in the data."""
+    """Fraction of a source's rows that may be unusable; with more the run stops, as many hint at a mistake in the
+    data."""
 
 
 class ResourcesConfig(Section):
@@ -251,7 +252,7 @@ class GenerationConfig(Section):
     shard_rows: Count = 512
     """Responses per shard. A shard is one batch of the engine, and the most that an engine loses in a crash. Small
     shards leave the engine half empty at their ends. Not set: about 4096 on GPUs, so that all engines get equal work,
-    and 512 on CPUs. A run keeps its number."""
+    and 512 on CPUs. Remote CSV, Arrow and compressed text are not counted for it: 4096. A run keeps its number."""
     replicas: MayChange[Count] = 1
     """Engines that generate side by side."""
     min_replicas: MayChange[Count | None] = None
@@ -584,7 +585,8 @@ class EvaluationConfig(Section):
     ``exact`` whole texts; ``multiple_choice`` letters; ``json`` values. ``regex`` takes ``answer`` as a pattern. Or the
     import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""
     max_rows: Count | None = None
-    """Number of held-out rows, from the first. Not set: all. Not for several sources, which have ``rows``."""
+    """Number of held-out rows that are measured, from the first. The others are not trained on, either. Not set: all.
+    Not for several sources, which have ``rows``."""
     samples: Later[Count] = 1
     """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures use the
     first response."""

@@ -24,7 +24,7 @@ from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
 from spin_ray.inputs.graders import Graded, first_graded, graders_of, refuse_no_pattern
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import find_model
-from spin_ray.inputs.mixture import shares_of
+from spin_ray.inputs.mixture import expected_shares
 from spin_ray.inputs.model_folder import (
     ModelFolder,
     find_folder,
@@ -283,7 +283,7 @@ def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     counts = [_count(source, config, ceil(needed / each), labelled=questions is None) for source in sources]
     if not all(counts):  # a source without a usable row: the quarantine error says why
         return None
-    drawn = sum(shares_of(sources, [max(it.rows or 1, count) for it, count in zip(sources, counts, strict=True)]))
+    drawn = sum(expected_shares(sources, counts))
     limits = (drawn, config.data.max_rows, config.data.prompts_per_iteration)
     pairs = min(limit for limit in limits if limit is not None) * each
     if pairs >= needed:

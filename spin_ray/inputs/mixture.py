@@ -20,13 +20,40 @@ def shares_of(sources: Sequence[Source], usable: Sequence[int], setting: str = "
         if count < (source.rows or 1):
             raise DataError(
                 f"{source.path}: has {count} usable rows, {setting} asks for {source.rows or 'some'}; "
-                "spin-ray doctor shows them"
+                "spin-ray doctor shows how many are refused, held out or in an earlier source"
             )
     scale = min((count / each.weight for each, count in zip(sources, usable, strict=True) if each.weight), default=0.0)
     return [
         max(1, int(scale * source.weight + 1e-9)) if source.weight else source.rows or count
         for source, count in zip(sources, usable, strict=True)
     ]
+
+
+def expected_shares(sources: Sequence[Source], estimated: Sequence[int]) -> list[int]:
+    """Returns ``shares_of`` estimated numbers of rows. A source counts as having its ``rows``, and at least one."""
+    return shares_of(sources, [max(it.rows or 1, count) for it, count in zip(sources, estimated, strict=True)])
+
+
+def warn_of_limit(sources: Sequence[Source], usable: Sequence[int], setting: str = "data.train") -> str | None:
+    """Returns a warning if the scarcest weighted source leaves most rows of the others unused; None otherwise.
+
+    Raises:
+        DataError: as ``shares_of`` does.
+    """
+    shares = shares_of(sources, usable, setting)
+    weighted = [number for number, source in enumerate(sources) if source.weight]
+    if len(weighted) < 2:
+        return None
+    scarcest = min(weighted, key=lambda number: usable[number] / (sources[number].weight or 1))
+    others = [number for number in weighted if number != scarcest]
+    drawn, whole = (sum(counts[number] for number in others) for counts in (shares, usable))
+    if 2 * drawn >= whole:
+        return None
+    return (
+        f"{sources[scarcest].path}: its {usable[scarcest]:,} usable rows limit the mixture at weight "
+        f"{sources[scarcest].weight:g}: only {drawn:,} of the {whole:,} usable rows of the other sources with a weight "
+        "are drawn; lower its weight, give it more rows, or leave the weights out to take every row"
+    )
 
 
 def draw(

@@ -4,22 +4,28 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from math import ceil
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs
 
 from spin_ray.errors import DataError
-from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, cure_of_name, kind_of
+from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, codec_of, cure_of_name, kind_of
 from spin_ray.inputs.files import filesystem as _filesystem
 from spin_ray.inputs.forms import COLUMNS, OTHER_NAMES
-from spin_ray.inputs.tables import read_table, split_table
-from spin_ray.inputs.texts import read_text, split_text
+from spin_ray.inputs.tables import count_table, read_table, split_table
+from spin_ray.inputs.texts import count_text, estimate_text, read_text, split_text
 
-__all__ = ["Slice", "SourceRow", "files_digest", "find_files", "read_slice", "skipped_files", "split"]
+__all__ = [
+    "Slice", "SourceRow", "count_rows", "estimate_rows", "files_digest", "find_files", "is_estimated", "read_slice",
+    "skipped_files", "split",
+]  # fmt: skip
 
 SLICE_BYTES = 2**20
 MOST_SLICES = 4096
+_ESTIMATED_FILES = 8
+"""Files whose rows stand for those of all."""
 _BESIDE_DATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
@@ -243,3 +249,26 @@ def _size(uri: str) -> int:
 def read_slice(piece: Slice, columns: Mapping[str, str] | None = None) -> Iterator[SourceRow]:
     """Yields the rows of a slice; of tables, only the columns of forms, and those of ``data.columns``."""
     return read_text(piece) if kind_of(piece.uri) in TEXTS else read_table(piece, columns or {})
+
+
+def count_rows(files: list[str]) -> int:
+    """Counts rows as they are read, without blank lines and without parsing JSON; raises DataError as ``split``."""
+    return sum(count_text(file) if kind_of(file) in TEXTS else count_table(file) for file in files)
+
+
+def is_estimated(path: str) -> bool:
+    """Tells whether the rows of a remote file, or of a folder, can be estimated without reading all of it."""
+    return not codec_of(path) and kind_of(path) not in (".csv", ".tsv", ".arrow")
+
+
+def estimate_rows(files: list[str]) -> int | None:
+    """Estimates rows from the first files, and from the first MiB of JSON; None for kinds that are read whole.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    if not all(map(is_estimated, files)):
+        return None
+    first = files[:_ESTIMATED_FILES]
+    rows = sum(estimate_text(file, _size(file)) if kind_of(file) in TEXTS else count_table(file) for file in first)
+    return ceil(rows * len(files) / len(first))

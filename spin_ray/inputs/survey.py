@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -17,6 +17,7 @@ from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, sk
 SAMPLE_ROWS = 2000
 """Most rows read without ``--all``."""
 UNLIMITED = sys.maxsize
+ALL_HELD_OUT = "all rows are held out, too: every row of data.heldout is, also beyond evaluation.max_rows"
 _ROWS_AT_A_TIME = 256
 _ANSWERS = 64
 
@@ -38,6 +39,7 @@ class Survey:
     """True if every row was read."""
     read: int = 0
     usable: int = 0
+    """Rows that are not refused."""
     forms: Counter[str] = field(default_factory=Counter)
     first_of_form: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
     """Place and text of each form's first readable row, by file."""
@@ -52,9 +54,21 @@ class Survey:
     ids: set[str] = field(default_factory=set)
     answers: list[str] = field(default_factory=list)
     """Answers of the first usable rows that have one."""
+    made: int = 0
+    """Rows made of those that fit ``max_length``: several of one with ``data.turns: all``."""
+    drawable: int = 0
+    """Rows made that a run can take: the first of each that is neither held out nor in an earlier source."""
     leaked: int = 0
-    """Usable rows that are also held out."""
+    """Rows made that are also held out."""
+    overlapping: int = 0
+    """Rows made that are also in an earlier source, each once."""
+    elsewhere: int = 0
+    """Usable rows of which a run takes nothing, because they are held out or in an earlier source."""
     example: Row | None = None
+    held_out: Set[str] = frozenset()
+    """Prompt ids of held-out rows."""
+    earlier: Set[str] = frozenset()
+    """Prompt ids of earlier sources."""
 
     @property
     def share_too_long(self) -> float:
@@ -69,10 +83,11 @@ class Survey:
         """Raises DataError if a run would refuse the data."""
         for forms in self.first_of_form.values():
             refuse_two_forms(forms)
-        if self.whole and self.ids and self.leaked == len(self.ids):
-            raise DataError(f"{self.source}: all rows are held out, too")
+        if self.whole and self.made and self.leaked == self.made:
+            raise DataError(f"{self.source}: {ALL_HELD_OUT}")
         bad, share = self.refused.total(), data.max_quarantine_fraction
-        if self.usable and bad <= share * self.read:
+        every = self.read - self.elsewhere
+        if self.usable and bad <= share * every:
             return
         if not bad:
             raise DataError(f"{self.source}: holds no rows")
@@ -81,24 +96,34 @@ class Survey:
         of = "" if self.whole else " that were read (--all reads every row)"
         limit = f", more than data.max_quarantine_fraction {share:g}" if self.usable else ""
         raise DataError(
-            f"{self.source}: {bad} of {self.read} rows{of} cannot be used ({self.counts}){limit}; "
+            f"{self.source}: {bad} of {every} rows{of} cannot be used ({self.counts}){limit}; "
             f"first: {first.origin}: {reason}: {first.detail}"
         )
 
 
-def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = False) -> Survey:
+def survey(
+    source: str,
+    task: PromptTask,
+    max_length: int,
+    *,
+    every_row: bool = False,
+    held_out: Set[str] = frozenset(),
+    earlier: Set[str] = frozenset(),
+) -> Survey:
     """Reads the first rows of every file, or all rows, as a run does.
 
     Args:
         task: task of length ``UNLIMITED``, so that too long rows are measured.
         max_length: longest row that a run takes.
+        held_out: prompt ids that are not trained on.
+        earlier: prompt ids of earlier sources.
 
     Raises:
         DataError: a file is missing, empty or damaged.
     """
     files = find_files(source)
     pieces = split(files)
-    found = Survey(source, max_length, files, skipped_files(source), whole=True)
+    found = Survey(source, max_length, files, skipped_files(source), whole=True, held_out=held_out, earlier=earlier)
     quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
     rows = _rows(pieces, quota, found, task.data)
 
@@ -158,15 +183,24 @@ def _count(
         detail = f"{max(lengths)} tokens, model.max_length is {found.max_length}"
         _refuse(found, source, "too_long", detail)
         return
-    new = [row for row in result if row["prompt_id"] not in found.ids]
-    found.ids.update(row["prompt_id"] for row in result)
-    if not new:
+    ids = [row["prompt_id"] for row in result]
+    new = {each for each in ids if each not in found.ids}
+    leaked = [each for each in ids if each in found.held_out]
+    found.ids.update(new)
+    found.made += len(ids)
+    found.leaked += len(leaked)
+    if not new and len(leaked) < len(ids):
         _refuse(found, source, "duplicate", "the same prompt and response as an earlier row")
         return
+    drawable = new - found.held_out - found.earlier
+    found.overlapping += len(new & found.earlier - found.held_out)
+    found.drawable += len(drawable)
+    found.elsewhere += not drawable
     found.usable += 1
-    if (answer := new[0]["answer_text"]) is not None and len(found.answers) < _ANSWERS:
+    first = next((row for row in result if row["prompt_id"] in new), result[0])
+    if (answer := first["answer_text"]) is not None and len(found.answers) < _ANSWERS:
         found.answers.append(answer)
-    found.example = found.example or new[0]
+    found.example = found.example or first
 
 
 def _length(row: Row) -> int:

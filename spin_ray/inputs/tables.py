@@ -41,6 +41,17 @@ def split_table(uri: str, width: int) -> list[Slice]:
     return [*slices, Slice(uri, start, number + 1)] if number + 1 > start else slices
 
 
+def count_table(uri: str) -> int:
+    """Returns the number of rows; of Parquet only the footer is read.
+
+    Raises:
+        DataError: the file is not of its kind.
+    """
+    if kind_of(uri) == ".parquet":
+        return _parquet(uri).metadata.num_rows
+    return sum(batch.num_rows for batch in _batches(uri))
+
+
 def read_table(piece: Slice, columns: Mapping[str, str]) -> Iterator[SourceRow]:
     """Yields rows in which a null is a missing key; reads only the file's names in ``columns`` and those of forms.
 

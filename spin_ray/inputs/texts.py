@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.files import CHUNK, Slice, SourceRow, codec_of, filesystem, head_of, json_kind, kind_of, open_text
 from spin_ray.inputs.forms import COLUMNS, jq_key
 
+_MARGIN = 1.05
+"""Factor of estimates, as one chunk differs from another."""
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
 """A whole string, a bracket, or the quote of an incomplete string."""
 
@@ -85,6 +88,40 @@ def read_text(piece: Slice) -> Iterator[SourceRow]:
         yield from rows
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(f"{piece.uri}: is damaged ({first_line(error)})") from error
+
+
+def count_text(uri: str) -> int:
+    """Returns the number of rows without blank lines; JSON is not parsed.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if kind_of(uri) in (".csv", ".tsv"):
+        return sum(1 for _ in read_text(Slice(uri, 0, 0)))
+    array = _is_array(uri, None)
+    try:
+        with open_text(uri) as file:
+            return sum(1 for _ in _elements(file, uri, 0)) if array else sum(1 for line in file if line.strip())
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise DataError(f"{uri}: is damaged ({first_line(error)})") from error
+
+
+def estimate_text(uri: str, size: int) -> int:
+    """Estimates the rows of uncompressed JSON of ``size`` bytes from its first chunk, rather too many than too few.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if size <= CHUNK:
+        return count_text(uri)
+    head, places = head_of(uri, CHUNK), [0]
+    if _is_array(uri, head):
+        with suppress(DataError):  # the chunk ends within the array
+            for start, _ in _elements(io.BytesIO(head), uri, 0):
+                places.append(start)
+    else:
+        places += [found.end() for found in re.finditer(rb"\S[^\n]*\n", head)]
+    return max(1, round(_MARGIN * size * (len(places) - 1) / max(places[-1], 1)))
 
 
 def _is_array(uri: str, head: bytes | None) -> bool:

@@ -42,7 +42,9 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     surveys = shown.look_at_data(config, inputs, every_row=every_row)
     for found in surveys:
         shown.print_survey(found, console)
-    shown.check_surveys(config, inputs, surveys)
+    for warning in shown.check_surveys(config, inputs, surveys):
+        console.print("[yellow]warning[/]", end=" ")
+        console.print(warning, markup=False, highlight=False)
     shown.print_example(surveys[0], tokenizer, console)
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ def _player(run: RunDir, start: Start, start_engine: StartEngine) -> probe.Play:
 
 def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
     _prepare_prompts(run, config, start)
+    _warn_of_idle_engines(run, config)
     find_algorithm(config.algorithm).check_rows(run, config)
     _check_answers(run, config)
     if not config.sft:
@@ -143,11 +145,8 @@ def _for_every_machine(start: Start) -> Start:
 def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
     tokenizer = str(start.model.path)
     if start.heldout:
-        heldout = RowsOf(
-            target=run.heldout, given=start.heldout, setting="data.heldout", max_rows=config.evaluation.max_rows
-        )
-        prompts.run(run, config, tokenizer, heldout)
-    leaks = run.heldout if start.heldout else None
+        prompts.run(run, config, tokenizer, RowsOf.held_out(run, config, start.heldout))
+    leaks = (run.heldout_ids if run.heldout_ids.is_committed else run.heldout) if start.heldout else None
     prompts.run(run, config, tokenizer, RowsOf.training(run, config, start.train, without=leaks))
     if start.questions:
         questions = RowsOf(
@@ -155,6 +154,23 @@ def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
             labelled=False,
         )  # fmt: skip
         prompts.run(run, config, tokenizer, questions)
+
+
+def _warn_of_idle_engines(run: RunDir, config: SpinConfig) -> None:
+    """Warns if an iteration's answers make fewer shards than there are engines. A run that has begun keeps its own."""
+    played, settings = find_algorithm(config.algorithm).plays(run), config.generation
+    if played is None or not played.is_committed or run.begun_config():
+        return
+    rows, samples = played.manifest().rows, settings.samples_per_prompt
+    rows = min(rows, config.data.prompts_per_iteration or rows)
+    shards = ceil(rows / max(1, settings.shard_rows // samples))
+    if shards < min(rows, settings.replicas):
+        logger.warning(
+            "generation.shard_rows: %d answers make %d shards for %d engines, so that %d of these have nothing to do; "
+            "set generation.shard_rows to %d or less",
+            rows * samples, shards, settings.replicas, settings.replicas - shards,
+            ceil(rows / settings.replicas) * samples,
+        )  # fmt: skip
 
 
 def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import sources_of
 from spin_ray.inputs.check import Inputs, Start, check_architecture, check_recipe, find_inputs
-from spin_ray.inputs.mixture import shares_of
-from spin_ray.inputs.sources import find_files
+from spin_ray.inputs.needs import needs_of
 from spin_ray.planning.disk import check_room, disk_use, parameters_of
 from spin_ray.planning.mesh import check_mesh
-from spin_ray.planning.plan import count_rows
+from spin_ray.planning.rows import rows_at_start
 from spin_ray.report.history import evidence_to_stop, is_evaluated, read_evaluations
 from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.tracking import check_trackers, track_all
@@ -126,11 +124,12 @@ def _settle_sizes(config: SpinConfig, begun: SpinConfig | None, inputs: Inputs) 
     """Fills in batch sizes that the recipe leaves open. A run that has ``begun`` keeps its sizes."""
     if begun:
         return config.settle_auto("gradient_checkpointing", begun).settle_sizes(begun)
-    sources = sources_of(inputs.train)
-    if not config.generation.resources.gpus or any("://" in source.path for source in sources):
+    if not config.generation.resources.gpus:
         return config.settle_sizes()
-    counts = [count_rows(find_files(source.path)) for source in sources]
-    return config.settle_sizes(rows=sum(shares_of(sources, counts)))
+    if inputs.questions and needs_of(config).plays_questions:
+        one_each = config.data.model_copy(update={"turns": "last"})  # a question is one row
+        return config.settle_sizes(rows=rows_at_start(inputs.questions, one_each))
+    return config.settle_sizes(rows=rows_at_start(inputs.train, config.data))
 
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:

@@ -1,15 +1,13 @@
 """``spin-ray plan``: predicts time and memory, and refuses what does not fit."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import DataConfig, name_of, sources_of
+from spin_ray.config.sections import name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.engine_sizes import check_engines
@@ -21,6 +19,7 @@ from spin_ray.planning.mesh import Choice, too_long
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
+from spin_ray.planning.rows import count_responses, first_rows, settle
 from spin_ray.planning.run_cost import Phase, plan_run, planned_mesh
 from spin_ray.planning.scaling import Scaling, scaling_of
 from spin_ray.planning.tables import memory_table, network_note, notes, purposes, scaling_table, time_table
@@ -31,9 +30,6 @@ from spin_ray.runtime.precision import with_precision
 
 if TYPE_CHECKING:
     from spin_ray.inputs.prompt_rows import PromptTask
-    from spin_ray.inputs.sources import SourceRow
-
-SAMPLE_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +92,13 @@ def _sample(config: SpinConfig, given: Given) -> Work:
         missing = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is None]
         what = f"data.train {train}" if "://" in train else f"model.path {config.model.path}"
         raise DataError(f"{what}: is not on this machine, so plan cannot measure its rows; give {', '.join(missing)}")
-    from spin_ray.inputs.mixture import shares_of
+    from spin_ray.inputs.mixture import expected_shares
     from spin_ray.inputs.prompt_rows import PromptTask
 
     task = PromptTask.of(config, str(model), trained=True)
     sources = sources_of(config.data.train)
     samples = [_usable_rows(resolve(source.path), task) for source in sources]
-    shares = shares_of(sources, [counted for counted, _ in samples])
+    shares = expected_shares(sources, [counted for counted, _ in samples])
     rows, max_tokens = sum(shares), config.generation.sampling.max_tokens
 
     def mean(length: Callable[[dict[str, Any]], int]) -> float:
@@ -120,33 +116,14 @@ def _sample(config: SpinConfig, given: Given) -> Work:
 
 def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, Any]]]:
     from spin_ray.inputs.prompt_rows import rows_of
+    from spin_ray.inputs.sources import count_rows, find_files
 
-    rows, count = _first_rows(source, task.data)
+    files = find_files(source)
+    rows = first_rows(files, task.data)
     usable = [row for found in rows_of(rows, task) if isinstance(found, list) for row in found]
     if not usable:
         raise DataError(f"{source}: none of the first {len(rows)} rows can be used; spin-ray doctor says why")
-    return round(count * len(usable) / len(rows)), usable
-
-
-def _conversations(source: str, data: DataConfig) -> int:
-    """Counts a source's conversations by ``data.turns``. Nothing is tokenised, so that too long ones count."""
-    from spin_ray.inputs.conversations import Unusable, conversations_of
-
-    rows, count = _first_rows(source, data)
-    found = 0
-    for row in rows:
-        with suppress(Unusable):
-            found += len(conversations_of(row.content, data))
-    return round(count * found / max(1, len(rows)))
-
-
-def _first_rows(source: str, data: DataConfig) -> tuple[list["SourceRow"], int]:
-    """Returns the first rows and the number of all."""
-    from spin_ray.inputs.sources import find_files, read_slice, split
-
-    files = find_files(source)
-    rows = (row for piece in split(files) for row in read_slice(piece, data.columns))
-    return list(islice(rows, SAMPLE_ROWS)), count_rows(files)
+    return round(count_rows(files) * len(usable) / len(rows)), usable
 
 
 def _heldout_rows(config: SpinConfig) -> int:
@@ -157,29 +134,10 @@ def _heldout_rows(config: SpinConfig) -> int:
     paths = [resolve(source.path) for source in sources]
     if any("://" in path for path in paths):
         return limit or sum(source.rows or 0 for source in sources)
-    from spin_ray.inputs.mixture import shares_of
+    from spin_ray.inputs.mixture import expected_shares
 
-    counts = [_conversations(path, config.data) for path in paths]
-    counted = sum(shares_of(sources, counts, "data.heldout"))
+    counted = sum(expected_shares(sources, [count_responses(path, config.data) for path in paths]))
     return min(limit or counted, counted)
-
-
-def count_rows(files: list[str]) -> int:
-    """Counts the rows of local files, without blank lines."""
-    import pyarrow.parquet as pq
-
-    from spin_ray.inputs.sources import read_slice, split
-
-    total = 0
-    for file in files:
-        if file.endswith(".parquet"):
-            total += pq.read_metadata(file).num_rows
-        elif not file.endswith((".jsonl", ".ndjson")):
-            total += sum(1 for piece in split([file]) for _ in read_slice(piece))
-        else:
-            with open(file, "rb") as lines:
-                total += sum(1 for line in lines if line.strip())
-    return total
 
 
 # Memory
@@ -287,7 +245,7 @@ def predict(config: SpinConfig, cluster: Cluster, given: Given, algorithm: Plann
     if config.train.lora:
         refuse_unknown_layers(config.train.lora, shape)
     work = read_work(config, given)
-    settled = config.settle_sizes(rows=work.rows)
+    settled = settle(config, work.rows)
     phases = check_memory(settled, shape, cluster, work, algorithm)
     return Plan(
         config=settled, cluster=cluster, devices=devices_of(settled, cluster), shape=shape, work=work, phases=phases,

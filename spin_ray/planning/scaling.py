@@ -9,6 +9,7 @@ from spin_ray.config.sections import Mesh
 from spin_ray.errors import UserError
 from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.rows import settle
 from spin_ray.planning.run_cost import plan_run, planned_mesh
 from spin_ray.planning.work import Planned, Work
 
@@ -122,7 +123,7 @@ def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
 def _size(
     config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, batch: int, algorithm: Planned
 ) -> Size | None:
-    changed = on_all_gpus(config, cluster, batch).settle_sizes(rows=work.rows)
+    changed = settle(on_all_gpus(config, cluster, batch), work.rows)
     try:
         devices = devices_of(changed, cluster)
     except UserError:

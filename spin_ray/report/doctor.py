@@ -1,7 +1,8 @@
 """Output of ``spin-ray doctor`` about data, template and precision."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from spin_ray.config.sections import Train, sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.findings import Finding, TemplateFacts
 from spin_ray.inputs.graders import graders_of, refuse_no_answer
-from spin_ray.inputs.mixture import shares_of
+from spin_ray.inputs.mixture import warn_of_limit
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
 from spin_ray.runtime.precision import faster_precision
@@ -33,41 +34,43 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
     """
     task = replace(PromptTask.of(config, str(inputs.model.path)), max_length=UNLIMITED)
 
-    def look(given: Train | None, each: PromptTask) -> list[Survey]:
-        paths = [source.path for source in sources_of(given)]
-        return [survey(path, each, config.model.max_length, every_row=every_row) for path in paths]
+    def look(given: Train | None, each: PromptTask, held_out: Set[str] = frozenset()) -> list[Survey]:
+        found: list[Survey] = []
+        options: dict[str, Any] = {"every_row": every_row, "held_out": held_out}
+        for source in sources_of(given):
+            earlier = {row for before in found for row in before.ids}
+            found.append(survey(source.path, each, config.model.max_length, earlier=earlier, **options))
+        return found
 
     of_train = replace(PromptTask.of(config, str(inputs.model.path), trained=True), max_length=UNLIMITED)
-    trained, heldout = look(inputs.train, of_train), look(inputs.heldout, task)
-    if not config.data.keep_leaks:
-        held_out = {row for each in heldout for row in each.ids}
-        for each in trained:
-            each.leaked = len(each.ids & held_out)
+    heldout = look(inputs.heldout, task)
+    held_out = set() if config.data.keep_leaks else {row for each in heldout for row in each.ids}
+    trained = look(inputs.train, of_train, held_out)
     return [*trained, *heldout, *(look(inputs.questions, replace(task, labelled=False)) if inputs.questions else [])]
 
 
-def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> None:
-    """Raises DataError for rows that a run would refuse, or if there are too few usable rows or no answers."""
-    sources, held_out = sources_of(inputs.train), len(sources_of(inputs.heldout))
+def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> list[str]:
+    """Returns warnings of sources that limit their mixture, where every row was read.
+
+    Raises:
+        DataError: a run would refuse the rows, or there are too few usable rows or no answers.
+    """
     for found in surveys:
         found.check(config.data)
-    trained, questions = surveys[: len(sources)], surveys[len(sources) + held_out :]
-    of_stages = {"scorer": trained, "self_filter": questions, "evaluation": surveys[len(sources) :][:held_out]}
+    rest, given = iter(surveys), {name: getattr(inputs, name) for name in ("train", "heldout", "questions")}
+    of = {name: list(islice(rest, len(sources_of(each)))) for name, each in given.items()}
+    of_stages = {"scorer": of["train"], "self_filter": of["questions"], "evaluation": of["heldout"]}
     for setting, grade in graders_of(config).items():
         if rows := of_stages[setting.partition(".")[0]]:
             sample = "" if all(found.whole for found in rows) else " (a sample; --all reads every row)"
             name = ", ".join(found.source for found in rows) + sample
             refuse_no_answer(name, [answer for found in rows for answer in found.answers], grade, setting)
-    if isinstance(inputs.train, str) or not all(found.whole for found in trained):
-        return
-    taken: set[str] = set()
-    if inputs.heldout and not config.data.keep_leaks:
-        taken = {row for found in surveys[len(sources) : len(sources) + held_out] for row in found.ids}
-    usable = []
-    for found in trained:
-        usable.append(len(found.ids - taken))
-        taken |= found.ids
-    shares_of(sources, usable)
+    warnings = [
+        warn_of_limit(sources_of(each), [found.drawable for found in of[name]], f"data.{name}")
+        for name, each in given.items()
+        if isinstance(each, tuple) and all(found.whole for found in of[name])
+    ]
+    return [warning for warning in warnings if warning]
 
 
 def print_survey(found: Survey, console: Console) -> None:
@@ -89,6 +92,8 @@ def print_survey(found: Survey, console: Console) -> None:
             console,
             f"   {found.leaked:,} rows are held out, too, and are not trained on (data.keep_leaks: true keeps them)",
         )
+    if found.overlapping:
+        _line(console, f"   {found.overlapping:,} rows are in an earlier source, too, and are taken from that one")
     if found.ignored:
         _line(console, f"   {not_read(found)}")
     if found.skipped:
@@ -192,7 +197,8 @@ def as_json(surveys: Sequence[Survey], facts: TemplateFacts, tokenizer: Any) -> 
         one: dict[str, Any] = {
             "source": found.source, "files": found.files, "every_row_read": found.whole,
             "forms": dict(found.forms), "rows": found.read, "usable": found.usable, "refused": dict(found.refused),
-            "leaked": found.leaked, "ignored": dict(found.ignored), "skipped_files": found.skipped,
+            "leaked": found.leaked, "overlapping": found.overlapping, "ignored": dict(found.ignored),
+            "skipped_files": found.skipped,
             "first_refused": {reason: asdict(refusal) for reason, refusal in found.first.items()},
             "share_too_long": found.share_too_long, "max_length": found.max_length,
             "lengths": _quantiles(found.lengths),

@@ -56,6 +56,11 @@ class RunDir:
     def heldout(self) -> Artefact:
         return self.artefact("heldout")
 
+    @property
+    def heldout_ids(self) -> Artefact:
+        """Ids of all rows of ``data.heldout``; there if ``heldout`` holds a part of them."""
+        return self.artefact("heldout/ids")
+
     def generations(self, iteration: int) -> Artefact:
         return self.artefact(f"{iteration_name(iteration)}/generations")
 

@@ -13,6 +13,7 @@ from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
 from spin_ray.loop.init.settings import Setting, Settings, is_within, tree_of
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.plan import check_memory
+from spin_ray.planning.rows import settle
 from spin_ray.planning.run_cost import Phase
 from spin_ray.planning.work import Work
 from spin_ray.runtime.precision import with_precision
@@ -52,7 +53,7 @@ def fit(
         try:
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
             work = _work(seen, config)
-            sized, algorithm = config.settle_sizes(rows=work.rows), find_algorithm(config.algorithm)
+            sized, algorithm = settle(config, work.rows), find_algorithm(config.algorithm)
             phases = check_memory(sized, seen.shape, machines.cluster, work, algorithm)
         except ResourceError as error:
             misfit = misfit or str(error)

@@ -11,6 +11,7 @@ from spin_ray.errors import ConfigError, ModelError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.files import SUFFIXES
 from spin_ray.inputs.hub import download_command
+from spin_ray.inputs.mixture import expected_shares
 from spin_ray.inputs.model_folder import (
     folder_here,
     is_adapter,
@@ -21,13 +22,12 @@ from spin_ray.inputs.model_folder import (
     refuse_untrainable,
 )
 from spin_ray.inputs.prompt_rows import PromptTask
-from spin_ray.inputs.sources import find_files
+from spin_ray.inputs.sources import count_rows
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.planning.cluster import Cluster, name_of_gpu
 from spin_ray.planning.hardware import DEVICE_NAMES, GPUS
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
-from spin_ray.planning.plan import count_rows
 from spin_ray.runtime.gpu import cpu_builds
 from spin_ray.runtime.gpu_memory import visible_cards
 
@@ -61,7 +61,7 @@ class Look:
     """Longest input of the model, in tokens."""
     train: tuple[Survey, ...] = ()
     rows: int | None = None
-    """Training rows of all sources."""
+    """Training rows that a run draws from all sources."""
     notes: tuple[str, ...] = ()
     """Sentences about facts that could not be found."""
 
@@ -148,11 +148,12 @@ def _with_data(config: SpinConfig, folder: Path) -> Look:
         return Look(notes=(f"{train} is not on this machine; lengths and batches are not fitted to it",))
     task = replace(PromptTask.of(config, str(folder)), max_length=UNLIMITED)
     paths = [resolve(source.path) for source in sources_of(config.data.train)]
-    rows = sum(count_rows(find_files(path)) for path in paths)
     found = tuple(survey(path, task, UNLIMITED) for path in paths)
     heldout = config.data.heldout
     sources = sources_of(heldout) if heldout else ()
     beside = [survey(resolve(it.path), task, UNLIMITED) for it in sources if "://" not in it.path]
     for each in (*found, *beside):
         each.check(config.data)
+    counts = [round(count_rows(it.files) * len(it.ids) / it.read) for it in found]
+    rows = sum(expected_shares(sources_of(config.data.train), counts))
     return Look(train=found, rows=min(rows, config.data.max_rows or rows))

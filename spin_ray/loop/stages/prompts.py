@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
 from math import ceil
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +28,11 @@ from spin_ray.config.sections import Source, Train, name_of, sources_of
 from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.inputs.conversations import Found, Unusable
 from spin_ray.inputs.forms import refuse_two_forms, shown
-from spin_ray.inputs.mixture import draw
+from spin_ray.inputs.mixture import draw, warn_of_limit
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, skipped_files, split
+from spin_ray.inputs.survey import ALL_HELD_OUT
 from spin_ray.run_dir.artefact import Artefact, FileEntry
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -41,14 +42,17 @@ from spin_ray.runtime.waiting import with_deadline
 
 logger = logging.getLogger(__name__)
 
-_Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
 QUARANTINE_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
 """Rows of a slice, with ``origin`` and ``raw`` for the quarantine."""
 LEAK = "leak"
-"""Reason of a training row that is also held out. Such rows do not count as unusable."""
+"""Reason of a training row that is also held out."""
+OVERLAP = "overlap"
+"""Reason of a row that is also in an earlier source."""
+_ELSEWHERE = (LEAK, OVERLAP)
+"""Reasons of rows that do not count as unusable."""
 ROWS_AT_A_TIME = 1024
 """Rows held as Python objects by a task."""
 
@@ -67,7 +71,17 @@ class RowsOf:
     trained: bool = False
     """True for rows that are trained on."""
     without: Artefact | None = None
-    """Held-out rows. They are left out, or only counted with ``data.keep_leaks``."""
+    """Held-out rows, or their ids. They are left out, or only counted with ``data.keep_leaks``."""
+    every_id: Artefact | None = None
+    """Artefact for the ids of all usable rows, which is made if the rows are cut."""
+
+    @classmethod
+    def held_out(cls, run_dir: RunDir, config: SpinConfig, given: Train) -> Self:
+        """Returns the rows to measure on."""
+        return cls(
+            target=run_dir.heldout, given=given, setting="data.heldout", max_rows=config.evaluation.max_rows,
+            every_id=run_dir.heldout_ids,
+        )  # fmt: skip
 
     @classmethod
     def training(cls, run_dir: RunDir, config: SpinConfig, given: Train, without: Artefact | None = None) -> Self:
@@ -108,6 +122,7 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         _tell_skipped(sources)
         pieces_of = [split(each) for each in files_of]
         pieces = [piece for each in pieces_of for piece in each]
+        source_of = [number for number, each in enumerate(pieces_of) for _ in each]
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
         slices = _render(pieces, folder, _RenderSlice(run_dir.storage, artefact.path, task), source)
         _refuse_mixed_files(slices, [piece.uri for piece in pieces])
@@ -117,13 +132,18 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         if config.data.keep_leaks and leaked is not None:
             counted["leaks_kept"] = _count_kept_leaks(slices, leaked, source)
             leaked = None
-        firsts = _first_of_each([each.ids for each in slices], rows.max_rows, leaked)
+        firsts = _first_of_each([each.ids for each in slices], source_of, rows.max_rows, leaked)
         if not isinstance(train, str):
-            counts = [len(each) for each in pieces_of]
-            counted["sources"] = _draw(firsts, train, counts, config.seed, rows.setting)
-        entries, quarantined = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
+            counted["sources"] = _draw(firsts, train, source_of, config.seed, rows.setting)
+        if rows.every_id is not None:
+            _commit_ids(rows.every_id, slices, firsts, inputs, settings)
+        entries, reasons = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
+        quarantined = sum(reasons, Counter[str]())
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
-        _check_quarantine(run_dir, config, artefact, source, slices, quarantined)
+        for number, each in enumerate(sources):
+            start, stop = source_of.index(number), source_of.index(number) + len(pieces_of[number])
+            read = _Quarantined.of(each.path, slices, reasons, start, stop)
+            _check_quarantine(run_dir, config, artefact, read)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
 
@@ -166,13 +186,30 @@ def _count_kept_leaks(slices: list["_Slice"], leaked: np.ndarray, source: str) -
 
 
 def _draw(
-    firsts: list[_Masks], sources: tuple[Source, ...], pieces: list[int], seed: int, setting: str
+    firsts: list["_Masks"], sources: tuple[Source, ...], source_of: list[int], seed: int, setting: str
 ) -> dict[str, int]:
-    source_of = [number for number, count in enumerate(pieces) for _ in range(count)]
-    shares = draw([keep for keep, _, _ in firsts], sources, source_of, seed, setting)
+    usable = [0] * len(sources)
+    for number, masks in zip(source_of, firsts, strict=True):
+        usable[number] += int(masks.keep.sum())
+    shares = draw([masks.keep for masks in firsts], sources, source_of, seed, setting)
     drawn = {source.path: share for source, share in zip(sources, shares, strict=True)}
     logger.info("rows drawn: %s", ", ".join(f"{share:,} of {path}" for path, share in drawn.items()))
+    if warning := warn_of_limit(sources, usable, setting):
+        logger.warning("%s", warning)
     return drawn
+
+
+def _commit_ids(
+    target: Artefact, slices: list["_Slice"], firsts: list["_Masks"], inputs: dict[str, str], settings: dict[str, Any]
+) -> None:
+    """Commits the ids of all usable rows, unless every one of these rows is kept."""
+    ids = np.unique(np.concatenate([each.ids for each in slices]))
+    if sum(int(masks.keep.sum()) for masks in firsts) == len(ids):
+        return
+    target.storage.delete(target.path)  # of an attempt whose rows were never committed
+    text = ids.tobytes().hex()
+    table = pa.table({"prompt_id": [text[start : start + 16] for start in range(0, len(text), 16)]})
+    target.commit({part_name(0): target.write_part(part_name(0), table)}, inputs, settings)
 
 
 def _tell_skipped(sources: tuple[Source, ...]) -> None:
@@ -301,10 +338,11 @@ def _finish(
     storage: Storage,
     slices: list[_Slice],
     artefact: Artefact,
-    firsts: list[_Masks],
+    firsts: list["_Masks"],
     part_rows: int,
-) -> tuple[dict[str, FileEntry], Counter[str]]:
-    reasons: Counter[str] = Counter()
+) -> tuple[dict[str, FileEntry], list[Counter[str]]]:
+    """Writes the kept rows as parts, and the others to quarantine; returns these parts and each slice's reasons."""
+    reasons: list[Counter[str]] = []
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
     waiting = PROMPT_SCHEMA.empty_table()
@@ -315,23 +353,24 @@ def _finish(
             name = part_name(len(entries))
             entries[name] = artefact.write_part(name, table.combine_chunks())
 
-    for name, (keep, repeated, held_out) in zip([each.name for each in slices], firsts, strict=True):
+    for name, masks in zip([each.name for each in slices], firsts, strict=True):
         rows = storage.read(f"{name}-rows")
         duplicates = [
             _quarantine_row(artefact.path, row["origin"], reason, detail, row["raw"])
             for reason, detail, which in (
-                ("duplicate", "the same prompt and response as an earlier row", repeated),
-                (LEAK, "the same prompt and response as a held-out row", held_out),
+                ("duplicate", "the same prompt and response as an earlier row", masks.repeated),
+                (OVERLAP, "the same prompt and response as a row of an earlier source", masks.overlapping),
+                (LEAK, "the same prompt and response as a held-out row", masks.held_out),
             )
             for row in (_columns(rows, ["origin", "raw"]).filter(which).to_pylist() if which.any() else [])
         ]
         bad = pa.concat_tables(
             [table_from_bytes(storage.read(f"{name}-bad")), pa.Table.from_pylist(duplicates, QUARANTINE_SCHEMA)]
         )
-        reasons.update(bad["reason"].to_pylist())
+        reasons.append(Counter(bad["reason"].to_pylist()))
         quarantine.append(bad)
         table = _columns(rows, PROMPT_SCHEMA.names)
-        waiting = pa.concat_tables([waiting, table if keep.all() else table.filter(keep)])
+        waiting = pa.concat_tables([waiting, table if masks.keep.all() else table.filter(masks.keep)])
         while waiting.num_rows >= part_rows:
             write(waiting.slice(0, part_rows))
             waiting = waiting.slice(part_rows)
@@ -344,10 +383,27 @@ def _columns(part: bytes, names: list[str]) -> pa.Table:
     return pq.read_table(pa.BufferReader(part), columns=names)
 
 
-def _first_of_each(ids: list[np.ndarray], limit: int | None, leaked: np.ndarray | None = None) -> list[_Masks]:
-    """Returns three masks per slice: rows to keep, rows that repeat a kept row, and ``leaked`` rows.
+class _Masks(NamedTuple):
+    """Rows of a slice. All that are in no mask are beyond ``max_rows``."""
 
-    All other rows are beyond the ``limit``.
+    keep: np.ndarray
+    repeated: np.ndarray
+    """Rows that repeat an earlier one of their source."""
+    overlapping: np.ndarray
+    """First rows of their kind in their source that repeat one of an earlier source."""
+    held_out: np.ndarray
+
+
+def _first_of_each(
+    ids: list[np.ndarray], source_of: Sequence[int], limit: int | None, leaked: np.ndarray | None = None
+) -> list[_Masks]:
+    """Returns the masks of each slice.
+
+    Args:
+        ids: prompt ids by slice.
+        source_of: the source's index per slice.
+        limit: number of rows to keep; None: all.
+        leaked: ids of held-out rows.
     """
     every = np.concatenate(ids)
     held_out = np.zeros(len(every), bool) if leaked is None else np.isin(every, leaked)
@@ -357,8 +413,18 @@ def _first_of_each(ids: list[np.ndarray], limit: int | None, leaked: np.ndarray 
     is_first &= ~held_out
     keep = is_first & (np.cumsum(is_first) <= (len(every) if limit is None else limit))
     repeated = ~is_first & keep[first[which]]
+    overlapping = repeated & _first_of_its_source(every, np.repeat(source_of, [len(each) for each in ids]))
     ends = np.cumsum([len(each) for each in ids])[:-1]
-    return list(zip(*(np.split(mask, ends) for mask in (keep, repeated, held_out)), strict=True))
+    masks = (keep, repeated & ~overlapping, overlapping, held_out)
+    return [_Masks(*each) for each in zip(*(np.split(mask, ends) for mask in masks), strict=True)]
+
+
+def _first_of_its_source(ids: np.ndarray, source: np.ndarray) -> np.ndarray:
+    found = np.zeros(len(ids), bool)
+    for number in np.unique(source):
+        places = np.flatnonzero(source == number)
+        found[places[np.unique(ids[places], return_index=True)[1]]] = True
+    return found
 
 
 def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> Row:
@@ -366,28 +432,52 @@ def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: byte
     return {"stage": stage, "origin": origin, "reason": reason, "detail": detail, "row": raw}
 
 
-def _check_quarantine(
-    run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, slices: list[_Slice], reasons: Counter[str]
-) -> None:
-    """Compares unusable rows with all rows of the files, whatever ``max_rows`` or a source's share takes of them."""
+@dataclass(frozen=True, slots=True)
+class _Quarantined:
+    """A source's rows in quarantine, beside all that were read."""
+
+    source: str
+    read: int
+    """Number of rows in the files."""
+    made: int
+    """Number of rows made of the usable ones: several of one with ``data.turns: all``."""
+    reasons: Counter[str]
+    first: int
+    """Place of the source's first row in the quarantine's file."""
+
+    @classmethod
+    def of(
+        cls, source: str, slices: Sequence[_Slice], reasons: Sequence[Counter[str]], start: int, stop: int
+    ) -> "_Quarantined":
+        """Returns the sum of the slices ``start`` to ``stop``."""
+        mine, before = slices[start:stop], sum(each.total() for each in reasons[:start])
+        read, made = sum(each.read for each in mine), sum(len(each.ids) for each in mine)
+        return cls(source, read, made, sum(reasons[start:stop], Counter[str]()), before)
+
+
+def _check_quarantine(run_dir: RunDir, config: SpinConfig, artefact: Artefact, found: _Quarantined) -> None:
+    """Compares unusable rows with all rows of a source, whatever ``max_rows`` or the source's share takes of them."""
+    source, reasons = found.source, found.reasons
     if leaks := reasons[LEAK]:
         logger.warning("%s: %d rows are held out, too, and are not trained on (data.keep_leaks)", source, leaks)
-    read, made = sum(each.read for each in slices), sum(len(each.ids) for each in slices)
-    refused = reasons.total() - leaks - reasons["duplicate"]
-    rows_of_each = made / max(read - refused, 1)
-    every = read - int(leaks / rows_of_each) if leaks else read
-    bad = refused + ceil(reasons["duplicate"] / rows_of_each) if reasons["duplicate"] else refused
-    if made > leaks and bad <= config.data.max_quarantine_fraction * every:
+    if overlaps := reasons[OVERLAP]:
+        logger.warning("%s: %d rows are in an earlier source, too, and are taken from that one", source, overlaps)
+    unusable = Counter({reason: count for reason, count in reasons.items() if reason not in _ELSEWHERE})
+    refused = unusable.total() - unusable["duplicate"]
+    rows_of_each = found.made / max(found.read - refused, 1)
+    every = found.read - int((leaks + overlaps) / rows_of_each) if leaks + overlaps else found.read
+    bad = refused + ceil(unusable["duplicate"] / rows_of_each) if unusable["duplicate"] else refused
+    if found.made > leaks and bad <= config.data.max_quarantine_fraction * every:
         if bad:
-            logger.warning("%s: %d of %d rows in quarantine (%s)", source, bad, every, _counts(reasons))
+            logger.warning("%s: %d of %d rows in quarantine (%s)", source, bad, every, _counts(unusable))
         return
     where = f"quarantine/{artefact.path}.parquet"
     if not bad:
-        raise DataError(f"{source}: {'all rows are held out, too' if leaks else 'holds no rows'}")
-    rows = table_from_bytes(run_dir.storage.read(where)).to_pylist()
-    first = next(row for row in rows if row["reason"] != LEAK)
+        raise DataError(f"{source}: {ALL_HELD_OUT if leaks else 'holds no rows'}")
+    rows = table_from_bytes(run_dir.storage.read(where)).slice(found.first, reasons.total()).to_pylist()
+    first = next(row for row in rows if row["reason"] not in _ELSEWHERE)
     raise DataError(
-        f"{source}: {bad} of {every} rows cannot be used ({_counts(reasons - Counter({LEAK: leaks}))}), "
+        f"{source}: {bad} of {every} rows cannot be used ({_counts(unusable)}), "
         f"more than data.max_quarantine_fraction {config.data.max_quarantine_fraction:g}; "
         f"first: {first['origin']}: {first['reason']}: {first['detail']}; "
         f"all are in {run_dir.storage.where(where)}"

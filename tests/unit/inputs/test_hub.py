@@ -14,7 +14,7 @@ from spin_ray.inputs.check import _open_scorer, check_recipe
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import _base_of, find_model
 from spin_ray.inputs.model_folder import find_folder, folder_here
-from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
+from spin_ray.inputs.sources import estimate_rows, files_digest, find_files, read_slice, split
 from tests.support.hub import Hub, hub_here
 
 ROWS = [{"prompt": f"q{number}", "response": "a"} for number in range(9)]
@@ -147,6 +147,7 @@ def test_data_that_names_no_commit_is_told_with_the_commit(hub):
 def test_a_branch_with_a_slash_is_read(hub):
     hub.add("datasets/o/rows", {"default/train/0000.jsonl": TRAIN}, branch="refs/convert/parquet")
     assert rows_of(f"{DATA}@refs/convert/parquet/default/train/*.jsonl") == ROWS
+    assert estimate_rows(find_files(f"{DATA}@refs/convert/parquet/default/train/*.jsonl")) == len(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from spin_ray.config.sections import DataConfig, Source, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError
 from spin_ray.inputs.check import check_recipe
-from spin_ray.inputs.mixture import draw, shares_of
+from spin_ray.inputs.mixture import draw, expected_shares, shares_of, warn_of_limit
 from spin_ray.planning.plan import _heldout_rows
 from spin_ray.report.doctor import look_at_data
 from tests.support.fakes import config_of
@@ -40,6 +40,23 @@ def test_what_each_source_gives(sources, usable, shares):
 def test_a_source_that_cannot_give_its_rows_is_named(source):
     with pytest.raises(DataError, match=r"a: has 0 usable rows, data\.train asks for"):
         shares_of([source, B], [0, 5])
+
+
+def test_an_estimate_never_refuses_a_source():
+    sources = [A.model_copy(update={"rows": 5}), weighted(B, 2), weighted(C, 1)]
+    assert expected_shares(sources, [3, 10, 0]) == [5, 2, 1]
+
+
+def test_a_source_that_leaves_most_rows_of_the_others_unused_is_named():
+    """50 rows at weight 1 let the other give 150 of its 100,000. Half of its rows, or no second weight, is no waste."""
+    sources = [weighted(A, 3), weighted(B, 1)]
+    assert warn_of_limit(sources, [100_000, 50]) == (
+        "b: its 50 usable rows limit the mixture at weight 1: only 150 of the 100,000 usable rows of the other sources "
+        "with a weight are drawn; lower its weight, give it more rows, or leave the weights out to take every row"
+    )
+    assert warn_of_limit(sources, [300, 50]) is None
+    assert warn_of_limit([A, weighted(B, 1)], [100_000, 50]) is None
+    assert warn_of_limit([A, B.model_copy(update={"rows": 5})], [100_000, 50]) is None
 
 
 def test_the_seed_alone_decides_which_rows_are_drawn():

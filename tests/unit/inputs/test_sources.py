@@ -260,7 +260,7 @@ def test_parquet_without_even_a_row_group_is_an_error(tmp_path):
 
 
 def test_kinds_of_files_may_be_mixed(folder):
-    assert len(rows_of(*find_files("."))) == 5
+    assert len(rows_of(*find_files("."))) == sources.count_rows(find_files(".")) == 5
 
 
 # Other kinds of files
@@ -291,7 +291,44 @@ def test_text_files_of_every_kind_give_the_same_rows(tmp_path, kind, pack, monke
     path.write_bytes(raw)
     assert find_files(str(path)) == [str(path)]
     assert [row.content for row in rows_of(path)] == EVERY
+    assert sources.count_rows([str(path)]) == len(EVERY)
     assert (len(split([str(path)])) > 1) == (not ending and kind not in ("csv", "tsv"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.json", "a.jsonl.gz", "a.ndjson.zst"])
+@pytest.mark.parametrize("form", ["array", "lines", "lines of lists"])
+def test_rows_are_counted_as_they_are_read_whatever_the_file_is_called(tmp_path, name, form):
+    """An array is told by its content; lines of which the first is a list are lines."""
+    rows = [[], *EVERY] if form == "lines of lists" else EVERY
+    text = json.dumps(rows) if form == "array" else "\n\n".join(map(json.dumps, rows))
+    pack = {".gz": gzip.compress, "zst": lambda raw: pa.compress(raw, "zstd", asbytes=True)}.get(name[-3:], bytes)
+    (tmp_path / name).write_bytes(pack(text.encode()))
+    path = str(tmp_path / name)
+    assert sources.count_rows([path]) == len(rows_of(path)) == len(rows)
+
+
+@pytest.mark.parametrize("content", [b"PAR1 and no more", b'{"prompt": "p"}'])
+def test_rows_of_a_file_that_is_not_of_its_kind_are_an_error_in_one_line(tmp_path, content):
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: is not a Parquet file"):
+        sources.count_rows([str(tmp_path / "a.parquet")])
+
+
+def test_rows_are_estimated_without_reading_all(tmp_path, monkeypatch):
+    """Rather too many than too few; of ten files of Parquet eight are opened, and what would be read whole is not."""
+    rows = [{"prompt": f"question {number:04}", "response": "r" * (number % 7)} for number in range(1000)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(texts, "CHUNK", 5000)
+    for name in ("lines.jsonl", "array.json"):
+        assert len(rows) <= (sources.estimate_rows([str(tmp_path / name)]) or 0) <= 1.1 * len(rows)
+    monkeypatch.setattr(texts, "CHUNK", 2**20)
+    assert sources.estimate_rows([str(tmp_path / "lines.jsonl"), str(tmp_path / "array.json")]) == 2 * len(rows)
+    for number in range(8):
+        pq.write_table(pa.table({"prompt": ["p"] * 5}), tmp_path / f"{number}.parquet")
+    assert sources.estimate_rows([str(tmp_path / f"{number}.parquet") for number in range(10)]) == 50
+    for name in ("a.csv", "a.jsonl.gz", "a.arrow"):
+        assert sources.estimate_rows([str(tmp_path / name)]) is None
 
 
 def test_what_is_no_object_in_an_array_is_a_row_without_content(tmp_path):

@@ -1,5 +1,6 @@
 """``spin-ray init``: a look at model, data and hardware becomes a recipe that loads and fits."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_columns_that_are_not_read_are_listed(tmp_path):
     result = init(tmp_path / "mine.yaml", "--model", "embedded:tiny-llama", "--data", rows, "--gpu", "none")
     assert result.exit_code == 0, result.output
     assert "not read: context (40 rows)" in result.output
+
+
+def test_rows_are_those_that_a_mixture_gives_and_an_array_has_many_whatever_its_name(tmp_path):
+    """Of 40 and 40 rows, 5 beside 10 by the weights 2 and 1 of which the second has 5."""
+    for name, count in (("a", 40), ("b", 40), ("c", 5)):
+        rows = [{"prompt": f"{name} {number}", "response": "r"} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(rows))
+    measures = {"a": {"rows": 5}, "b": {"weight": 2}, "c": {"weight": 1}}
+    train = [{"path": str(tmp_path / f"{name}.jsonl")} | measure for name, measure in measures.items()]
+    settings = {"model.path": Setting("embedded:tiny-llama"), "data.train": Setting(train)}
+    assert look.look(settings).rows == 5 + 10 + 5
+    settings["data.train"] = Setting(str(tmp_path / "a.jsonl"))
+    assert look.look(settings).rows == 40
 
 
 def test_a_foreign_config_becomes_a_recipe_and_says_once_what_is_not_carried_over(tmp_path):

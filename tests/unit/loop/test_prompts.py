@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +15,23 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
 from spin_ray.inputs import sources
 from spin_ray.inputs.conversations import Unusable
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.sources import split
+from spin_ray.inputs.survey import Survey
+from spin_ray.loop import driver
 from spin_ray.loop.stages import prompts
+from spin_ray.report import doctor
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import Storage, table_from_bytes
+from spin_ray.run_dir.storage import MANIFEST, Storage, table_from_bytes
+from tests.support import small_run
 from tests.support.fakes import config_of
+from tests.support.fakes import rows_of as rows_of_artefact
 from tests.unit.inputs.test_prompt_rows import chat, rows_of, task_of
 
 REASONS = {"malformed", "empty", "too_long", "template", "duplicate"}
@@ -51,8 +60,9 @@ class Made:
             item = {"uri": piece.uri, "start": piece.start, "stop": piece.stop, "name": f".attempts/{number:06d}"}
             slices.append(prompts._rendered(render(item)))
         self.slices, artefact = slices, self.run.prompts
-        firsts = prompts._first_of_each([each.ids for each in slices], max_rows, leaked)
-        self.entries, self.reasons = prompts._finish(self.run.storage, slices, artefact, firsts, part_rows)
+        firsts = prompts._first_of_each([each.ids for each in slices], [0] * len(slices), max_rows, leaked)
+        self.entries, self.of_slices = prompts._finish(self.run.storage, slices, artefact, firsts, part_rows)
+        self.reasons = sum(self.of_slices, Counter())
 
     @property
     def rows(self) -> list[Row]:
@@ -160,7 +170,8 @@ def test_parts_of_an_attempt_that_was_never_committed_are_replaced(tmp_path):
 
 def check(made: Made, fraction: float) -> None:
     config = config_of(data={"train": "d.jsonl", "max_quarantine_fraction": fraction})
-    prompts._check_quarantine(made.run, config, made.run.prompts, "d.jsonl", made.slices, made.reasons)
+    read = prompts._Quarantined.of("d.jsonl", made.slices, made.of_slices, 0, len(made.slices))
+    prompts._check_quarantine(made.run, config, made.run.prompts, read)
 
 
 def test_too_many_bad_rows_are_an_error_that_says_which_and_why(tmp_path):
@@ -212,6 +223,169 @@ def test_no_usable_row_is_an_error_whatever_is_allowed(tmp_path):
 def test_no_row_at_all_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"d\.jsonl: holds no rows"):
         check(Made(tmp_path, ["", "  "]), 1.0)
+
+
+# Several sources
+
+TINY = resolve("embedded:tiny-llama")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of rows ``q0``, ``q1``, …, each a source, and what a run and doctor say of them."""
+
+    root: Path
+
+    def source(self, name: str, *numbers: int, bad: int = 0, **measure: float) -> Row:
+        lines = [json.dumps({"prompt": f"q{number}", "response": "r"}) for number in numbers]
+        (self.root / f"{name}.jsonl").write_text("\n".join([*lines, *["{"] * bad]) + "\n")
+        return {"path": str(self.root / f"{name}.jsonl")} | measure
+
+    def config(self, train: Any, heldout: Any = None, fraction: float = 0.2, **sections: Any) -> SpinConfig:
+        data = {"train": train, "heldout": heldout, "max_quarantine_fraction": fraction}
+        return config_of(model={"path": TINY}, data=data, **sections)
+
+    def start(self, config: SpinConfig) -> Any:
+        model = SimpleNamespace(path=TINY)
+        return SimpleNamespace(model=model, train=config.data.train, heldout=config.data.heldout, questions=None)
+
+    def prepared(self, config: SpinConfig, folder: str = "run") -> RunDir:
+        run = RunDir(Storage(self.root / folder))
+        driver._prepare_prompts(run, config, self.start(config))
+        return run
+
+    def surveyed(self, config: SpinConfig) -> list[Survey]:
+        found = doctor.look_at_data(config, self.start(config), every_row=True)
+        doctor.check_surveys(config, self.start(config), found)
+        return found
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    small_run.in_this_process(monkeypatch)
+    return Files(tmp_path)
+
+
+def said(call: Callable[[], object]) -> str:
+    with pytest.raises(DataError) as caught:
+        call()
+    return str(caught.value)
+
+
+def numbers_of(artefact: Artefact) -> list[int]:
+    return sorted(int(json.loads(row["messages"])[0]["content"][1:]) for row in rows_of_artefact(artefact))
+
+
+def test_a_bad_source_is_refused_however_small_it_is_beside_the_others(files):
+    """6 of 206 rows are bad, which are 6 of the second source's 10."""
+    train = [files.source("chat", *range(196), weight=3), files.source("maths", 996, 997, 998, 999, bad=6, weight=1)]
+    config = files.config(train)
+    for call in (lambda: files.prepared(config), lambda: files.surveyed(config)):
+        assert "maths.jsonl: 6 of 10 rows cannot be used (6 malformed), more than data.max_quar" in said(call)
+    assert "maths.jsonl:5: malformed" in said(lambda: files.prepared(config))
+
+
+def test_a_weighted_draw_that_wastes_the_other_sources_is_told(files, caplog):
+    train = [files.source("chat", *range(40), weight=3), files.source("maths", 900, 901, weight=1)]
+    assert len(numbers_of(files.prepared(files.config(train)).prompts)) == 8
+    assert "maths.jsonl: its 2 usable rows limit the mixture at weight 1: only 6 of the 40 usable rows" in caplog.text
+
+
+def test_rows_of_an_earlier_source_are_taken_from_that_one_and_are_no_fault(files, caplog):
+    """All but one row of b are in a, one of them twice; doctor and the run count alike."""
+    train = [files.source("a", *range(9)), files.source("b", *range(5), 9, 4)]
+    config = files.config(train, fraction=0.5)
+    run = files.prepared(config)
+    assert numbers_of(run.prompts) == list(range(10))
+    assert run.prompts.manifest().counts == {"overlap": 5, "duplicate": 1}
+    assert "b.jsonl: 5 rows are in an earlier source, too" in caplog.text
+    found = files.surveyed(config)[1]
+    assert (found.overlapping, found.refused, found.drawable) == (5, {"duplicate": 1}, 1)
+    strict = files.config(train, fraction=0.1)  # of b: one of two rows that are not in a
+    for call in (lambda: files.prepared(strict, "other"), lambda: files.surveyed(strict)):
+        assert "b.jsonl: 1 of 2 rows cannot be used (1 duplicate)" in said(call)
+
+
+def test_a_source_whose_rows_are_all_in_an_earlier_one_gives_none(files):
+    config = files.config([files.source("a", *range(9)), files.source("b", 3, 4)])
+    for call in (lambda: files.prepared(config), lambda: files.surveyed(config)):
+        assert "b.jsonl: has 0 usable rows" in said(call)
+
+
+def test_rows_held_out_twice_are_leaks_for_doctor_too(files):
+    config = files.config(files.source("a", 0, 0, 0, 1, 2)["path"], files.source("held", 0)["path"], fraction=0.0)
+    assert files.prepared(config).prompts.manifest().counts == {"leak": 3}
+    assert files.surveyed(config)[0].leaked == 3
+
+
+# Held-out rows beyond those that are measured
+
+
+@pytest.mark.parametrize("cut", ["max_rows", "rows", "weight"])
+def test_rows_that_are_held_out_and_not_measured_are_not_trained_on_either(files, cut):
+    """Two of four held-out rows are measured; a start that comes later leaves all four out, too."""
+    more = {"evaluation": {"max_rows": 2}} if cut == "max_rows" else {}
+    held = files.source("held", 0, 1, 2, 3)
+    heldout = {
+        "max_rows": held["path"],
+        "rows": [held | {"rows": 2}],
+        "weight": [held | {"weight": 2}, files.source("one", 99, weight=1)],
+    }[cut]
+    config = files.config(files.source("train", *range(8))["path"], heldout, **more)
+    run = files.prepared(config)
+    assert len(numbers_of(run.heldout)) == (3 if cut == "weight" else 2)
+    assert numbers_of(run.prompts) == [4, 5, 6, 7]
+    assert run.prompts.manifest().counts == {"leak": 4}
+    run.storage.delete("prompts")
+    assert numbers_of(files.prepared(config).prompts) == [4, 5, 6, 7]
+
+
+def test_a_folder_of_an_older_version_goes_on_with_the_held_out_rows_that_it_has(files):
+    """It has no ids of the others: finished rows are opened, and those still to be made leave out what is there."""
+    config = files.config(
+        files.source("train", *range(8))["path"], files.source("held", 0, 1)["path"], evaluation={"max_rows": 1}
+    )
+    run = files.prepared(config)
+    run.storage.delete("heldout/ids")
+    assert numbers_of(files.prepared(config).prompts) == list(range(2, 8))
+    run.storage.delete("prompts")
+    assert numbers_of(files.prepared(config).prompts) == list(range(1, 8))
+
+
+def test_ids_of_an_attempt_that_was_never_committed_are_replaced(files):
+    config = files.config(
+        files.source("train", *range(8))["path"], files.source("held", 0, 1)["path"], evaluation={"max_rows": 1}
+    )
+    run = files.prepared(config)
+    for name in ("prompts", f"heldout/{MANIFEST}"):
+        run.storage.delete(name)
+    files.source("held", 0, 2)
+    assert numbers_of(files.prepared(config).prompts) == [1, 3, 4, 5, 6, 7]
+
+
+def test_no_ids_are_kept_where_every_held_out_row_is_measured(files):
+    config = files.config(files.source("train", 0, 1, 2)["path"], files.source("held", 0, 0, 3)["path"], fraction=0.5)
+    run = files.prepared(config)
+    assert not run.heldout_ids.is_committed and numbers_of(run.prompts) == [1, 2]
+
+
+# Shards for all engines
+
+
+def test_engines_without_a_shard_are_told_before_the_run_has_begun(files, caplog):
+    """Eight answers in shards of 4 are two shards for four engines."""
+    played = {"shard_rows": 4, "replicas": 4}
+    config = files.config(files.source("train", *range(8))["path"], generation=played)
+    run = files.prepared(config)
+    driver._warn_of_idle_engines(run, config)
+    assert "8 answers make 2 shards for 4 engines, so that 2 of these have nothing to do; set generation" in caplog.text
+    assert "shard_rows to 2 or less" in caplog.text
+    caplog.clear()
+    driver._warn_of_idle_engines(run, files.config("d", generation=played | {"shard_rows": 2}))
+    run.storage.create("run.json", json.dumps({"config": config.model_dump(mode="json")}).encode())
+    run.storage.create("iter_000/generations/part-00000.parquet", b"")
+    driver._warn_of_idle_engines(run, config)
+    assert not caplog.text
 
 
 # Anything at all

@@ -340,3 +340,19 @@ def test_held_out_rows_are_those_that_a_run_makes_of_conversations(tmp_path):
         data = {"train": "d", "heldout": str(tmp_path / "rows.jsonl"), "turns": choice}
         assert read_work(config_of(data=data), given).heldout_rows == count
     assert read_work(config_of(data=data, evaluation={"max_rows": 3}), given).heldout_rows == 3
+
+
+def test_an_array_has_its_rows_whatever_the_file_is_called(tmp_path):
+    rows = [{"prompt": f"{number} + 1", "response": "r"} for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows))
+    config = load_config(RECIPES / "smoke.yaml", {"data.train": str(tmp_path / "rows.jsonl")})
+    assert read_work(config, Given()).rows == 30
+
+
+def test_an_estimate_of_usable_rows_refuses_no_source(tmp_path):
+    """Of 600 rows one of the first 256 is bad, by which 598 would be usable; 599 are."""
+    rows = [*({"prompt": f"{number} + 1", "response": "r"} for number in range(599)), {"prompt": "q"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
+    train = [{"path": str(tmp_path / "rows.jsonl"), "rows": 599}]
+    config = load_config(RECIPES / "smoke.yaml", {"data.train": train, "data.max_rows": None})
+    assert read_work(config, Given()).rows == 599

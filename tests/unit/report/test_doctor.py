@@ -79,6 +79,10 @@ def test_training_rows_that_are_held_out_are_counted_and_findings_shown(tmp_path
     found = doctor.look_at_data(config, inputs, every_row=True)
     assert [each.leaked for each in found] == [2, 0]
     assert "2 rows are held out, too, and are not trained on" in printed(doctor.print_survey, found[0])
+    train.write_text("\n".join([row(0), row(1), row(0)]))
+    repeated = doctor.look_at_data(config, inputs, every_row=True)[0]
+    repeated.check(config.data)
+    assert (repeated.leaked, repeated.refused) == (2, {}), "a held-out row counts as one wherever it is"
     findings = [Finding("the template [b]trims[/b]", "warning")]
     text = printed(doctor.print_findings, findings, [tmp_path / "optimizer.pt"])
     assert "warning the template [b]trims[/b]\n" in text
@@ -138,7 +142,7 @@ def test_doctor_refuses_rows_that_lack_what_the_algorithm_needs(tmp_path):
 def test_doctor_counts_bad_rows_beside_all_that_are_there(tmp_path, rows, fits):
     """One bad row of 20 is as many as may be, one of 19 is more, however few a run takes."""
     found, config = look(tmp_path, [*map(row, range(rows)), "{"], max_rows=2)
-    inputs = SimpleNamespace(train=found.source, heldout=None)
+    inputs = SimpleNamespace(train=found.source, heldout=None, questions=None)
     error = r"1 of 19 rows .*, more than .*fraction 0\.05; first: .*:19"
     with nullcontext() if fits else pytest.raises(DataError, match=error):
         doctor.check_surveys(config, inputs, [found])
@@ -205,3 +209,31 @@ def test_the_precision_says_where_it_comes_from():
         "fp32",
         "the run began with it",
     )
+
+
+def test_a_source_that_limits_a_mixture_is_told_once_every_row_is_read(tmp_path):
+    for name, count in (("chat", 40), ("maths", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(row(number, name) for number in range(count)))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in ("chat", "maths")]
+    config = config_of(model={"path": TINY}, data={"train": sources})
+    inputs = SimpleNamespace(
+        model=SimpleNamespace(path=TINY), train=config.data.train, heldout=None, questions=None
+    )  # fmt: skip
+    surveys = doctor.look_at_data(config, inputs, every_row=False)
+    [warning] = doctor.check_surveys(config, inputs, surveys)
+    assert "maths.jsonl: its 2 usable rows limit" in warning
+    surveys[0].whole = False
+    assert not doctor.check_surveys(config, inputs, surveys)
+
+
+def test_doctor_refuses_held_out_sources_that_give_fewer_rows_than_they_shall(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(row(0) + "\n" + row(1))
+    heldout = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl"), "rows": 1}]
+    config = config_of(model={"path": TINY}, data={"train": "embedded:arithmetic-train", "heldout": heldout})
+    train = resolve("embedded:arithmetic-train")
+    inputs = SimpleNamespace(
+        model=SimpleNamespace(path=TINY), train=train, heldout=config.data.heldout, questions=None
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"b\.jsonl: has 0 usable rows, data\.heldout asks for 1"):
+        doctor.check_surveys(config, inputs, doctor.look_at_data(config, inputs, every_row=True))
