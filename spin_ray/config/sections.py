@@ -734,7 +734,8 @@ class ClusterConfig(Section):
     """The Ray cluster that the run uses."""
 
     address: str | None = None
-    """Address of a running Ray cluster; ``auto`` finds one. Not set: $RAY_ADDRESS, else a new Ray on this machine."""
+    """Address of a running Ray cluster; ``auto`` finds one. Not set: the Ray that this process is connected to, else
+    $RAY_ADDRESS, else a new Ray on this machine."""
     local_cpus: Count | None = None
     """Logical CPUs of a new Ray. Not set: all."""
     wait_for_nodes_s: NonNegative = 0

@@ -91,7 +91,9 @@ def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinC
 
 def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm
+    from spin_ray.runtime.connect import refuse_other_ray
 
+    refuse_other_ray(config)
     check_algorithm(config)
     check_machine(config)
     if run.begun_config():
