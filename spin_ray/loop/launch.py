@@ -15,6 +15,7 @@ from spin_ray.inputs.sources import find_files
 from spin_ray.planning.disk import check_room, disk_use, parameters_of
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.plan import count_rows
+from spin_ray.report.export import export
 from spin_ray.report.history import evidence_to_stop, is_evaluated, read_evaluations
 from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.tracking import check_trackers, track_all
@@ -32,8 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
+    """What a run has made."""
+
     run: RunDir
     model: Path
+    """Folder of the newest iterate, on this machine: a model for transformers or vLLM, or with ``train.lora.merge:
+    false`` its adapter alone, of which ``export`` makes a model."""
     evaluations: list[dict[str, Any]]
     """``eval.json`` of θ_0, θ_1, …; empty without held-out data."""
 
@@ -42,6 +47,17 @@ class RunResult:
         latest = run.model(min(iterate_number(run.latest() or "sft"), config.iterations))
         model = latest.local_folder() if latest.is_committed else inputs.model.path
         return cls(run, model, read_evaluations(run, config))
+
+    def export(self, target: str | Path) -> str:
+        """Writes the newest iterate as a whole model with its card; returns the target.
+
+        Args:
+            target: a new or empty folder, or ``hub:OWNER/NAME``.
+
+        Raises:
+            UserError: as ``spin_ray.export`` does.
+        """
+        return export(self.run, "latest", target)
 
 
 def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> RunResult:
