@@ -25,6 +25,7 @@ _number = BeforeValidator(_no_flag)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _number]
 Fraction = Annotated[float, Field(ge=0, le=1), _number]
+HeldOut = Annotated[float, Field(gt=0, le=0.5), _number]
 Count = Annotated[int, Field(ge=1), _number]
 CountOrZero = Annotated[int, Field(ge=0), _number]
 
@@ -156,6 +157,9 @@ class DataConfig(Section):
     heldout: OneOrSources | None = None
     """Rows like those of ``train`` that are never trained on: one source, or a list of several. Not set: no
     evaluation."""
+    heldout_fraction: Later[HeldOut | None] = None
+    """Fraction of the conversations of ``train`` that are held out, e.g. 0.02, where there are no rows for ``heldout``.
+    A digest of a conversation's first question decides. Not set: none."""
     prompts_per_iteration: Count | None = None
     """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer prompts make shorter
     iterations, so y′ comes from a more recent model."""
@@ -171,6 +175,11 @@ class DataConfig(Section):
     """Training on rows that are also held out. Off: such rows are removed from training, and counted."""
     max_quarantine_fraction: Fraction = 0.05
     """Fraction of unusable rows above which the run stops. Many unusable rows hint at a mistake in the data."""
+
+    @property
+    def holds_out(self) -> bool:
+        """True if there are held-out rows."""
+        return self.heldout is not None or self.heldout_fraction is not None
 
 
 class ResourcesConfig(Section):

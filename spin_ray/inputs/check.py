@@ -105,6 +105,8 @@ def find_inputs(config: SpinConfig, *, check: bool = True) -> Inputs:
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
     heldout = _resolved(config.data.heldout) if config.data.heldout else None
+    if config.data.heldout_fraction:
+        heldout = train
     questions = _resolved(config.data.questions) if config.data.questions else None
     train_files, heldout_files, questions_files = (
         [file for source in sources_of(each) for file in find_files(source.path)]

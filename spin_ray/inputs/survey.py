@@ -71,6 +71,8 @@ class Survey:
             refuse_two_forms(forms)
         if self.whole and self.ids and self.leaked == len(self.ids):
             raise DataError(f"{self.source}: all rows are held out, too")
+        if data.heldout_fraction and not self.read:
+            return  # all of a small source may be of the other part
         bad, share = self.refused.total(), data.max_quarantine_fraction
         if self.usable and bad <= share * self.read:
             return
@@ -142,6 +144,8 @@ def _form_of(source: SourceRow, data: DataConfig) -> Form | None:
 def _count(
     found: Survey, uri: str, source: SourceRow, form: Form | None, result: list[Row] | Unusable, task: PromptTask
 ) -> None:
+    if not result:  # of the other part (data.heldout_fraction)
+        return
     found.read += 1
     found.forms[form.name if form else "unknown"] += 1
     if isinstance(result, Unusable):

@@ -161,9 +161,7 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
         or not all(model.is_committed for model in _models(run, config))
     ):
         return False
-    if config.data.heldout is not None and not all(
-        is_evaluated(run, iterate) for iterate in range(iterate_number(latest) + 1)
-    ):
+    if config.data.holds_out and not all(is_evaluated(run, iterate) for iterate in range(iterate_number(latest) + 1)):
         return False
     at_end = latest == iterate_name(config.iterations)
     return at_end or bool(evidence_to_stop(config, read_evaluations(run, config)))

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Train, sources_of
+from spin_ray.config.sections import Train, name_of, sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.findings import Finding, TemplateFacts
 from spin_ray.inputs.graders import graders_of, refuse_no_answer
+from spin_ray.inputs.held_out import none_held_out
 from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
@@ -39,6 +40,9 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
 
     of_train = replace(PromptTask.of(config, str(inputs.model.path), trained=True), max_length=UNLIMITED)
     trained, heldout = look(inputs.train, of_train), look(inputs.heldout, task)
+    if config.data.heldout_fraction:
+        for each in heldout:
+            each.source += " (held out)"
     if not config.data.keep_leaks:
         held_out = {row for each in heldout for row in each.ids}
         for each in trained:
@@ -52,6 +56,8 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
     for found in surveys:
         found.check(config.data)
     trained, questions = surveys[: len(sources)], surveys[len(sources) + held_out :]
+    if config.data.heldout_fraction and not any(it.usable or not it.whole for it in surveys[len(sources) :][:held_out]):
+        raise none_held_out(config.data.heldout_fraction, name_of(inputs.train))
     of_stages = {"scorer": trained, "self_filter": questions, "evaluation": surveys[len(sources) :][:held_out]}
     for setting, grade in graders_of(config).items():
         if rows := of_stages[setting.partition(".")[0]]:
