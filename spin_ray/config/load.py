@@ -1,4 +1,4 @@
-"""Reads recipes: YAML, overrides, and clear errors."""
+"""Reads recipes: YAML or mappings, overrides, and clear errors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,26 @@ RECIPES = Path(__file__).parent / "recipes"
 """Recipes of the package, a link to jobs/recipes."""
 
 
-def load_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> SpinConfig:
+def load_config(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> SpinConfig:
     """Reads a recipe, with overrides ``{"section.field": value}``.
 
     Args:
-        recipe: a file, or the name of a recipe of the package, e.g. ``smoke``.
+        recipe: a file, the name of a recipe of the package, e.g. ``smoke``, or a recipe's content,
+            ``{"model": {"path": …}, "data": {"train": …}}``.
         overrides: a text is read as YAML; other values are taken as they are.
 
     Raises:
-        ConfigError: the recipe cannot be read or is wrong; the message lists every problem.
+        ConfigError: the recipe cannot be read or is wrong; the message lists every problem. ``SpinConfig`` itself
+            raises pydantic's errors.
     """
+    source = "the recipe" if isinstance(recipe, Mapping) else str(recipe)
+    content = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else _content_of(recipe)
+    for key, value in values_of(overrides or {}).items():
+        put(content, key, value)
+    return parse_config(content, source=source)
+
+
+def _content_of(recipe: str | Path) -> dict[str, Any]:
     file = Path(recipe)
     if file.name == str(recipe) and not file.is_file() and (RECIPES / f"{recipe}.yaml").is_file():
         file = RECIPES / f"{recipe}.yaml"
@@ -45,9 +55,7 @@ def load_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {found}")
-    for key, value in values_of(overrides or {}).items():
-        put(content, key, value)
-    return parse_config(content, source=str(recipe))
+    return content
 
 
 def override(config: SpinConfig, overrides: Mapping[str, Any]) -> SpinConfig:

@@ -162,11 +162,15 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _adapter_problems(config)
     yield from _optimizer_problems(config)
     yield from limit_problems(config)
+    if config.data.heldout is not None and config.data.heldout_fraction is not None:
+        yield "data.heldout_fraction: holds rows of data.train out, and data.heldout names others; leave one out"
+    if config.data.heldout_fraction and config.evaluation.max_rows and isinstance(config.data.train, tuple):
+        yield "evaluation.max_rows: data.train is a list of sources; lower data.heldout_fraction in its place"
     votes = config.algorithm == "self_reinforcement"  # reads the numbers in answers to questions
-    if config.evaluation.answer_extractor != "none" and config.data.heldout is None and not votes:
+    if config.evaluation.answer_extractor != "none" and not config.data.holds_out and not votes:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.evaluation.grade != "number":
-        if config.data.heldout is None:
+        if not config.data.holds_out:
             yield "evaluation.grade: needs data.heldout"
         if config.evaluation.answer_extractor != "none" and not votes:
             yield "evaluation.answer_extractor: reads numbers, which evaluation.grade does not grade; leave it out"
@@ -179,11 +183,11 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
             yield f"{limit}: data.{name} is a list of sources; give them rows of their own, or weights"
     yield from _greedy_problems(config)
     if config.evaluation.samples > 1:
-        if config.data.heldout is None:
+        if not config.data.holds_out:
             yield "evaluation.samples: needs data.heldout"
         elif config.evaluation.grade == "number" and config.evaluation.answer_extractor == "none":
             yield "evaluation.samples: only grading reads more than one; give answer_extractor or grade"
-    if config.stop_when is not None and config.data.heldout is None:
+    if config.stop_when is not None and not config.data.holds_out:
         yield "stop_when: patience and min_fall need data.heldout"
     for place, engine, own in (
         ("generation", config.generation.engine, _OWN_ARGUMENTS | _OF_GENERATION),
@@ -201,7 +205,7 @@ def _greedy_problems(config: SpinConfig) -> Iterator[str]:
     name, value = ("top_k", 1) if sampling.temperature else ("temperature", 0)
     for setting, samples in (
         ("generation.samples_per_prompt", config.generation.samples_per_prompt),
-        ("evaluation.samples", config.evaluation.samples if config.data.heldout else 1),
+        ("evaluation.samples", config.evaluation.samples if config.data.holds_out else 1),
     ):
         if samples > 1:
             yield f"{setting}: with generation.sampling.{name} {value} all {samples} samples are the same; give 1"

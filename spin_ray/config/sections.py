@@ -25,6 +25,7 @@ _number = BeforeValidator(_no_flag)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _number]
 Fraction = Annotated[float, Field(ge=0, le=1), _number]
+HeldOut = Annotated[float, Field(gt=0, le=0.5), _number]
 Count = Annotated[int, Field(ge=1), _number]
 CountOrZero = Annotated[int, Field(ge=0), _number]
 
@@ -155,7 +156,10 @@ class DataConfig(Section):
     assistant is not read. One source, or a list of several, as for ``train``."""
     heldout: OneOrSources | None = None
     """Rows like those of ``train``, one source or a list of several. None of them is trained on, also where
-    ``evaluation.max_rows`` measures on fewer. Not set: no evaluation."""
+    ``evaluation.max_rows`` measures on fewer. Not set: no evaluation, unless ``heldout_fraction`` is."""
+    heldout_fraction: Later[HeldOut | None] = None
+    """Fraction of the conversations of ``train`` that are held out, e.g. 0.02, where there are no rows for ``heldout``.
+    A digest of a conversation's first question decides. Not set: none."""
     prompts_per_iteration: Count | None = None
     """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer prompts make shorter
     iterations, so y′ comes from a more recent model."""
@@ -172,6 +176,11 @@ class DataConfig(Section):
     max_quarantine_fraction: Fraction = 0.05
     """Fraction of a source's rows that may be unusable; with more the run stops, as many hint at a mistake in the
     data."""
+
+    @property
+    def holds_out(self) -> bool:
+        """True if there are held-out rows."""
+        return self.heldout is not None or self.heldout_fraction is not None
 
 
 class ResourcesConfig(Section):
@@ -736,7 +745,8 @@ class ClusterConfig(Section):
     """The Ray cluster that the run uses."""
 
     address: str | None = None
-    """Address of a running Ray cluster; ``auto`` finds one. Not set: $RAY_ADDRESS, else a new Ray on this machine."""
+    """Address of a running Ray cluster; ``auto`` finds one. Not set: the Ray that this process is connected to, else
+    $RAY_ADDRESS, else a new Ray on this machine."""
     local_cpus: Count | None = None
     """Logical CPUs of a new Ray. Not set: all."""
     wait_for_nodes_s: NonNegative = 0

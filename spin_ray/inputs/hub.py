@@ -47,12 +47,15 @@ def _repository(path: str) -> _Repository:
     return _Repository(_KINDS[(kind or "models/")[:-1]], name, revision, inside or "")
 
 
-def fetch_model(name: str, setting: str, *, with_code: bool = False) -> Path:
-    """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError without one."""
+def fetch_model(name: str, setting: str, *, with_code: bool = False, weights: bool = True) -> Path:
+    """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError without one.
+
+    Without ``weights``, those may be missing.
+    """
     from huggingface_hub import snapshot_download
 
     owner_and_name, _, revision = name.partition("@")
-    wanted = [*_FETCHED, *(_CODE if with_code else [])]
+    wanted = [*_FETCHED[0 if weights else 1 :], *(_CODE if with_code else [])]
     try:
         return Path(
             snapshot_download(owner_and_name, revision=revision or None, allow_patterns=wanted, ignore_patterns=_LEFT)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
-from spin_ray.errors import ConfigError, ModelError, RunDirError
+from spin_ray.errors import ConfigError, ModelError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.hub import cached_model, fetch_model
 from spin_ray.learner.weights import find_packed, missing_shards, tensor_shapes, weight_files
 from spin_ray.run_dir.artefact import Artefact, folder_entries
-from spin_ray.run_dir.names import iterate_name
-from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Digest, folder_digest
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -121,29 +119,6 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
 
-def open_initial(run: RunDir) -> ModelFolder:
-    """Opens θ_0, the frozen model below a run's adapters, from a local folder.
-
-    Raises:
-        RunDirError: a file is missing or has changed.
-        ModelError: the folder must not be loaded.
-    """
-    artefact, trusted = run.whole_model(0), run.config().model.trust_remote_code
-    if not artefact.is_committed:
-        description = run.description()
-        folder = open_unchanged(description["start_model"], iterate_name(0), trust_remote_code=trusted)
-        if folder.digest != description["inputs"]["model"]:
-            raise RunDirError(f"{folder.path}: is not the model that this run started from; restore it")
-        return folder
-    files, path = artefact.manifest().files, artefact.local_folder()
-    whole = all((path / file).is_file() for file in files)
-    folder = open_unchanged(path, iterate_name(0), trust_remote_code=trusted) if whole else None
-    if folder is None or any(folder.files.get(file) != (entry.sha256, entry.bytes) for file, entry in files.items()):
-        artefact.checked_folder()  # names the file
-        raise RunDirError(f"{path}: changed while it was read; restore it")
-    return replace(folder, source=artefact)
-
-
 def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelFolder:
     """Opens a trained model or adapter and checks its digests."""
     digest, folder = folder_digest(artefact.verify().files), artefact.local_folder()
@@ -160,12 +135,13 @@ def folder_here(path: str, revision: str | None = None) -> Path | None:
     folder = Path(resolve(path)).expanduser()
     if folder.is_dir():
         return folder
-    if not _is_hub_name(path):
+    if not is_hub_name(path):
         raise ModelError(f"model.path {path}: no such folder")
     return cached_model(name_on_hub(path, revision))
 
 
-def _is_hub_name(path: str) -> bool:
+def is_hub_name(path: str) -> bool:
+    """Tells whether ``path`` has the form ``OWNER/NAME``."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
@@ -186,7 +162,7 @@ def find_folder(
     folder = Path(path).expanduser().absolute()  # Ray workers run in other folders
     if folder.exists():
         return folder
-    if not _is_hub_name(path):
+    if not is_hub_name(path):
         raise ModelError(f"{setting} {path}: no such folder")
     return fetch_model(name_on_hub(path, revision), setting, with_code=trust_remote_code)
 

@@ -24,6 +24,7 @@ from spin_ray.inputs.conversations import (
 )
 from spin_ray.inputs.forms import MEDIA, ignored_in
 from spin_ray.inputs.graders import answer_text
+from spin_ray.inputs.held_out import Part, part_of
 from spin_ray.inputs.messages import decoded, refuse_surrogates
 from spin_ray.inputs.needs import needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
@@ -56,6 +57,8 @@ class PromptTask:
     """False if rows with tools are refused."""
     needs_rejected: bool = False
     """True if rows without a rejected response are refused."""
+    part: Part | None = None
+    """Part of the data that rows are made of, by ``data.heldout_fraction``; None: all."""
 
     @classmethod
     def of(
@@ -69,6 +72,9 @@ class PromptTask:
     ) -> Self:
         """Returns the task of a recipe; ``trained`` for rows of ``data.train``."""
         needs = needs_of(config)
+        part: Part | None = None
+        if config.data.heldout_fraction and labelled:
+            part = "trained" if trained else "held out"
         return cls(
             tokenizer=tokenizer,
             chat_template=config.model.chat_template,
@@ -80,6 +86,7 @@ class PromptTask:
             date=date,
             takes_tools=needs.takes_tools,
             needs_rejected=trained and needs.rejected,
+            part=part,
         )
 
     @cached_property
@@ -106,14 +113,14 @@ class PromptTask:
 
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = None) -> Iterator[list[Row] | Unusable]:
-    """Yields each source row's prompt rows, or why the row is unusable."""
+    """Yields each source row's prompt rows, or why the row is unusable; no prompt rows for a row of the other part."""
     found = [_found_in(source, task) for source in sources]
-    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
-    tools = [each.tools for each in found if not isinstance(each, Unusable) for _ in each.all]
+    usable = [conversation for each in found if isinstance(each, Found) for conversation in each.all]
+    tools = [each.tools for each in found if isinstance(each, Found) for _ in each.all]
     rendered = iter(task.render(usable, tools))
     for source, each in zip(sources, found, strict=True):
-        if isinstance(each, Unusable):
-            yield each
+        if not isinstance(each, Found):
+            yield each or []
             continue
         results = list(islice(rendered, len(each.all)))
         rejected = results.pop() if each.rejected else None
@@ -131,21 +138,27 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = 
         yield rows
 
 
-def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
+def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable | None:
+    """Reads a row; returns None for one of the other part. A row that cannot be read counts as trained."""
+    mine = task.part != "held out"
     if source.content is None:
-        return Unusable("malformed", source.fault)
+        return Unusable("malformed", source.fault) if mine else None
     try:
         if task.labelled:
             found = read_row(source.content, task.data, source.unread)
         else:
             found = question_of(source.content, task.data)
+        if task.part and task.data.heldout_fraction:
+            mine = part_of(found.ending_with_real[0], task.data.heldout_fraction) == task.part
+            if not mine:
+                return None
         if found.tools and not task.takes_tools:
             raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
         _refuse_media(source, found)
         _refuse_own_variables(found, task)
         return _of_pair(found) if task.needs_rejected else found
     except Unusable as unusable:
-        return unusable
+        return unusable if mine else None
 
 
 def _of_pair(found: Found) -> Found:

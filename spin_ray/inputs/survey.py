@@ -85,6 +85,8 @@ class Survey:
             refuse_two_forms(forms)
         if self.whole and self.made and self.leaked == self.made:
             raise DataError(f"{self.source}: {ALL_HELD_OUT}")
+        if data.heldout_fraction and not self.read:
+            return  # all of a small source may be of the other part
         bad, share = self.refused.total(), data.max_quarantine_fraction
         every = self.read - self.elsewhere
         if self.usable and bad <= share * every:
@@ -167,6 +169,8 @@ def _form_of(source: SourceRow, data: DataConfig) -> Form | None:
 def _count(
     found: Survey, uri: str, source: SourceRow, form: Form | None, result: list[Row] | Unusable, task: PromptTask
 ) -> None:
+    if not result:  # of the other part (data.heldout_fraction)
+        return
     found.read += 1
     found.forms[form.name if form else "unknown"] += 1
     if isinstance(result, Unusable):

@@ -107,8 +107,8 @@ def _check_answers(run: RunDir, config: SpinConfig) -> None:
     for setting, grade in graders_of(config).items():
         if grade == "regex":
             check_patterns(setting, run)
-        if config.data.heldout is not None and setting.startswith("evaluation."):
-            refuse_no_answers(run.heldout, config.data.heldout, grade, setting)
+        if config.data.holds_out and setting.startswith("evaluation."):
+            refuse_no_answers(run.heldout, config.data.heldout or config.data.train, grade, setting)
 
 
 def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, play: Play) -> None:

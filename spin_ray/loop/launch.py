@@ -13,6 +13,7 @@ from spin_ray.inputs.needs import needs_of
 from spin_ray.planning.disk import check_room, disk_use, parameters_of
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.rows import rows_at_start
+from spin_ray.report.export import export
 from spin_ray.report.history import evidence_to_stop, is_evaluated, read_evaluations
 from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.tracking import check_trackers, track_all
@@ -30,8 +31,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
+    """What a run has made."""
+
     run: RunDir
     model: Path
+    """Folder of the newest iterate, on this machine: a model for transformers or vLLM, or with ``train.lora.merge:
+    false`` its adapter alone, of which ``export`` makes a model."""
     evaluations: list[dict[str, Any]]
     """``eval.json`` of θ_0, θ_1, …; empty without held-out data."""
 
@@ -40,6 +45,17 @@ class RunResult:
         latest = run.model(min(iterate_number(run.latest() or "sft"), config.iterations))
         model = latest.local_folder() if latest.is_committed else inputs.model.path
         return cls(run, model, read_evaluations(run, config))
+
+    def export(self, target: str | Path) -> str:
+        """Writes the newest iterate as a whole model with its card; returns the target.
+
+        Args:
+            target: a new or empty folder, or ``hub:OWNER/NAME``.
+
+        Raises:
+            UserError: as ``spin_ray.export`` does.
+        """
+        return export(self.run, "latest", target)
 
 
 def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> RunResult:
@@ -89,7 +105,9 @@ def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinC
 
 def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm
+    from spin_ray.runtime.connect import refuse_other_ray
 
+    refuse_other_ray(config)
     check_algorithm(config)
     check_machine(config)
     if run.begun_config():
@@ -127,7 +145,7 @@ def _settle_sizes(config: SpinConfig, begun: SpinConfig | None, inputs: Inputs) 
     if not config.generation.resources.gpus:
         return config.settle_sizes()
     if inputs.questions and needs_of(config).plays_questions:
-        one_each = config.data.model_copy(update={"turns": "last"})  # a question is one row
+        one_each = config.data.model_copy(update={"turns": "last", "heldout_fraction": None})  # a question is one row
         return config.settle_sizes(rows=rows_at_start(inputs.questions, one_each))
     return config.settle_sizes(rows=rows_at_start(inputs.train, config.data))
 
@@ -142,9 +160,7 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
         or not all(model.is_committed for model in _models(run, config))
     ):
         return False
-    if config.data.heldout is not None and not all(
-        is_evaluated(run, iterate) for iterate in range(iterate_number(latest) + 1)
-    ):
+    if config.data.holds_out and not all(is_evaluated(run, iterate) for iterate in range(iterate_number(latest) + 1)):
         return False
     at_end = latest == iterate_name(config.iterations)
     return at_end or bool(evidence_to_stop(config, read_evaluations(run, config)))

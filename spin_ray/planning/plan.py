@@ -128,15 +128,17 @@ def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, A
 
 def _heldout_rows(config: SpinConfig) -> int:
     """Counts up to ``evaluation.max_rows``. Remote data is assumed to have that many."""
-    if config.data.heldout is None:
+    if not config.data.holds_out:
         return 0
-    sources, limit = sources_of(config.data.heldout), config.evaluation.max_rows
+    fraction, limit = config.data.heldout_fraction, config.evaluation.max_rows
+    sources = sources_of(config.data.train if fraction else config.data.heldout)
     paths = [resolve(source.path) for source in sources]
     if any("://" in path for path in paths):
-        return limit or sum(source.rows or 0 for source in sources)
+        return limit or (0 if fraction else sum(source.rows or 0 for source in sources))
     from spin_ray.inputs.mixture import expected_shares
 
-    counted = sum(expected_shares(sources, [count_responses(path, config.data) for path in paths]))
+    counts = [count_responses(path, config.data) for path in paths]
+    counted = round(fraction * sum(counts)) if fraction else sum(expected_shares(sources, counts))
     return min(limit or counted, counted)
 
 

@@ -46,7 +46,7 @@ def rows_at_start(played: Train, data: DataConfig) -> int | None:
         if data.turns == "all":
             rows = first_rows(files, data)
             count = ceil(_MARGIN * count * max(1, _responses(rows, data)) / max(1, len(rows)))
-        counts.append(count)
+        counts.append(ceil(count * (1 - (data.heldout_fraction or 0))))
     return sum(expected_shares(sources_of(played), counts))
 
 

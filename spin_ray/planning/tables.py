@@ -96,11 +96,9 @@ def notes(
         yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."
     if config.model.attention == "padded":
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."
-    if config.data.heldout and not work.heldout_rows:
-        yield (
-            f"Held-out rows are not counted: {name_of(config.data.heldout)} is not on this machine and "
-            "evaluation.max_rows is not set."
-        )
+    if config.data.holds_out and not work.heldout_rows:
+        heldout = name_of(config.data.heldout or config.data.train)
+        yield f"Held-out rows are not counted: {heldout} is not on this machine and evaluation.max_rows is not set."
 
 
 def _host_memory(config: SpinConfig, shape: ModelShape, devices: Devices, mesh: Mesh, use: DiskUse) -> Iterator[str]:

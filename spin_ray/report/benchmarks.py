@@ -16,6 +16,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line, user_error_in
+from spin_ray.inputs.start_model import start_folder
 from spin_ray.report.conditions import differing, shared_conditions
 from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
@@ -249,10 +250,10 @@ def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> I
 
 
 def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:
-    """Measures on the Ray task's machine, which fetches a stored model and merges an adapter."""
+    """Measures on the Ray task's machine, which finds the start model, fetches a stored one and merges an adapter."""
     model = run_dir.model(iterate)
     if not model.is_committed:
-        return measure(request)
+        return measure(replace(request, model=str(start_folder(run_dir))))
     if not run_dir.is_adapter(iterate):
         return measure(replace(request, model=str(model.local_folder())))
     with tempfile.TemporaryDirectory() as merged:

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Train, sources_of
+from spin_ray.config.sections import Train, name_of, sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.findings import Finding, TemplateFacts
 from spin_ray.inputs.graders import graders_of, refuse_no_answer
+from spin_ray.inputs.held_out import none_held_out
 from spin_ray.inputs.mixture import warn_of_limit
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
@@ -44,6 +45,9 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
 
     of_train = replace(PromptTask.of(config, str(inputs.model.path), trained=True), max_length=UNLIMITED)
     heldout = look(inputs.heldout, task)
+    if config.data.heldout_fraction:
+        for each in heldout:
+            each.source += " (held out)"
     held_out = set() if config.data.keep_leaks else {row for each in heldout for row in each.ids}
     trained = look(inputs.train, of_train, held_out)
     return [*trained, *heldout, *(look(inputs.questions, replace(task, labelled=False)) if inputs.questions else [])]
@@ -59,6 +63,8 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
         found.check(config.data)
     rest, given = iter(surveys), {name: getattr(inputs, name) for name in ("train", "heldout", "questions")}
     of = {name: list(islice(rest, len(sources_of(each)))) for name, each in given.items()}
+    if config.data.heldout_fraction and not any(found.usable or not found.whole for found in of["heldout"]):
+        raise none_held_out(config.data.heldout_fraction, name_of(inputs.train))
     of_stages = {"scorer": of["train"], "self_filter": of["questions"], "evaluation": of["heldout"]}
     for setting, grade in graders_of(config).items():
         if rows := of_stages[setting.partition(".")[0]]:
@@ -68,7 +74,9 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
     warnings = [
         warn_of_limit(sources_of(each), [found.drawable for found in of[name]], f"data.{name}")
         for name, each in given.items()
-        if isinstance(each, tuple) and all(found.whole for found in of[name])
+        if isinstance(each, tuple)
+        and all(found.whole for found in of[name])
+        and not (name == "heldout" and config.data.heldout_fraction)  # all that it has is taken
     ]
     return [warning for warning in warnings if warning]
 

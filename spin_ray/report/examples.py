@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError, first_line
 from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.start_model import start_folder
 from spin_ray.report.margins import row_margins
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import SELF, is_sample_of, iterate_name, iterate_number, prompt_of
@@ -113,7 +113,7 @@ def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
     """
     models = [run.model(iterate) for iterate in range(config.iterations + 1)]
     trained = [model for model in models if model.is_committed]
-    folder = trained[0].local_folder(weights=False) if trained else Path(run.description()["start_model"])
+    folder = trained[0].local_folder(weights=False) if trained else start_folder(run, weights=False)
     file = folder / "tokenizer.json"
     if file.exists():
         try:

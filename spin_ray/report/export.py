@@ -19,12 +19,16 @@ from spin_ray.run_dir.storage import MANIFEST
 HUB = "hub:"
 
 
-def export(run: RunDir, iterate: str, target: str) -> str:
+def export(run: RunDir, iterate: str, target: str | Path) -> str:
     """Copies an iterate's checked files to a folder or ``hub:OWNER/NAME``, an adapter merged; returns the target.
+
+    Args:
+        iterate: ``latest``, ``sft``, ``iter_000``, …
 
     Raises:
         UserError: no such iterate, a damaged file, a folder that is not empty or cannot be written, or the hub refuses.
     """
+    target = str(target)
     number = find_iterate(run, iterate)
     artefact = run.model(number)
     if number == 0 and not artefact.is_committed:

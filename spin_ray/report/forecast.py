@@ -111,12 +111,12 @@ def _rates(
 def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int, str]]) -> Iterator[Expected]:
     """Yields the stages of SPIN, and others that an earlier turn had."""
     rows = {span.stage: span.counted.get("rows", 0) for span in attempts if span.outcome == "commit"}
-    heldout = float(rows.get("heldout", 1)) if config.data.heldout else 0.0
+    heldout = float(rows.get("heldout", 1)) if config.data.holds_out else 0.0
     prompts = float(rows.get("prompts", 1))
     samples = config.generation.samples_per_prompt
     played = samples * min(config.data.prompts_per_iteration or prompts, prompts)
     yield Expected(PREPARATION, "prompts", 1)
-    if config.data.heldout:
+    if config.data.holds_out:
         yield Expected(PREPARATION, "heldout", 1)
     if config.sft:
         yield Expected(PREPARATION, "warm-up", 1)

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
+from spin_ray.inputs.start_model import start_folder
 from spin_ray.report.measures import Evaluation, stop_evidence
 from spin_ray.run_dir.names import iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
@@ -89,4 +90,4 @@ def model_path(run: RunDir, iterate: int) -> Path:
     The model is θ_iterate or the frozen base of its adapter. For θ_0 without a warm-up it is the start model.
     """
     model = run.whole_model(0 if run.is_adapter(iterate) else iterate)
-    return model.local_folder(weights=False) if model.is_committed else Path(run.description()["start_model"])
+    return model.local_folder(weights=False) if model.is_committed else start_folder(run, weights=False)

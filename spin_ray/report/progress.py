@@ -119,11 +119,19 @@ class RunProgress:
                     self._run.storage.replace(PROGRESS, json.dumps(self.state()).encode())
                 if now >= next_line and not self._console.is_terminal:
                     next_line += LINE_EVERY_S
-                    logger.info("%s", self.line())
+                    self._tell_line()
             except Exception as error:
                 if not complained:
                     logger.warning("progress cannot be shown (%s: %s)", type(error).__name__, first_line(error))
                 complained = True
+
+    def _tell_line(self) -> None:
+        """Logs the line, or writes it to the console of a program or notebook that shows no such log."""
+        if logger.hasHandlers() and (logger.isEnabledFor(logging.INFO) or not self._console.is_jupyter):
+            logger.info("%s", self.line())
+        else:
+            self._console.file.write(f"{time.strftime('%H:%M:%S')} {self.line()}\n")
+            self._console.file.flush()
 
     def look(self) -> None:
         events = self._run.events()

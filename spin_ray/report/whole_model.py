@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spin_ray.inputs.model_folder import open_initial
+from spin_ray.inputs.start_model import open_initial
 from spin_ray.run_dir.run_dir import RunDir
 
 

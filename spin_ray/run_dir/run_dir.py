@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from spin_ray.config.load import parse_config
@@ -31,13 +32,25 @@ logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
 
 
-def open_run(folder: str) -> "RunDir":
+def open_run(folder: str | Path) -> "RunDir":
     """Opens the run in a folder or at a store's URI for reading; a driver takes its lease first."""
     return RunDir(open_storage(folder))
 
 
 class RunDir:
+    """The files of a run: ``latest``, ``evaluation``, ``train_log``, ``config``, artefacts.
+
+    ``open_run("runs/my")`` opens a finished run, or one that goes on.
+    """
+
     def __init__(self, storage: Storage) -> None:
+        """Takes the run's storage.
+
+        Raises:
+            TypeError: ``storage`` is a path, which ``open_run`` takes.
+        """
+        if isinstance(storage, str | Path):
+            raise TypeError(f"RunDir takes a Storage; open the run by open_run({str(storage)!r})")
         self.storage = storage
 
     def artefact(self, path: str) -> Artefact:

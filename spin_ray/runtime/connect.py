@@ -1,8 +1,9 @@
-"""Starts Ray on this machine, or joins a cluster."""
+"""Starts Ray on this machine, joins a cluster, or takes the Ray that this process is connected to."""
 
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import Any
 
 import ray
 import ray.cloudpickle
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray._private.worker import global_worker
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError
 from spin_ray.runtime import garbage
 from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 
@@ -20,14 +23,17 @@ from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 def connect(config: SpinConfig) -> None:
     """Joins the cluster at ``cluster.address`` or $RAY_ADDRESS; without either, starts an embedded Ray.
 
+    A process that is connected already stays connected.
+
     Raises:
+        ConfigError: as ``refuse_other_ray`` does.
         ResourceError: no cluster answers within 10 s, or Ray cannot start here.
         StageError: Ray did not start, for an unknown reason.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    refuse_other_ray(config)
     if not ray.is_initialized():
-        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-        place = f"cluster.address {address}" if config.cluster.address else f"RAY_ADDRESS {address}"
+        address, place = _asked_address(config)
         options: dict[str, Any] = {"address": address} if address else {
             "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
@@ -57,6 +63,62 @@ def connect(config: SpinConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _asked_address(config: SpinConfig) -> tuple[str | None, str]:
+    """Returns the address of the cluster to join, and its name in errors."""
+    if config.cluster.address:
+        return config.cluster.address, f"cluster.address {config.cluster.address}"
+    address = os.environ.get("RAY_ADDRESS")
+    return address, f"RAY_ADDRESS {address}"
+
+
+def refuse_other_ray(config: SpinConfig) -> None:
+    """Checks that the Ray of this process, if it is connected to one, is the one that the recipe asks for.
+
+    Raises:
+        ConfigError: the recipe names another cluster, or another number of CPUs for a Ray of its own.
+    """
+    if not ray.is_initialized():
+        return
+    connected = ray.get_runtime_context().gcs_address
+    address, place = _asked_address(config)
+    if address and (is_embedded() if address == "auto" else not _is_same(address, connected)):
+        kind = "a Ray of its own" if is_embedded() else "the cluster"
+        raise ConfigError(
+            f"{place}: this process is connected to {kind} at {connected}; call ray.shutdown() first, or leave the "
+            "address out to stay there"
+        )
+    cpus, wanted = ray.cluster_resources().get("CPU", 0), config.cluster.local_cpus
+    if not address and wanted and wanted != cpus:
+        raise ConfigError(
+            f"cluster.local_cpus: {wanted} are for a new Ray, and this process is connected to one with {cpus:g} at "
+            f"{connected}; call ray.shutdown() first, or leave local_cpus out to stay there"
+        )
+
+
+def is_embedded() -> bool:
+    """Returns True if this process started the Ray that it is connected to."""
+    return global_worker.node is not None and global_worker.node.head
+
+
+def _is_same(address: str, connected: str) -> bool:
+    """Compares two addresses of a head, one given by the user, by port and by the machines that their hosts name."""
+    if address.startswith("ray://"):  # the port is that of Ray's client
+        return not is_embedded()
+    asked, found = services.parse_address(address), services.parse_address(connected)
+    if asked is None or found is None or asked[1] != found[1]:
+        return address == connected
+    return bool(_machines(asked[0]) & _machines(found[0]))
+
+
+def _machines(host: str) -> set[str]:
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return {host}
+    loops = any(each.startswith("127.") or each == "::1" for each in found)
+    return found | ({"127.0.0.1", services.get_node_ip_address()} if loops else set())
 
 
 def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:

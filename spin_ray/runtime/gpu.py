@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -86,7 +87,17 @@ def check_triton(setting: str) -> None:
 
 
 def runs_elsewhere(config: SpinConfig) -> bool:
-    """Returns True if the run joins a cluster, whose nodes have environments of their own."""
+    """Returns True if the run's Ray is a cluster, whose nodes have environments of their own.
+
+    A process that is connected to a Ray already stays there.
+    """
+    if "ray" in sys.modules:  # its import is slow
+        import ray
+
+        from spin_ray.runtime.connect import is_embedded
+
+        if ray.is_initialized():
+            return not is_embedded()
     return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 

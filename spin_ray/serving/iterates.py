@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Self
 
 from spin_ray.errors import ConfigError, RunDirError
-from spin_ray.inputs.model_folder import open_initial, open_model
-from spin_ray.run_dir.artefact import Artefact, folder_entries
+from spin_ray.inputs.model_folder import Source, open_model
+from spin_ray.inputs.start_model import open_initial
+from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.names import LATEST, api_name, iterate_number, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
@@ -26,8 +27,8 @@ class Iterate:
     """Digest of all files."""
     date: datetime | None = None
     """The run's date, which the chat template may write."""
-    source: Artefact | None = None
-    """The folder in the run. None: the start model."""
+    source: Source | None = None
+    """Origin for a machine without ``folder``: the folder in the run, or the start model's."""
     base: "Iterate | None" = None
     """Frozen model below an adapter."""
 
@@ -37,7 +38,7 @@ class Iterate:
         return self.base or self
 
     def here(self) -> Self:
-        """Returns the iterate with a folder on this machine, fetched from the store if it is missing."""
+        """Returns the iterate with a folder on this machine, fetched or found again if it is missing."""
         return replace(self, folder=self.source.local_folder()) if self.source else self
 
 
@@ -82,7 +83,7 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
     number = iterate_number(name)
     if number == 0:
         model = open_initial(run)
-        return Iterate(name, model.path, model.digest, run.date(), run.model(0) if model.source else None)
+        return Iterate(name, model.path, model.digest, run.date(), model.source)
     artefact = run.model(number)
     folder = artefact.checked_folder()
     if run.is_adapter(number):

@@ -86,7 +86,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
         StageError: Ray Serve's proxy did not start.
     """
     serving, folder = config.serving, str(run.storage.root)
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    if not runs_elsewhere(config):
         with ExitStack() as held:
             port = held.enter_context(listen(serving))
             if serving.ingress_replicas == 1:
@@ -123,8 +123,9 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
     """
     # By default Ray Serve kills a proxy that takes longer than 15 s to start.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
-    guard_ray_token(embedded=not (config.cluster.address or os.environ.get("RAY_ADDRESS")))
-    connect(with_room(config, 1 if config.commits_adapters else len(wanted(run, config.serving.models)[0])))
+    guard_ray_token(embedded=not runs_elsewhere(config))
+    engines = 1 if config.commits_adapters else len(wanted(run, config.serving.models)[0])
+    connect(config if ray.is_initialized() else with_room(config, engines))
     check_room(config)
 
 

@@ -18,4 +18,5 @@ def ray_ends_with_the_folder() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def local_ray(ray_ends_with_the_folder: None) -> None:
     """Starts Ray once, and once more after a module that had a cluster of its own."""
-    connect(SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"local_cpus": 2}))
+    cluster = {} if ray.is_initialized() else {"local_cpus": 2}
+    connect(SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster=cluster))

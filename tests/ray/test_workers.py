@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import HealthError, RunDirError, StageError
+from spin_ray.config.sections import ClusterConfig
+from spin_ray.errors import ConfigError, HealthError, RunDirError, StageError
+from spin_ray.runtime.connect import connect, is_embedded
 from spin_ray.runtime.garbage import _AS_USUAL
 from spin_ray.runtime.workers import run_workers
 from tests.support.killable_cluster import KillableCluster
@@ -41,6 +43,15 @@ def test_workers_share_a_process_group_and_a_user_error_comes_back_as_itself(tmp
     with pytest.raises(RunDirError, match="was written by 3 workers"):
         run_workers(_sum_of_ranks, tmp_path, CONFIG, "sum", tmp_path / "checkpoints")
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == [f"3 1 {_AS_USUAL}"] * 2
+
+
+def test_a_second_run_of_a_process_cannot_ask_for_another_ray() -> None:
+    """The Ray of this folder is embedded and has two CPUs."""
+    assert is_embedded()
+    for cluster, told in (({"address": "auto"}, "of its own at 127.0.0.1"), ({"local_cpus": 3}, "one with 2 at 127")):
+        with pytest.raises(ConfigError, match=told):
+            connect(CONFIG.model_copy(update={"cluster": ClusterConfig.model_validate(cluster)}))
+    connect(CONFIG)
 
 
 def _runs_away(folder: Path) -> None:

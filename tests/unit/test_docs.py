@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 
 import pytest
 
+import spin_ray
 from docs.demo_output import README, copy, written
 from docs.pages import gather
 from spin_ray.inputs import forms
@@ -33,6 +34,14 @@ def test_the_table_of_forms_is_the_one_in_the_code():
     text = (DOCS / "data.md").read_text(encoding="utf-8")
     table = text.partition('as_markdown())" -->\n')[2].partition("<!-- end of forms -->")[0]
     assert table == forms.as_markdown()
+
+
+def test_every_public_name_is_listed_and_in_the_reference():
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    assert {*spin_ray.__all__} == {*spin_ray._HOME} <= {*dir(spin_ray)}
+    for name, home in spin_ray._HOME.items():
+        assert getattr(spin_ray, name).__doc__
+        assert f"::: spin_ray.{home}.{name}\n" in text, name
 
 
 def test_the_first_page_is_short_and_every_link_leads_somewhere():

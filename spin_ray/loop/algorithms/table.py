@@ -78,7 +78,7 @@ def try_own_objects(config: SpinConfig) -> None:
     """
     algorithm = find_algorithm(config.algorithm)
     on_gpus, adapters = bool(config.train.resources.gpus), config.train.lora is not None
-    evaluates = bool(config.data.heldout) and config.objective.reference_alpha == 1
+    evaluates = config.data.holds_out and config.objective.reference_alpha == 1
     tried: list[tuple[Objective, bool]] = []
     for iteration in range(config.iterations):
         objective = algorithm.objective(config, iteration)
@@ -148,7 +148,7 @@ def check_machine(config: SpinConfig) -> None:
 
 def _starts_engines(config: SpinConfig) -> bool:
     """Returns True if a model answers prompts or held-out prompts."""
-    return type(find_algorithm(config.algorithm)).plays is not Algorithm.plays or bool(config.data.heldout)
+    return type(find_algorithm(config.algorithm)).plays is not Algorithm.plays or config.data.holds_out
 
 
 def _trainings(config: SpinConfig) -> list[TrainConfig | SftConfig]:

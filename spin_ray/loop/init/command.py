@@ -127,10 +127,10 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
             settings[place] = Setting(_asked(place, question, ask, foreign))
     train = settings["data.train"].value
     heldout = options.heldout or (heldout_beside(train) if isinstance(train, str) else None)
-    if options.heldout is None and "data.heldout" not in settings and ask:
+    if options.heldout is None and not {"data.heldout", "data.heldout_fraction"} & settings.keys() and ask:
         said = ask("Held-out rows, never trained on (none: nothing is measured)", heldout or "none")
         heldout = None if said == "none" else said
-    if heldout and (options.heldout or "data.heldout" not in settings):
+    if heldout and (options.heldout or not {"data.heldout", "data.heldout_fraction"} & settings.keys()):
         settings["data.heldout"] = Setting(heldout, "" if options.heldout else "found beside the training rows")
     return _with_warm_up(settings, options, foreign, ask) | kept
 
@@ -213,8 +213,11 @@ def _print_next(
     if phases and seen.rows is not None and planned:
         total = sum(phase.seconds for phase in phases)
         console.print(f"By arithmetic it takes {exact_duration(total)}; `spin-ray plan` says where the time goes.")
-    if "data.heldout" not in settings:
-        console.print("[yellow]note[/] without data.heldout nothing is measured", highlight=False)
+    if not {"data.heldout", "data.heldout_fraction"} & settings.keys():
+        note = (
+            "without data.heldout nothing is measured; data.heldout_fraction: 0.02 holds some of the training rows out"
+        )
+        console.print(f"[yellow]note[/] {note}", highlight=False)
     plan = f"spin-ray plan {recipe}{hardware if machines.gpus else ''}"
     for words, command in (
         ("Check:", f"spin-ray doctor {recipe}"),

@@ -88,7 +88,7 @@ def _lengths(given: Settings, seen: Look) -> Settings:
 
 
 def _evaluation(given: Settings) -> Settings:
-    if "data.heldout" not in given:
+    if "data.heldout" not in given:  # data.heldout_fraction says how many
         return {}
     return {"evaluation.max_rows": Setting(HELDOUT_ROWS, "the first rows; leave it out to measure on all")}
 
@@ -198,7 +198,7 @@ def _shared_by(parallel: int, machines: Machines) -> Settings:
 
 def _work(seen: Look, config: SpinConfig) -> Work:
     tokens = config.generation.sampling.max_tokens
-    heldout = HELDOUT_ROWS if config.data.heldout else 0
+    heldout = HELDOUT_ROWS if config.data.holds_out else 0
     if not seen.train or seen.rows is None:
         half = config.model.max_length / 2
         return Work(rows=50_000, prompt=half / 2, real=half / 2, generated=min(half / 2, tokens), heldout_rows=heldout)

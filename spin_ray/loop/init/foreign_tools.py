@@ -102,7 +102,7 @@ _OTHER_MODELS = ("ForSequenceClassification", "ForTokenClassification")
 _OTHER_ROWS = ("completion", "pretrain", "bradley_terry", "stepwise_supervised")
 """Axolotl's types of rows without a prompt, or without a response to learn."""
 _ADVICE = {
-    **dict.fromkeys(("val_set_size", "val_size"), "give rows of their own as data.heldout"),
+    **dict.fromkeys(("val_set_size", "val_size"), "give data.heldout_fraction, or rows of their own as data.heldout"),
     **dict.fromkeys(
         ("template", "chat_template", "chat_template_jinja", "chat_template_path"),
         "the model's own chat template is taken; model.chat_template names a file with another",

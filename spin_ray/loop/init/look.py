@@ -146,7 +146,7 @@ def look(settings: Settings) -> Look:
 def _with_data(config: SpinConfig, folder: Path) -> Look:
     if "://" in (train := name_of(config.data.train)):
         return Look(notes=(f"{train} is not on this machine; lengths and batches are not fitted to it",))
-    task = replace(PromptTask.of(config, str(folder)), max_length=UNLIMITED)
+    task = replace(PromptTask.of(config, str(folder)), max_length=UNLIMITED, part=None)
     paths = [resolve(source.path) for source in sources_of(config.data.train)]
     found = tuple(survey(path, task, UNLIMITED) for path in paths)
     heldout = config.data.heldout

@@ -28,6 +28,7 @@ from spin_ray.config.sections import Source, Train, name_of, sources_of
 from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.inputs.conversations import Found, Unusable
 from spin_ray.inputs.forms import refuse_two_forms, shown
+from spin_ray.inputs.held_out import none_held_out
 from spin_ray.inputs.mixture import draw, warn_of_limit
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.rendering import ChatRenderer
@@ -114,8 +115,11 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         "max_rows": rows.max_rows,
         "part_rows": config.generation.shard_rows,
     }
-    if not isinstance(train, str):
+    is_drawn = not isinstance(train, str) and task.part != "held out"
+    if is_drawn:
         settings |= {"sources": [each.model_dump() for each in sources], "seed": config.seed}
+    if task.part:
+        settings["heldout_fraction"] = config.data.heldout_fraction
     if artefact.already_made(inputs, settings):
         return
     with run_dir.stage(artefact.path) as counted:
@@ -125,6 +129,8 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         source_of = [number for number, each in enumerate(pieces_of) for _ in each]
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
         slices = _render(pieces, folder, _RenderSlice(run_dir.storage, artefact.path, task), source)
+        if task.part == "held out" and not any(len(each.ids) for each in slices):
+            raise none_held_out(config.data.heldout_fraction or 0, source)
         _refuse_mixed_files(slices, [piece.uri for piece in pieces])
         if ignored := sum((each.ignored for each in slices), Counter[str]()):
             logger.warning("%s: not read: %s", source, ", ".join(f"{n} in {k} rows" for n, k in ignored.most_common()))
@@ -133,8 +139,8 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
             counted["leaks_kept"] = _count_kept_leaks(slices, leaked, source)
             leaked = None
         firsts = _first_of_each([each.ids for each in slices], source_of, rows.max_rows, leaked)
-        if not isinstance(train, str):
-            counted["sources"] = _draw(firsts, train, source_of, config.seed, rows.setting)
+        if is_drawn:
+            counted["sources"] = _draw(firsts, sources, source_of, config.seed, rows.setting)
         if rows.every_id is not None:
             _commit_ids(rows.every_id, slices, firsts, inputs, settings)
         entries, reasons = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
@@ -289,6 +295,8 @@ class _RenderSlice:
                 if isinstance(found, Unusable):
                     unusable.append(_quarantine_row(self._stage, source.origin, found.reason, found.detail, source.raw))
                     continue
+                if not found:  # of the other part
+                    read.rows -= 1
                 for row in found:
                     row["origin"], row["raw"] = source.origin, source.raw
                 rows += found
@@ -460,6 +468,8 @@ def _check_quarantine(run_dir: RunDir, config: SpinConfig, artefact: Artefact, f
     source, reasons = found.source, found.reasons
     if leaks := reasons[LEAK]:
         logger.warning("%s: %d rows are held out, too, and are not trained on (data.keep_leaks)", source, leaks)
+    if config.data.heldout_fraction and not found.read:
+        return  # all of a small source may be of the other part
     if overlaps := reasons[OVERLAP]:
         logger.warning("%s: %d rows are in an earlier source, too, and are taken from that one", source, overlaps)
     unusable = Counter({reason: count for reason, count in reasons.items() if reason not in _ELSEWHERE})

@@ -130,7 +130,7 @@ class RunView:
     def verdict(self) -> tuple[str, str]:
         """Returns two sentences: the newest iterate's worth, and its worst warning."""
         if not self.evaluations:
-            if self.config.data.heldout is None:
+            if not self.config.data.holds_out:
                 first = "The run has no held-out data (data.heldout), so its iterates cannot be evaluated."
             else:
                 first = "Nothing has been evaluated yet."
@@ -196,7 +196,7 @@ def _versions(description: dict[str, Any], config: SpinConfig) -> list[tuple[str
 
 def _not_evaluated(run: RunDir, config: SpinConfig) -> Iterator[str]:
     latest = run.latest()
-    if config.data.heldout is not None and latest is not None:
+    if config.data.holds_out and latest is not None:
         for iterate in range(iterate_number(latest) + 1):
             if not is_evaluated(run, iterate):
                 file = run.heldout_rows_path(iterate) if run.evaluation(iterate) else run.eval_path(iterate)

@@ -183,6 +183,16 @@ def test_long_values_are_cut_in_the_error():
         ({"evaluation": {"answer_extractor": "equals"}}, "evaluation.answer_extractor: needs data.heldout"),
         ({"evaluation": {"samples": 2}}, "evaluation.samples: needs data.heldout"),
         (
+            {"data": {"train": "d", "heldout": "h", "heldout_fraction": 0.1}},
+            "data.heldout_fraction: holds rows of data.train out, and data.heldout names others; leave one out",
+        ),
+        (
+            {"data": {"train": [{"path": "d"}], "heldout_fraction": 0.1}, "evaluation": {"max_rows": 9}},
+            "evaluation.max_rows: data.train is a list of sources; lower data.heldout_fraction in its place",
+        ),
+        ({"data": {"train": "d", "heldout_fraction": 0}}, "data.heldout_fraction"),
+        ({"data": {"train": "d", "heldout_fraction": 0.6}}, "data.heldout_fraction"),
+        (
             {"generation": {"samples_per_prompt": 4, "sampling": {"temperature": 0}}},
             "generation.samples_per_prompt: with generation.sampling.temperature 0 all 4 samples are the same; give 1",
         ),

@@ -49,6 +49,7 @@ LATER = (
     "data.form",
     "data.columns",
     "data.keep_leaks",
+    "data.heldout_fraction",
     "evaluation.grade",
     "evaluation.samples",
     "self_filter.grade",

@@ -28,6 +28,14 @@ def recipe(tmp_path):
 # Files and overrides
 
 
+def test_a_mapping_is_a_recipe_with_the_same_words_for_what_is_wrong():
+    """SpinConfig itself raises pydantic's errors, which ``except UserError`` does not catch."""
+    assert load_config(PLAIN, {"iterations": 1}) == parse_config(PLAIN | {"iterations": 1}, "")
+    assert PLAIN.get("iterations") is None, "the mapping itself stays"
+    with pytest.raises(ConfigError, match=r"^the recipe: iteration: unknown key \(did you mean iterations\?\)$"):
+        load_config(PLAIN | {"iteration": 2})
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -1,6 +1,7 @@
 """What is checked before anything starts."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from spin_ray.inputs.check import (
 )
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
+from spin_ray.run_dir.storage import MANIFEST
 from tests.support.tokenizer_kinds import TEMPLATES, tokenizer_of_kind
 
 TINY = Path(resolve("embedded:tiny-llama"))
@@ -90,6 +92,21 @@ def test_columns_of_the_recipe_are_read_from_a_table(tmp_path):
 
 def test_the_model_that_the_warm_up_starts_from_is_not_yet_the_sft_model():
     assert check_recipe(config_for(sft={})).model.name == "start"
+
+
+def test_a_warm_up_of_what_a_run_has_made_is_told_at_the_start(tmp_path):
+    """Who goes on with more data copies the recipe, and its sft section trains the tuned model on SFT data again."""
+    made = shutil.copytree(TINY, tmp_path / "run" / "iter_001" / "model")
+    told = "sft: the warm-up trains .*iter_001/model once more, which a run has made and tuned already; .*--sft=null"
+
+    def warnings(**sections: Any) -> str:
+        found = check_recipe(config_for(model={"path": str(made)}, **sections)).findings
+        return "\n".join(each.sentence for each in found if each.severity == "warning")
+
+    assert not re.search(told, warnings(sft={})), "any other model may have a warm-up"
+    (made / MANIFEST).write_text("{}")
+    assert re.search(told, warnings(sft={}))
+    assert not re.search(told, warnings())
 
 
 def test_a_judge_that_cannot_be_used_is_told_before_hours_of_sampling(tmp_path):

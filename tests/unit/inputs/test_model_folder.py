@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from spin_ray.config.sections import ModelConfig
-from spin_ray.errors import ConfigError, ModelError, RunDirError
+from spin_ray.errors import ConfigError, ModelError
 from spin_ray.inputs.merged_start import find_model
 from spin_ray.inputs.model_folder import (
     folder_entries,
-    open_initial,
     open_model,
     read_config,
     refuse_no_model,
@@ -25,9 +23,7 @@ from spin_ray.inputs.model_folder import (
 )
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.weights import refuse_damaged
-from spin_ray.run_dir import artefact, storage
 from spin_ray.run_dir.storage import MANIFEST
-from tests.support.tiny_runs import add_iterate, make_run
 
 
 @pytest.fixture
@@ -346,43 +342,3 @@ def test_a_revision_of_the_hub_is_fetched(folder, monkeypatch):
     )
     assert find_model(ModelConfig(path="org/name@v1.2", max_length=512)) == folder
     assert (asked["name"], asked["revision"]) == ("org/name", "v1.2")
-
-
-# The frozen model of a run
-
-
-def test_the_frozen_model_is_read_once_and_again_only_when_a_file_has_changed(tmp_path, monkeypatch):
-    """Each adapter asks for the model below it; 14 GB are not read for each."""
-    run = make_run(tmp_path / "run", iterates=0)
-    start = shutil.copytree(run.description()["start_model"], tmp_path / "start")
-    description = run.description() | {"start_model": str(start)}
-    run.storage.replace("run.json", json.dumps(description).encode())
-    read = []
-    monkeypatch.setattr(artefact, "file_digest", lambda path: read.append(path.name) or storage.file_digest(path))
-
-    first = open_initial(run)
-    assert first.digest == description["inputs"]["model"] and "model.safetensors" in read
-    read.clear()
-    assert open_initial(run) == first and read == []
-
-    weights = start / "model.safetensors"
-    sound, times = weights.read_bytes(), (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
-    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    os.utime(weights, ns=times)
-    with pytest.raises(RunDirError, match="not the model that this run started from"):
-        open_initial(run)
-    weights.write_bytes(sound)
-    assert open_initial(run) == first
-
-
-def test_a_warmed_up_frozen_model_that_has_changed_is_named(tmp_path):
-    run = make_run(tmp_path / "run", iterates=0)
-    add_iterate(run, 0)
-    assert open_initial(run).source == run.model(0)
-    weights = run.storage.path("sft/model/model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(RunDirError, match=r"model.safetensors: is missing or differs from its digest"):
-        open_initial(run)
-    weights.unlink()
-    with pytest.raises(RunDirError, match=r"model.safetensors: is missing or differs from its digest"):
-        open_initial(run)

@@ -335,3 +335,38 @@ def test_a_question_leaves_room_for_one_token_of_an_answer_at_least():
     with pytest.raises(Unusable) as caught:
         rows_of({"prompt": "a"}, replace(task_of(max_length=length), labelled=False))
     assert caught.value.reason == "too_long"
+
+
+# Two parts of one file (data.heldout_fraction)
+
+
+def part(rows: list[Row], which: Any, **data: Any) -> list[list[Row] | Unusable]:
+    sources = [SourceRow(str(number), row, b"") for number, row in enumerate(rows)]
+    return list(prompt_rows.rows_of(sources, replace(task_of(heldout_fraction=0.2, **data), part=which)))
+
+
+def test_each_conversation_is_of_one_part_whatever_else_is_set_or_in_the_file():
+    """400 rows of 0.2: 80 are held out, give or take four standard deviations of 8."""
+    chats = [{"messages": chat(f"Is {number} odd?", "a", "b", "c")} for number in range(400)]
+    held_out = [bool(rows) for rows in part(chats, "held out")]
+    assert [not rows for rows in part(chats, "trained")] == held_out
+    assert abs(sum(held_out) - 80) < 32
+    assert [bool(rows) for rows in part(chats[::-1], "held out")] == held_out[::-1]
+    for data in ({"turns": "all"}, {"turns": "first"}, {"system": "Be brief."}):
+        assert [bool(rows) for rows in part(chats, "held out", **data)] == held_out
+    assert all(len(rows) == 2 for rows in part(chats, "trained", turns="all") if rows), "whole conversations"
+    others = [{"prompt": f"Is {number} odd?", "response": "another"} for number in range(400)]
+    assert [bool(rows) for rows in part(others, "held out")] == held_out, "one question, one part"
+    whole = replace(task_of(), part=None)
+    assert all(prompt_rows.rows_of([SourceRow("1", chats[0], b"")], whole))
+
+
+def test_a_row_that_cannot_be_used_is_told_of_once():
+    """Rows that cannot be read are told of among those to train on, others in their own part."""
+    bad = [None, {"text": "x"}, *({"messages": chat(f"Is {number} odd? " * 99, "a")} for number in range(40))]
+    trained, held_out = part(bad, "trained"), part(bad, "held out")
+    assert [isinstance(it, Unusable) for it in trained[:2]] == [True, True] and held_out[:2] == [[], []]
+    assert all(
+        isinstance(one, Unusable) != isinstance(other, Unusable) for one, other in zip(trained, held_out, strict=True)
+    )
+    assert any(isinstance(it, Unusable) for it in held_out)

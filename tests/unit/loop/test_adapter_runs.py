@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import find_inputs
+from spin_ray.loop.launch import run_spin
 from spin_ray.loop.stages.training import worker
 from spin_ray.report.export import export
 from spin_ray.run_dir.events import read_json_lines
@@ -95,6 +96,17 @@ def test_an_adapter_is_exported_merged_as_peft_merges_it(finished, tmp_path: Pat
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     torch.testing.assert_close(exported(IDS).logits, adapted(run, config, 1)(IDS).logits, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_the_result_of_a_run_of_adapters_becomes_a_model(finished, monkeypatch, tmp_path: Path) -> None:
+    """``result.model`` is the adapter alone, which `vllm serve` does not take."""
+    config, run = finished
+    small_run.in_this_process(monkeypatch)
+    result = run_spin(config, run.storage.root)
+    assert result.model == run.storage.path("iter_001/adapter")
+    exported = AutoModelForCausalLM.from_pretrained(result.export(tmp_path / "whole"))
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+    torch.testing.assert_close(exported(IDS).logits, adapted(run, config, 1)(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_committed_adapter_is_a_start_model_of_another_run(finished, monkeypatch, tmp_path: Path) -> None:

@@ -339,6 +339,8 @@ def test_held_out_rows_are_those_that_a_run_makes_of_conversations(tmp_path):
     for choice, count in (("all", 40), ("last", 10)):
         data = {"train": "d", "heldout": str(tmp_path / "rows.jsonl"), "turns": choice}
         assert read_work(config_of(data=data), given).heldout_rows == count
+        part = {"train": data["heldout"], "heldout_fraction": 0.5, "turns": choice}
+        assert read_work(config_of(data=part), given).heldout_rows == count / 2
     assert read_work(config_of(data=data, evaluation={"max_rows": 3}), given).heldout_rows == 3
 
 

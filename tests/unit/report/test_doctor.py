@@ -57,6 +57,19 @@ def test_each_row_is_usable_or_refused_by_a_reason_with_the_first_one_shown(tmp_
         found.check(config.data)
 
 
+def test_both_parts_of_a_file_are_looked_at(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(row(number) for number in range(40)))
+    path = str(tmp_path / "rows.jsonl")
+    inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=path, heldout=path, questions=None)
+    for fraction, told in ((0.5, None), (0.0001, "heldout_fraction: 0.0001 holds no usable conversation of")):
+        config = config_of(model={"path": TINY}, data={"train": path, "heldout_fraction": fraction})
+        trained, held_out = surveys = doctor.look_at_data(config, inputs, every_row=False)
+        assert trained.read + held_out.read == trained.usable + held_out.usable == 40
+        assert held_out.source == f"{path} (held out)" and not trained.ids & held_out.ids
+        with pytest.raises(DataError, match=told) if told else nullcontext():
+            doctor.check_surveys(config, inputs, surveys)
+
+
 def test_columns_that_are_not_read_are_counted(tmp_path):
     found, _ = look(tmp_path, [row(0), json.dumps(json.loads(row(1)) | {"weight": 2})])
     assert found.ignored == {"weight": 1}

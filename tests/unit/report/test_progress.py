@@ -99,6 +99,28 @@ def test_a_log_gets_a_plain_line_a_minute_and_status_a_file(run, stage, caplog, 
     assert f"Running: {state['line']} (written 0 s ago)" in out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("handlers", "level", "jupyter", "written"),
+    [
+        ([], logging.WARNING, True, True),
+        ([], logging.INFO, False, True),
+        ([logging.NullHandler()], logging.WARNING, True, True),
+        ([logging.NullHandler()], logging.WARNING, False, False),
+        ([logging.NullHandler()], logging.INFO, True, False),
+    ],
+)
+def test_the_line_reaches_who_has_set_up_no_log(run, stage, monkeypatch, handlers, level, jupyter, written):
+    """A run in a notebook was silent for hours: no terminal, and nobody shows logs of the level INFO."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", handlers)
+    monkeypatch.setattr(logging.getLogger(), "level", level)
+    logging.getLogger().manager._clear_cache()  # of isEnabledFor
+    out = io.StringIO()
+    told = RunProgress(run, run.config(), Console(file=out, force_jupyter=jupyter))
+    told._tell_line()
+    logging.getLogger().manager._clear_cache()
+    assert ("3/12 steps, 0.50 steps/s" in out.getvalue()) == written
+
+
 @pytest.mark.parametrize(("seen", "lost"), [(7200.0, [7200.0]), (-5.0, []), (None, [])])
 def test_the_next_driver_logs_how_long_a_killed_one_was_seen_alive(run, seen, lost):
     """A report older than the stage says nothing of it."""

@@ -10,7 +10,7 @@ from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.run_dir.artefact import FileEntry
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.names import api_spelling, iterate_name, part_name, read_iterate
-from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir, open_run
 from spin_ray.run_dir.storage import ATTEMPTS, MANIFEST, Storage, folder_digest
 
 CONFIG = SpinConfig.model_validate({"model": {"path": "m"}, "data": {"train": "d"}})
@@ -37,6 +37,13 @@ def pairs(run):
     entries = {part_name(number): artefact.write_part(part_name(number), table(number, number)) for number in (0, 1)}
     artefact.commit(entries, {"prompts": "aa"}, {"window": 2, "rows": (1, 2)}, counts={"dropped": 3})
     return artefact
+
+
+def test_a_path_is_opened_by_another_name_that_the_error_has(run):
+    run.begin(CONFIG, FACTS)
+    with pytest.raises(TypeError, match=r"RunDir takes a Storage; open the run by open_run\('runs/my'\)"):
+        RunDir("runs/my")  # type: ignore
+    assert open_run(run.storage.root).config() == CONFIG
 
 
 # Artefacts

@@ -7,15 +7,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from ray._private import services
 
-from spin_ray.errors import ResourceError, StageError
+from spin_ray.errors import ConfigError, ResourceError, StageError
+from spin_ray.runtime import connect as connect_module
 from spin_ray.runtime import start_errors
-from spin_ray.runtime.connect import connect
+from spin_ray.runtime.connect import connect, refuse_other_ray
+from spin_ray.runtime.gpu import runs_elsewhere
 from tests.support.fakes import config_of
 from tests.support.paths import ROOT
 
@@ -147,3 +150,66 @@ def test_a_dead_address_is_told_in_seconds_and_by_the_name_that_it_has(start, mo
 def test_a_slip_in_an_address_is_told_at_once(start, address, words):
     with pytest.raises(ResourceError, match=rf"^cluster\.address {address}: .*{words}"):
         start(AssertionError("Ray was asked"), address=address)
+
+
+# A process that is connected already
+
+
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Connects this process, so it seems, to a Ray of 8 CPUs on port 6379 of this machine."""
+
+    def connected(*, embedded: bool) -> None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+        monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+        monkeypatch.setattr(connect_module, "is_embedded", lambda: embedded)
+        monkeypatch.setattr(services, "get_node_ip_address", lambda: "10.0.0.5")
+
+    return connected
+
+
+@pytest.mark.parametrize(
+    ("embedded", "cluster", "told"),
+    [
+        (True, {"address": "auto"}, "cluster.address auto: this process is connected to a Ray of its own at 127.0.0.1"),
+        (True, {"address": "10.0.0.9:6379"}, "cluster.address 10.0.0.9:6379: .* a Ray of its own at 127.0.0.1:6379"),
+        (
+            False,
+            {"address": "10.0.0.9:6379"},
+            "cluster.address 10.0.0.9:6379: .* connected to the cluster at 127.0.0.1",
+        ),
+        (False, {"address": "127.0.0.1:6380"}, "cluster.address 127.0.0.1:6380: .* connected to the cluster"),
+        (True, {"local_cpus": 4}, "cluster.local_cpus: 4 are for a new Ray, .* connected to one with 8 at 127.0.0.1"),
+        (False, {"local_cpus": 4}, "cluster.local_cpus: 4 are for a new Ray, .* connected to one with 8"),
+        (True, {"local_cpus": 8}, None),
+        (True, {}, None),
+        (False, {}, None),
+        (False, {"address": "auto"}, None),
+        (False, {"address": "auto", "local_cpus": 4}, None),
+        (False, {"address": "localhost:6379"}, None),
+        (False, {"address": "10.0.0.5:6379"}, None),
+        (False, {"address": "ray://head:10001"}, None),
+    ],
+)
+def test_another_ray_than_the_one_of_this_process_is_refused_with_the_cure(connected, embedded, cluster, told) -> None:
+    """A second run of a notebook took the first one's Ray, whatever its recipe asked for."""
+    connected(embedded=embedded)
+    config = config_of(cluster=cluster)
+    assert runs_elsewhere(config) == (not embedded), "what a run stays on decides what this machine is asked for"
+    if told is None:
+        connect(config)
+        return
+    with pytest.raises(ConfigError, match=rf"^{told}.*call ray\.shutdown\(\) first, or leave .* out to stay there$"):
+        refuse_other_ray(config)
+
+
+def test_an_address_of_the_environment_is_compared_too(connected, monkeypatch) -> None:
+    connected(embedded=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    with pytest.raises(
+        ConfigError, match=r"^RAY_ADDRESS 10\.0\.0\.9:6379: this process is connected to the cluster at"
+    ):
+        refuse_other_ray(config_of())

@@ -1,0 +1,79 @@
+"""Whole tiny runs that hold a part of their only rows out."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spin_ray.config.load import override
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import DataError, OtherRunError
+from spin_ray.loop.launch import is_finished
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from tests.support import small_run
+from tests.support.fakes import rows_of
+from tests.support.learner_cases import one_rank
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_rank(tmp_path_factory.mktemp("group")):
+        yield
+
+
+def recipe(folder: Path, **data: Any) -> SpinConfig:
+    """24 conversations of two turns in two files, of which half are held out, and a malformed row."""
+    content = small_run.make_inputs(folder).model_dump(mode="json", exclude_unset=True)
+    roles = ("user", "assistant")
+    rows = [
+        {"messages": [{"role": roles[i % 2], "content": f"{number} + {i}"} for i in range(4)]} for number in range(24)
+    ]
+    for name, part in (("a", rows[:12]), ("b", rows[12:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    with (folder / "b.jsonl").open("a") as file:
+        file.write("{broken\n")
+    content["model"]["max_length"] = 128
+    content["data"] = {
+        "train": [{"path": str(folder / f"{name}.jsonl")} for name in ("a", "b")],
+        "heldout_fraction": 0.5, "turns": "all", "max_quarantine_fraction": 0.2, **data,
+    }  # fmt: skip
+    return SpinConfig.model_validate(content)
+
+
+def ids_of(run: RunDir) -> tuple[set[str], set[str]]:
+    trained, held_out = ({row["prompt_id"] for row in rows_of(it)} for it in (run.prompts, run.heldout))
+    return trained, held_out
+
+
+@pytest.mark.slow
+def test_a_run_holds_whole_conversations_of_its_sources_out_and_never_trains_on_them(tmp_path, monkeypatch) -> None:
+    small_run.in_this_process(monkeypatch)
+    config = recipe(tmp_path)
+    small_run.run(config, tmp_path / "run")
+    run = RunDir(Storage(tmp_path / "run"))
+    trained, held_out = ids_of(run)
+    assert len(trained) + len(held_out) == 48 and not trained & held_out
+    assert len(held_out) % 2 == 0 and 12 <= len(held_out) <= 36
+    answered = {row["prompt_id"] for row in rows_of(run.generations(0))}
+    assert answered == trained and run.evaluation(1)["rows"] == len(held_out)
+    assert run.prompts.manifest().counts == {"malformed": 1} and not run.heldout.manifest().counts
+    assert is_finished(run, config)
+    small_run.run(config, tmp_path / "run")  # resumed: nothing is made again
+    with pytest.raises(OtherRunError, match=r"data.heldout_fraction \(was 0.5, now 0.25\)"):
+        small_run.run(override(config, {"data.heldout_fraction": 0.25}), tmp_path / "run")
+
+    shuffled = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[::-1]
+    (tmp_path / "c.jsonl").write_text("".join(shuffled))
+    alone = override(config, {"data.train": str(tmp_path / "c.jsonl"), "evaluation.max_rows": 4})
+    small_run.run(alone, tmp_path / "alone")
+    trained_alone, held_out_alone = ids_of(RunDir(Storage(tmp_path / "alone")))
+    assert len(held_out_alone) == 4 and held_out_alone < held_out and trained_alone < trained
+
+
+def test_a_fraction_that_holds_nothing_out_is_told(tmp_path, monkeypatch) -> None:
+    small_run.in_this_process(monkeypatch)
+    with pytest.raises(DataError, match=r"heldout_fraction: 0.0001 holds no usable .*a.jsonl, .*b.jsonl out; raise it"):
+        small_run.run(recipe(tmp_path, heldout_fraction=0.0001), tmp_path / "run")
