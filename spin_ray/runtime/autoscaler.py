@@ -28,6 +28,8 @@ _EXPIRES_S = 180.0
 """Seconds without renewal after which the request ends: the driver was killed. Ray Data and Ray Train take as many."""
 _ANSWER_S = 30.0
 _ELSEWHERE = "!spin-ray"
+_NEVER = 1e9
+"""Utilisation, where 1 is all of the cluster."""
 
 
 def _whole(request: Request) -> Request:
@@ -62,6 +64,21 @@ def asking() -> Iterator[Ask]:
         _asking.users -= 1
         if not _asking.users:
             _ask([])
+
+
+def keep_ray_data_from_asking() -> None:
+    """Sets the utilisation from which Ray Data asks for more nodes to one that is never reached.
+
+    Ray Data would ask for twice the CPUs of a busy cluster, whose nodes have GPUs. Where that exceeds the cluster's
+    largest size, the autoscaler heeds no request at all and gives idle nodes back.
+    """
+    from ray.data._internal.cluster_autoscaler.rate_based_cluster_autoscaler import RateBasedClusterAutoscaler
+    from ray.data._internal.cluster_autoscaler.resource_utilization_gauge import ClusterUtil
+
+    # Ray reads it from the environment when it is imported, which may be before this package.
+    never = ClusterUtil(cpu=_NEVER, gpu=_NEVER, memory=_NEVER, object_store_memory=_NEVER)
+    defaults: Any = RateBasedClusterAutoscaler.__init__.__kwdefaults__
+    defaults["cluster_scaling_up_util_threshold"] = never
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ray._private import ray_constants
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.runtime import garbage
+from spin_ray.runtime.autoscaler import keep_ray_data_from_asking
 from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 
 
@@ -57,6 +58,7 @@ def connect(config: SpinConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    keep_ray_data_from_asking()
 
 
 def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:

@@ -55,12 +55,9 @@ def room_for(config: SpinConfig) -> Iterator[None]:
 
 
 @contextmanager
-def in_use(config: SpinConfig, stage: str) -> Iterator[None]:
-    """Leaves what ``stage`` uses out of the request while it runs.
-
-    Ray Data and Ray Train ask for that themselves, and requests add up.
-    """
-    bundles, labels = demands(config)[stage], _labels(config)[stage]
+def ray_train_asks(config: SpinConfig) -> Iterator[None]:
+    """Leaves the train workers out of the request until the context ends, as Ray Train's own is added to it."""
+    bundles, labels = demands(config)["train"], config.train.resources.labels
     with only(lambda request: beyond(request, bundles, labels)):
         yield
 

@@ -31,7 +31,7 @@ from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime import autoscaler
 from spin_ray.runtime.engine import EngineSpec, StartEngine
 from spin_ray.runtime.imports import check_imports
-from spin_ray.runtime.placement import check_fits, in_use, room_for
+from spin_ray.runtime.placement import check_fits, ray_train_asks, room_for
 from spin_ray.runtime.waiting import wait_until_free
 from tests.support.fakes import FakeEngine, seed_engine
 
@@ -306,7 +306,7 @@ def test_the_request_outlives_ray_datas_own_and_takes_no_resources_from_it(tmp_p
         ray.get(coordinator.request_resources.remote("data", [], 60, request_remaining=["CPU"]))
         assert sum(found["CPU"] for found in ray.get(coordinator.get_reserved_resources.remote("data")).values()) == 2
         ray.get(coordinator.cancel_request.remote("data"))
-        with in_use(config, "train"):
+        with ray_train_asks(config):
             assert kept_by_the_autoscaler() == [], "Ray Train asks for its workers, and the sum would be 4"
         assert kept_by_the_autoscaler() == [{"CPU": 1.0}] * 2
     look_again()

@@ -6,6 +6,9 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.data._internal.cluster_autoscaler.fake_autoscaling_coordinator import FakeAutoscalingCoordinator
+from ray.data._internal.cluster_autoscaler.rate_based_cluster_autoscaler import RateBasedClusterAutoscaler
+from ray.data._internal.cluster_autoscaler.resource_utilization_gauge import ClusterUtil
 
 from spin_ray.errors import ResourceError
 from spin_ray.runtime import autoscaler, placement
@@ -147,6 +150,14 @@ def test_a_request_is_renewed_as_ray_forgets_it_when_the_driver_is_gone(cluster,
     assert len(cluster["asked"]) == made
 
 
+def test_ray_data_asks_for_no_nodes_however_busy_the_cluster_is():
+    """Its sum with the run's request may be more than the cluster can have, and then no request counts."""
+    autoscaler.keep_ray_data_from_asking()
+    coordinator = FakeAutoscalingCoordinator()
+    made = RateBasedClusterAutoscaler([], "x", utility_calculator=None, autoscaling_coordinator=coordinator)
+    assert made._is_cluster_utilization_low(ClusterUtil(1, 1, 1, 1))
+
+
 def test_an_autoscaler_that_cannot_be_asked_ends_no_run(cluster, monkeypatch, caplog):
     def fail(_: autoscaler.Request) -> None:
         raise RuntimeError("no coordinator")
@@ -225,7 +236,7 @@ GPU_8, GPU_1 = ({"CPU": 1, "GPU": 8}, {}), ({"CPU": 4, "GPU": 1}, {})
         ([({"GPU": 1}, H100), ({"GPU": 1}, {"pool": "b"})], [{"GPU": 1}], {"pool": "b"}, [({"GPU": 1}, H100)]),
     ],
 )
-def test_a_stage_that_runs_is_asked_for_by_ray_itself_and_not_twice(request_, bundles, labels, rest):
+def test_what_ray_train_asks_for_is_left_out(request_, bundles, labels, rest):
     assert placement.beyond(request_, bundles, labels) == rest
 
 

@@ -21,7 +21,6 @@ from spin_ray.run_dir.artefact import Artefact, FileEntry, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.actors import map_by_actors
-from spin_ray.runtime.placement import in_use
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 PREFERENCE_SCHEMA = pa.schema(
@@ -100,8 +99,7 @@ def _compare(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     )
     first_s = limits.start_timeout_s + limits.shard_timeout_s
     try:
-        with in_use(config, "scorer"):
-            yield from with_deadline(compared.iter_rows(), first_s, limits.shard_timeout_s, "a part of the preferences")
+        yield from with_deadline(compared.iter_rows(), first_s, limits.shard_timeout_s, "a part of the preferences")
     except ray.exceptions.RayError as error:
         if found := user_error_in(error):
             raise found from error

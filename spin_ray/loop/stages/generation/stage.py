@@ -35,7 +35,6 @@ from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.engine import Completion, EngineSpec, GenerationEngine, StartEngine, VllmEngine
 from spin_ray.runtime.engine_groups import EngineGroups
 from spin_ray.runtime.garbage import collect_as_usual
-from spin_ray.runtime.placement import in_use
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def _play(
         return
     wait_until_free(config, "generation", "generation")
     resources, engine = config.generation.resources, config.generation.engine
-    with in_use(config, "generation"), EngineGroups(resources, engine.devices) as groups:
+    with EngineGroups(resources, engine.devices) as groups:
         spread = engine.pipeline_parallel_size > 1
         played = map_by_actors(
             [{"shard": pickle.dumps(shard)} for shard in shards],
