@@ -217,7 +217,10 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
 @click.argument("recipe")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
 @click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G. Not given: no GPUs.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of each machine.")
+@click.option(
+    "--gpus-per-node", type=click.IntRange(min=1), default=None,
+    help="GPUs of each machine. Not given: those that the recipe asks for, 8 at most.",
+)  # fmt: skip
 @click.option(
     "--network",
     type=click.FloatRange(min=0, min_open=True),
@@ -236,13 +239,14 @@ def plan(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any)
     """
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.algorithms.table import check_settings, find_algorithm
-    from spin_ray.planning.plan import Cluster, Given, print_plan
+    from spin_ray.planning.cluster import Cluster, gpus_of_a_node
+    from spin_ray.planning.plan import Given, print_plan
     from spin_ray.planning.plan import as_json as plan_as_json
 
     check_settings(config)
     algorithm = find_algorithm(config.algorithm)
     given = Given(**{name: options.pop(name) for name in ("rows", "prompt_tokens", "response_tokens")})
-    cluster = Cluster(**options)
+    cluster = Cluster(**options | {"gpus_per_node": options["gpus_per_node"] or gpus_of_a_node(config)})
     if as_json:
         click.echo(json.dumps(plan_as_json(config, cluster, given, algorithm), indent=1))
     else:
@@ -253,15 +257,16 @@ def plan(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any)
 @click.argument("recipe")
 @click.option("--out", default=None, help="Run folder, to check its free space and precision.")
 @click.option("--all", "every_row", is_flag=True, help="Read every row of the data, not only the first ones.")
+@click.option("--no-cluster", is_flag=True, help="Start and join no Ray: the machines of the run are not there yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+def doctor(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any) -> None:
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     from spin_ray.loop.doctor import examine
 
     config = load_config(recipe, parse_overrides(overrides))
     # soft_wrap keeps a long path or reason in one line; quiet keeps --json's object alone.
-    found = examine(config, out, Console(quiet=as_json, soft_wrap=True), every_row=every_row)
+    found = examine(config, Console(quiet=as_json, soft_wrap=True), **options)
     if as_json:
         click.echo(json.dumps(found, indent=1))
 

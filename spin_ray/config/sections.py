@@ -751,7 +751,7 @@ class ClusterConfig(Section):
     """Logical CPUs of a new Ray. Not set: all."""
     wait_for_nodes_s: NonNegative = 0
     """Longest wait, in seconds, for an autoscaling cluster to grow. The nodes of all stages are asked for. They stay up
-    until the run ends, when the request is withdrawn."""
+    until the run ends, when the request is withdrawn. A killed driver's request ends after three minutes."""
 
 
 class Settings(Section):

@@ -25,15 +25,20 @@ from spin_ray.runtime.imports import check_imports
 from spin_ray.runtime.placement import demands, room_for
 
 
-def examine(config: SpinConfig, out: str | None, console: Console, *, every_row: bool) -> dict[str, Any]:
+def examine(
+    config: SpinConfig, console: Console, *, out: str | None, every_row: bool, no_cluster: bool
+) -> dict[str, Any]:
     """Prints each check that passes; returns the findings.
 
     Args:
         every_row: True reads all rows, not a sample.
+        no_cluster: True leaves out what only the machines of the run can tell: their GPUs, memory and environments.
 
     Raises:
         UserError: a run would be refused.
     """
+    if no_cluster:
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     check_algorithm(config)
     console.print("[green]ok[/] recipe")
     inputs = find_inputs(config)
@@ -60,13 +65,15 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     room = _print_room(config, precision, start.model.path, out, console)
     check_machine(config)
     check_trackers(config)
-    connect(config)
-    with room_for(config):
-        check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
-        check_imports(imported_by_workers(config), config.generation.start_timeout_s)
+    if not no_cluster:
+        connect(config)
+        with room_for(config):
+            check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
+            check_imports(imported_by_workers(config), config.generation.start_timeout_s)
     wanted = demands(config)
     for stage, bundles in wanted.items():
-        console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")
+        said = "[yellow]not checked[/]" if no_cluster else "[green]ok[/]"
+        console.print(f"{said} {stage}: {len(bundles)} × {bundles[0]}")
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
     resources = {stage: {"count": len(bundles), "bundle": dict(bundles[0])} for stage, bundles in wanted.items()}
     return shown.as_json(surveys, facts, tokenizer) | {

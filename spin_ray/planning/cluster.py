@@ -48,6 +48,11 @@ def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
     return Devices(generation=generation, train=train, per_node=per_node)
 
 
+def gpus_of_a_node(config: SpinConfig) -> int:
+    """Returns the GPUs of a machine for which the recipe was made: what its largest stage asks for, 8 at most."""
+    return min(8, max(1, ceil(max(gpus_of(config).values()))))
+
+
 def name_of_gpu(given: str) -> str:
     """Returns the name in ``GPUS`` for another spelling: any case, without hyphens, or without the memory size."""
     wanted = re.sub("[- ]", "", given).casefold()

@@ -17,6 +17,7 @@ from ray._private.worker import global_worker
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import garbage
+from spin_ray.runtime.autoscaler import keep_ray_data_from_asking
 from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 
 
@@ -63,6 +64,7 @@ def connect(config: SpinConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    keep_ray_data_from_asking()
 
 
 def _asked_address(config: SpinConfig) -> tuple[str | None, str]:

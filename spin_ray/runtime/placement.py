@@ -3,33 +3,19 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import ray
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
+from spin_ray.runtime.autoscaler import Ask, Request, asking, only
 
 logger = logging.getLogger(__name__)
 
 Bundles = list[dict[str, float]]
 """Requests of actors or workers, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
-Request = list[tuple[dict[str, float], dict[str, str]]]
-"""Bundles for the autoscaler, each with the labels of its node. Ray holds one request, for the whole cluster."""
-Ask = Callable[[Request], None]
-
-
-@dataclass
-class _Asking:
-    """This driver's request to the autoscaler."""
-
-    made: bool = False
-    users: int = 0
-
-
-_asking = _Asking()
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:
@@ -55,31 +41,61 @@ def engine_bundles(config: SpinConfig) -> Bundles:
 
 @contextmanager
 def room_for(config: SpinConfig) -> Iterator[None]:
-    """Waits for room as ``check_fits``; the nodes that were asked for stay until the end, and are given back then."""
+    """Waits for room as ``check_fits``, and warns of GPUs that no stage uses.
+
+    With ``cluster.wait_for_nodes_s`` the nodes of all stages are asked for until the end.
+    """
     with asking() as ask:
         check_fits(config, ask)
+        if config.cluster.wait_for_nodes_s:
+            ask(request_now(config))  # also nodes that were there: they would be given back while other stages run
+        elif idle := idle_gpus(config):
+            logger.warning("%s", idle)
         yield
 
 
 @contextmanager
-def asking() -> Iterator[Ask]:
-    """Yields the call that asks the autoscaler for nodes. The request is withdrawn when the outermost use ends."""
+def ray_train_asks(config: SpinConfig) -> Iterator[None]:
+    """Leaves the train workers out of the request until the context ends, as Ray Train's own is added to it."""
+    bundles, labels = demands(config)["train"], config.train.resources.labels
+    with only(lambda request: beyond(request, bundles, labels)):
+        yield
 
-    def ask(request: Request) -> None:
-        _asking.made = True
-        _ask_autoscaler(request)
 
-    _asking.users += 1
-    try:
-        yield ask
-    finally:
-        _asking.users -= 1
-        if _asking.made and not _asking.users:
-            _asking.made = False
-            try:
-                _ask_autoscaler([])
-            except Exception as error:  # Ray raises many types; the run's own error counts
-                logger.warning("the request for nodes could not be withdrawn, which may keep them up: %s", error)
+def beyond(request: Request, bundles: Bundles, labels: Mapping[str, str]) -> Request:
+    """Returns the part of ``request`` for which ``bundles``, on nodes with ``labels``, leave no room.
+
+    A bundle with GPUs is counted by them alone, as the CPUs come with the GPUs.
+    """
+    left, others = total_of(bundles), []
+    for bundle, its in request:
+        needed = {"GPU": bundle["GPU"]} if bundle.get("GPU") else bundle
+        if labels not in ({}, its) or not covers(left, needed):
+            others.append((bundle, its))
+            continue
+        for name, amount in needed.items():
+            left[name] -= amount
+    return others
+
+
+def idle_gpus(config: SpinConfig) -> str | None:
+    """Returns a sentence about free GPUs that no stage uses; None if there are none, or labels choose the nodes."""
+    wanted = demands(config) | {
+        "generation": engine_bundles(config) * config.generation.replicas,
+        "train": [config.train.resources.bundle] * config.train.workers,
+    }
+    used = {stage: total_of(bundles).get("GPU", 0) for stage, bundles in wanted.items()}
+    there = total_of(_node_resources()).get("GPU", 0)
+    if not any(used.values()) or there <= max(used.values()) or any(_labels(config).values()):
+        return None
+    free = ray.available_resources().get("GPU", 0)
+    if free < max(used.values()) + 1:
+        return None
+    uses = ", ".join(f"{stage} uses {count:g}" for stage, count in used.items() if count)
+    return (
+        f"the cluster has {there:g} GPUs{f', {free:g} of them free' if free < there else ''}; {uses}; the others stay "
+        "idle (generation.replicas, train.workers)"
+    )
 
 
 def check_fits(config: SpinConfig, ask: Ask = lambda _: None) -> None:
@@ -175,10 +191,14 @@ def missing(bundles: Bundles, nodes: list[dict[str, float]]) -> str | None:
             return f"no node has {amount:g} {name}, the most is {most:g}"
     if not any(covers(node, left[0]) for node in nodes):
         return f"no node has {shown(left[0])} together"
-    lack: dict[str, float] = {}
-    for name, amount in (item for bundle in left for item in bundle.items()):
-        lack[name] = lack.get(name, 0) + amount
-    return f"there is room for {len(bundles) - len(left)}, {shown(lack)} is missing"
+    return f"there is room for {len(bundles) - len(left)}, {shown(total_of(left))} is missing"
+
+
+def total_of(bundles: Bundles) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for name, amount in (item for bundle in bundles for item in bundle.items()):
+        total[name] = total.get(name, 0) + amount
+    return total
 
 
 def _unplaced(bundles: Bundles, nodes: list[dict[str, float]]) -> Bundles:
@@ -202,9 +222,8 @@ def covers(free: Mapping[str, float], needed: Mapping[str, float]) -> bool:
 
 def in_the_cluster() -> str:
     nodes = _node_resources()
-    total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
     free = shown(ray.available_resources())
-    return f"the cluster has {shown(total)} in {len(nodes)} nodes, {free} of them free"
+    return f"the cluster has {shown(total_of(nodes))} in {len(nodes)} nodes, {free} of them free"
 
 
 def shown(resources: Mapping[str, float]) -> str:
@@ -230,11 +249,3 @@ def is_selected(found: Mapping[str, str], selector: Mapping[str, str]) -> bool:
 def _node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, float]]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return [node["Resources"] for node in nodes if is_selected(node.get("Labels") or {}, labels or {})]
-
-
-def _ask_autoscaler(request: Request) -> None:
-    """Asks for nodes until the next call, in place of what was asked before; an empty request withdraws it."""
-    from ray.autoscaler.sdk import request_resources
-
-    selectors = [labels for _, labels in request]
-    request_resources(bundles=[bundle for bundle, _ in request], bundle_label_selectors=selectors or None)

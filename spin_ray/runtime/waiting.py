@@ -13,7 +13,8 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import StageError
 from spin_ray.runtime.actors import task_options
-from spin_ray.runtime.placement import asking, covers, demands, in_the_cluster, lack_of, request_now, shown
+from spin_ray.runtime.autoscaler import asking
+from spin_ray.runtime.placement import covers, demands, in_the_cluster, lack_of, request_now, shown, total_of
 
 Row = TypeVar("Row")
 
@@ -30,10 +31,7 @@ def wait_until_free(config: SpinConfig, stage: str, what: str) -> None:
     """
     limit_s = (config.train if stage == "train" else config.generation).start_timeout_s
     grows_s, begun = config.cluster.wait_for_nodes_s, time.monotonic()
-    needed: dict[str, float] = {}
-    for bundle in demands(config)[stage]:
-        for name, amount in bundle.items():
-            needed[name] = needed.get(name, 0) + amount
+    needed = total_of(demands(config)[stage])
     if not covers(ray.available_resources(), needed):
         gc.collect()  # a failed data set's error keeps its actors in a reference cycle
     with asking() as ask:

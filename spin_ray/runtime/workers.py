@@ -18,7 +18,7 @@ from spin_ray.errors import HealthError, StageError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
 from spin_ray.runtime.controllers import Trainer, said_by
 from spin_ray.runtime.garbage import collect_as_usual, skip_imports
-from spin_ray.runtime.placement import in_the_cluster
+from spin_ray.runtime.placement import in_the_cluster, ray_train_asks
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,13 @@ def run_workers(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon Ray sees that workers are done
     trainer = _make_trainer(function, job, config, name, folder)
     try:
-        result = while_it_moves(
-            lambda: _fit(trainer, prepare, train.max_failures),
-            progress,
-            train.stall_timeout_s,
-            f"the train workers for {folder} to finish a step",
-        )
+        with ray_train_asks(config):
+            result = while_it_moves(
+                lambda: _fit(trainer, prepare, train.max_failures),
+                progress,
+                train.stall_timeout_s,
+                f"the train workers for {folder} to finish a step",
+            )
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         if said := said_by(error):
             raise said from error

@@ -16,6 +16,7 @@ import pytest
 import ray.cloudpickle
 import ray.experimental.internal_kv
 from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError, ResourceError, StageError
@@ -27,10 +28,10 @@ from spin_ray.report import grading
 from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from spin_ray.runtime import placement
+from spin_ray.runtime import autoscaler
 from spin_ray.runtime.engine import EngineSpec, StartEngine
 from spin_ray.runtime.imports import check_imports
-from spin_ray.runtime.placement import check_fits, room_for
+from spin_ray.runtime.placement import check_fits, ray_train_asks, room_for
 from spin_ray.runtime.waiting import wait_until_free
 from tests.support.fakes import FakeEngine, seed_engine
 
@@ -262,13 +263,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The requests that reached Ray's autoscaler."""
     asked: list[Any] = []
 
-    def ask(request: placement.Request) -> None:
+    def ask(request: autoscaler.Request) -> None:
         send(request)
-        asked.append(json.loads(ray.experimental.internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)))
+        asked.append(kept_by_the_autoscaler())
 
-    send = placement._ask_autoscaler
-    monkeypatch.setattr(placement, "_ask_autoscaler", ask)
+    send = autoscaler.send
+    monkeypatch.setattr(autoscaler, "send", ask)
     return asked
+
+
+def kept_by_the_autoscaler() -> Any:
+    return json.loads(ray.experimental.internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
 
 
 def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(asked: list[Any]) -> None:
@@ -280,6 +285,32 @@ def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(asked: lis
         pass
     assert asked[0] == [{"CPU": 1.0}] * 3, "in whose room the engine plays"
     assert asked[-1] == []
+
+
+def test_the_request_outlives_ray_datas_own_and_takes_no_resources_from_it(tmp_path: Path) -> None:
+    """Ray Data renders the prompts. Its empty request, and each look of Ray's coordinator, replace other requests.
+
+    Two engines of half a CPU and two workers of one: the workers' 2 CPUs. Ray Data has both at the same time.
+    """
+    train = {"workers": 2, "global_batch_pairs": 4, "pack_length": 256}
+    config = make_config(generation={"replicas": 2}, train=train, cluster={"wait_for_nodes_s": 60})
+    coordinator = get_or_create_autoscaling_coordinator()
+
+    def look_again() -> None:
+        assert ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True)) == {}
+
+    with room_for(config):
+        make_prompts(RunDir(Storage(tmp_path)), config)
+        look_again()
+        assert kept_by_the_autoscaler() == [{"CPU": 1.0}] * 2
+        ray.get(coordinator.request_resources.remote("data", [], 60, request_remaining=["CPU"]))
+        assert sum(found["CPU"] for found in ray.get(coordinator.get_reserved_resources.remote("data")).values()) == 2
+        ray.get(coordinator.cancel_request.remote("data"))
+        with ray_train_asks(config):
+            assert kept_by_the_autoscaler() == [], "Ray Train asks for its workers, and the sum would be 4"
+        assert kept_by_the_autoscaler() == [{"CPU": 1.0}] * 2
+    look_again()
+    assert kept_by_the_autoscaler() == []
 
 
 def test_so_does_the_request_of_a_stage_whose_nodes_have_gone(asked: list[Any]) -> None:

@@ -278,15 +278,26 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_doctor_can_end_where_no_machine_of_the_run_is(call, monkeypatch, tmp_path, recipe):
+    """On the login node of a cluster: GPUs and vLLM are on its nodes."""
+    from spin_ray.loop import doctor
+
+    monkeypatch.setattr(doctor, "connect", lambda config: pytest.fail("Ray was started"))
+    words = ("--train.workers=2", "--train.resources.gpus=1", "--generation.resources.gpus=1", "--no-cluster")
+    code, out, error = call("doctor", recipe, "--out", tmp_path / "run", *words)
+    assert (code, error) == (0, "")
+    assert "ok model" in out and "not checked train: 2 × {'CPU': 1" in out
+
+
 def test_doctor_asks_the_autoscaler_for_the_nodes_that_it_waits_for_and_gives_them_back(call, monkeypatch, recipe):
     from spin_ray.loop import doctor
-    from spin_ray.runtime import placement
+    from spin_ray.runtime import autoscaler, placement
 
     asked: list[list[Any]] = []
     nodes = [{"CPU": 1.0}]
     monkeypatch.setattr(doctor, "connect", lambda config: None)
     monkeypatch.setattr(placement, "_node_resources", lambda labels=None: nodes)
-    monkeypatch.setattr(placement, "_ask_autoscaler", asked.append)
+    monkeypatch.setattr(autoscaler, "send", asked.append)
     monkeypatch.setattr(placement.time, "sleep", lambda _: nodes.append({"CPU": 1.0}))
     code, out, _ = call("doctor", recipe, "--train.workers=2", "--cluster.wait_for_nodes_s=60")
     assert code == 0 and "ok train: 2 ×" in out

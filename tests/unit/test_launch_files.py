@@ -44,15 +44,16 @@ STAND_INS = {
     "squeue": 'echo "$STATE"',
     "hostname": 'echo "127.0.1.1 fe80::1 10.0.0.7"',
     "ray": """echo "ray $* $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}" >> "$CALLS"
-        touch "$CALLS.up"
+        case $2 in --head) echo first ;; *) echo "$JOINS" ;; esac >> "$CALLS.up"
         exec sleep 60""",
-    "python": 'test -e "$CALLS.up"',
+    "python": """echo python >> "$CALLS"
+        xargs < "$CALLS.up\"""",
     "spin-ray": """echo "spin-ray $*" >> "$CALLS"
         trap 'echo "stopped in peace" >> "$CALLS"; exit 143' TERM
         if [ "$ENDS_WITH" = never ]; then for _ in $(seq 200); do sleep 0.05; done; fi
         exit "$ENDS_WITH\"""",
 }
-"""Programs of Slurm and Ray, and the driver: they note their calls in $CALLS."""
+"""Programs of Slurm and Ray, and the driver: they note their calls in $CALLS, and the nodes of Ray in $CALLS.up."""
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def job(tmp_path) -> Callable[..., subprocess.Popen[str]]:
             "PATH": os.environ["PATH"], "SPIN_RAY_VENV": str(programs.parent), "CALLS": str(tmp_path / "calls"),
             "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
             "SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "8", "STATE": "RUNNING", "ENDS_WITH": "0",
-            "SPIN_RAY_POLL_S": "0.05", **changes,
+            "SPIN_RAY_POLL_S": "0.05", "JOINS": "second", **changes,
         }  # fmt: skip
         command = ["bash", str(SBATCH), "zephyr_7b", "--out", "/shared/run", "--train.workers=16"]
         return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -108,11 +109,10 @@ def test_a_job_on_two_nodes_starts_ray_with_a_token_and_the_driver_on_its_addres
     assert f"ray start --address=10.0.0.7:22345 {each}" in noted
     assert "srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --exclude=first" in noted
     line = next(line for line in noted.splitlines() if line.startswith("spin-ray"))
-    words = ["run", "zephyr_7b", "--out", "/shared/run", "--train.workers=16", "--cluster.address=10.0.0.7:22345",
-             "--cluster.wait_for_nodes_s=600"]  # fmt: skip
+    words = ["run", "zephyr_7b", "--out", "/shared/run", "--train.workers=16", "--cluster.address=10.0.0.7:22345"]
     assert line.split()[1:] == words
     overrides = dict(word.removeprefix("--").split("=") for word in words if "=" in word)
-    assert load_config("zephyr_7b", overrides).cluster.wait_for_nodes_s == 600
+    assert load_config("zephyr_7b", overrides).cluster.address == "10.0.0.7:22345"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,42 @@ def test_a_head_that_does_not_start_is_tried_again_without_a_driver(tmp_path, jo
     assert "spin-ray" not in calls(tmp_path) and "scontrol requeue 12345" in calls(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        ("echo first", ["after 0 s Ray has 1 of 2 nodes (first); the job has first second"]),
+        (
+            "echo 'a wrong token' >&2; exit 1",
+            ["after 0 s Ray has 0 of 1 nodes; the job has first second", "a wrong token"],
+        ),
+    ],
+    ids=["second node", "head"],
+)
+def test_a_node_that_does_not_join_ends_the_wait_with_a_reason_and_the_job_is_tried_again(tmp_path, job, python, said):
+    """The driver would refuse a cluster that lacks a node as bad input (2), which is not tried again."""
+    (tmp_path / "venv" / "bin" / "python").write_text(f"#!/bin/bash\n{python}\n")
+    process = job(SPIN_RAY_START_S="0")
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and all(words in output.splitlines() for words in said), output
+    assert "spin-ray run" not in calls(tmp_path) and "scontrol requeue 12345" in calls(tmp_path)
+
+
+def test_a_job_may_begin_with_fewer_nodes(tmp_path, job):
+    """Two of three, for a recipe with ``train.min_workers``."""
+    process = job(SLURM_JOB_NUM_NODES="3", SPIN_RAY_MIN_NODES="2", JOINS="second")
+    process.communicate(timeout=30)
+    assert process.returncode == 0 and "spin-ray run" in calls(tmp_path)
+
+
+def test_a_job_that_is_stopped_while_it_waits_for_its_nodes_starts_no_driver(tmp_path, job):
+    process = job(JOINS="")
+    wait_for(tmp_path, "ray start --address=")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and "spin-ray run" not in calls(tmp_path)
+    assert "scontrol requeue 12345" in calls(tmp_path)
+
+
 def test_an_environment_without_the_program_is_bad_input(tmp_path, job):
     """It would be tried again and again otherwise."""
     process = job(SPIN_RAY_VENV=str(tmp_path))
@@ -154,7 +190,7 @@ def test_an_environment_without_the_program_is_bad_input(tmp_path, job):
 
 def test_a_head_that_dies_is_no_bad_input(tmp_path, job):
     """The driver finds no cluster and ends with 2; the job is tried again."""
-    (tmp_path / "venv" / "bin" / "ray").write_text('#!/bin/bash\ntouch "$CALLS.up"; exit 1\n')
+    (tmp_path / "venv" / "bin" / "ray").write_text('#!/bin/bash\necho first > "$CALLS.up"; exit 1\n')
     process = job(SLURM_JOB_NUM_NODES="1", ENDS_WITH="2")
     process.communicate(timeout=30)
     assert process.returncode == 1 and "scontrol requeue 12345" in calls(tmp_path)

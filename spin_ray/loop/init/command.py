@@ -220,8 +220,22 @@ def _print_next(
         console.print(f"[yellow]note[/] {note}", highlight=False)
     plan = f"spin-ray plan {recipe}{hardware if machines.gpus else ''}"
     for words, command in (
-        ("Check:", f"spin-ray doctor {recipe}"),
+        ("Check:", f"spin-ray doctor {recipe}{' --no-cluster' if cluster.nodes > 1 else ''}"),
         *([("Hours:", plan)] if planned else []),
-        ("Run:", f"spin-ray run {recipe} --out {shlex.quote(out)}"),
+        *_runs(machines, f"{recipe} --out {shlex.quote(out)}"),
     ):
         console.print(f"{words:<7}{command}", markup=False, highlight=False, soft_wrap=True)
+    if cluster.nodes > 1:
+        console.print("All machines must see recipe, data and --out: docs/launch.md, docs/cluster.md", highlight=False)
+
+
+def _runs(machines: Machines, arguments: str) -> list[tuple[str, str]]:
+    """Returns the commands that start the run. ``spin-ray run`` alone would start a Ray of this machine only."""
+    cluster = machines.cluster
+    if cluster.nodes == 1:
+        return [("Run:", f"spin-ray run {arguments}")]
+    gpus = cluster.gpus_per_node if machines.gpus else 0
+    return [
+        ("Slurm:", f"sbatch --nodes={cluster.nodes} --gpus-per-node={gpus} jobs/slurm/spin.sbatch {arguments}"),
+        ("Ray:", f"ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/run_spin.py {arguments}"),
+    ]

@@ -172,6 +172,19 @@ def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):
     assert f"Hours: spin-ray plan {tmp_path / 'known.yaml'} --nodes 1 --gpu A100-80G" in known.output
 
 
+def test_a_recipe_for_several_machines_is_started_on_a_cluster(tmp_path):
+    """Ray of this machine alone would refuse its workers."""
+    recipe = tmp_path / "mine.yaml"
+    here = ("--model", "mistralai/Mistral-7B-v0.1", *HERE[2:], "--gpus-per-node", "4")
+    said = init(recipe, *here, "--gpu", "A100-80G", "--nodes", "2").output
+    start = f"{recipe} --out runs/mine\n"
+    assert f"spin-ray doctor {recipe} --no-cluster\n" in said and "spin-ray run" not in said
+    assert f"Slurm: sbatch --nodes=2 --gpus-per-node=4 jobs/slurm/spin.sbatch {start}" in said
+    assert f"ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/run_spin.py {start}" in said
+    said = init(tmp_path / "one.yaml", *here, "--gpu", "A100-80G").output
+    assert f"spin-ray doctor {tmp_path / 'one.yaml'}\n" in said and "sbatch" not in said
+
+
 def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_adapters_on_a_small_one():
     look = seen(50_000, 400, 250, shape=MISTRAL_7B, positions=32768)
     large, misfit = fitted(GIVEN, look, "A100-80G", 8)

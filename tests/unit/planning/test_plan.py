@@ -7,7 +7,7 @@ import pytest
 
 from spin_ray.config.load import load_config
 from spin_ray.errors import DataError
-from spin_ray.planning.cluster import name_of_gpu, nodes_of
+from spin_ray.planning.cluster import gpus_of_a_node, name_of_gpu, nodes_of
 from spin_ray.planning.plan import Given, read_shape, read_work
 from tests.support.fakes import config_of
 from tests.support.paths import RECIPES
@@ -109,6 +109,25 @@ def test_7b_without_adapters_does_not_fit_a_card_of_24_gb(call):
 )
 def test_a_card_is_named_as_people_write_it_unless_that_is_two(given, found):
     assert name_of_gpu(given) == found
+
+
+@pytest.mark.parametrize(
+    ("replicas", "gpus", "workers", "each"), [(1, 1, 1, 1), (1, 0.5, 1, 1), (1, 4, 2, 4), (2, 1, 16, 8), (1, 16, 4, 8)]
+)
+def test_a_machine_has_the_gpus_that_the_recipe_asks_for_unless_that_is_more_than_eight(replicas, gpus, workers, each):
+    generation = {"replicas": replicas, "resources": {"gpus": gpus}}
+    if gpus > 1:
+        generation["engine"] = {"tensor_parallel_size": min(gpus, 8), "pipeline_parallel_size": max(1, gpus // 8)}
+    config = config_of(generation=generation, train={"workers": workers, "resources": {"gpus": 1}})
+    assert gpus_of_a_node(config) == each
+
+
+def test_no_card_is_advised_that_one_machine_of_a_recipe_for_one_card_lacks(call):
+    """Where a second card would do, it is a second machine's."""
+    words = [word for word in ONE_CARD if not word.startswith("--gpus-per-node")]
+    advice = refused(call("--gpu", "RTX4090", *words))
+    assert "--train.workers=" not in advice or "--nodes=" in advice
+    assert call("--gpu", "RTX4090", *words, "--train.lora={rank: 16, merge: false}")[0] == 0
 
 
 def test_an_engine_over_nodes_needs_whole_tensor_groups_on_them():

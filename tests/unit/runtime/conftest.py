@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import ray
 
-from spin_ray.runtime import placement
+from spin_ray.runtime import autoscaler, placement
 
 
 @pytest.fixture
@@ -14,5 +14,5 @@ def cluster(monkeypatch):
     told: dict[str, Any] = {"nodes": [{"CPU": 2.0}], "free": {"CPU": 2.0}, "asked": []}
     monkeypatch.setattr(placement, "_node_resources", lambda labels=None: told["nodes"])
     monkeypatch.setattr(ray, "available_resources", lambda: told["free"])
-    monkeypatch.setattr(placement, "_ask_autoscaler", told["asked"].append)
+    monkeypatch.setattr(autoscaler, "send", told["asked"].append)
     return told

@@ -6,11 +6,16 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.data._internal.cluster_autoscaler.fake_autoscaling_coordinator import FakeAutoscalingCoordinator
+from ray.data._internal.cluster_autoscaler.rate_based_cluster_autoscaler import RateBasedClusterAutoscaler
+from ray.data._internal.cluster_autoscaler.resource_utilization_gauge import ClusterUtil
 
 from spin_ray.errors import ResourceError
-from spin_ray.runtime import placement
+from spin_ray.runtime import autoscaler, placement
 from spin_ray.runtime.placement import check_fits, demands, room_for
 from tests.support.fakes import config_of
+
+H100 = {"ray.io/accelerator-type": "H100"}
 
 
 @pytest.mark.parametrize(
@@ -120,15 +125,47 @@ def test_a_growing_cluster_is_waited_for_and_asked_to_grow(cluster, monkeypatch)
     config = config_of(train={"workers": 6}, cluster={"wait_for_nodes_s": 60})
     with room_for(config):
         assert len(cluster["nodes"]) == 3
-        assert cluster["asked"] == [[({"CPU": 1}, {})] * 6] * 2
-    assert cluster["asked"][2:] == [[]], "withdrawn, as Ray would keep the nodes up for ever"
+        assert cluster["asked"] == [[({"CPU": 1}, {})] * 6] * 3
+    assert cluster["asked"][3:] == [[]], "withdrawn, as Ray would keep the nodes up for ever"
 
 
-@pytest.mark.parametrize("wait_s", [0, 60])
-def test_a_run_that_asked_for_no_node_withdraws_nobody_elses_request(cluster, wait_s):
-    with room_for(config_of(cluster={"wait_for_nodes_s": wait_s})):
+def test_nodes_that_are_there_are_asked_for_too_as_they_would_be_given_back(cluster):
+    with room_for(config_of(cluster={"wait_for_nodes_s": 60})):
+        assert cluster["asked"] == [[({"CPU": 1}, {})]]
+    cluster["asked"].clear()
+    with room_for(config_of()):
         pass
-    assert cluster["asked"] == []
+    assert cluster["asked"] == [], "no autoscaler is waited for"
+
+
+def test_a_request_is_renewed_as_ray_forgets_it_when_the_driver_is_gone(cluster, monkeypatch):
+    monkeypatch.setattr(autoscaler, "RENEW_S", 0.01)
+    with room_for(config_of(cluster={"wait_for_nodes_s": 60})):
+        deadline = time.monotonic() + 60
+        while len(cluster["asked"]) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert cluster["asked"][:3] == [[({"CPU": 1}, {})]] * 3 and cluster["asked"][-1] == []
+    made = len(cluster["asked"])
+    time.sleep(0.1)
+    assert len(cluster["asked"]) == made
+
+
+def test_ray_data_asks_for_no_nodes_however_busy_the_cluster_is():
+    """Its sum with the run's request may be more than the cluster can have, and then no request counts."""
+    autoscaler.keep_ray_data_from_asking()
+    coordinator = FakeAutoscalingCoordinator()
+    made = RateBasedClusterAutoscaler([], "x", utility_calculator=None, autoscaling_coordinator=coordinator)
+    assert made._is_cluster_utilization_low(ClusterUtil(1, 1, 1, 1))
+
+
+def test_an_autoscaler_that_cannot_be_asked_ends_no_run(cluster, monkeypatch, caplog):
+    def fail(_: autoscaler.Request) -> None:
+        raise RuntimeError("no coordinator")
+
+    monkeypatch.setattr(autoscaler, "send", fail)
+    with room_for(config_of(cluster={"wait_for_nodes_s": 60})):
+        pass
+    assert "the autoscaler could not be asked for nodes: no coordinator" in caplog.text
 
 
 def test_a_request_is_withdrawn_when_the_wait_or_the_run_fails(cluster, monkeypatch):
@@ -140,10 +177,7 @@ def test_a_request_is_withdrawn_when_the_wait_or_the_run_fails(cluster, monkeypa
     monkeypatch.setattr(time, "sleep", lambda _: cluster["nodes"].append({"CPU": 2.0}))
     with pytest.raises(ZeroDivisionError), room_for(config):
         raise ZeroDivisionError
-    assert cluster["asked"] == [[({"CPU": 1}, {})] * 3, []]
-
-
-H100 = {"ray.io/accelerator-type": "H100"}
+    assert cluster["asked"] == [*[[({"CPU": 1}, {})] * 3] * 2, []]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +218,63 @@ def test_cpus_are_asked_for_once_the_gpus_are_there_without_them(cluster, monkey
     )
     engine, worker = ({"CPU": 1, "GPU": 8}, {}), ({"CPU": 4, "GPU": 1}, {})
     with room_for(config):
-        assert cluster["asked"] == [[engine], [engine, *[worker] * 8]]
+        assert cluster["asked"] == [[engine], *[[engine, *[worker] * 8]] * 2]
+
+
+GPU_8, GPU_1 = ({"CPU": 1, "GPU": 8}, {}), ({"CPU": 4, "GPU": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("request_", "bundles", "labels", "rest"),
+    [
+        # Nodes for one engine of 8 and for 8 of 16 workers: the workers take all, the engine leaves 8.
+        ([GPU_8, *[GPU_1] * 8], [{"CPU": 4, "GPU": 1}] * 16, {}, []),
+        ([GPU_8, *[GPU_1] * 8], [{"CPU": 1, "GPU": 8}], {}, [GPU_1] * 8),
+        # Engines of fewer CPUs than workers have the workers' GPUs.
+        ([GPU_1] * 8, [{"CPU": 1, "GPU": 1}] * 8, {}, []),
+        ([({"CPU": 2}, {}), ({"CPU": 1}, {})], [{"CPU": 1}] * 3, {}, []),
+        ([({"GPU": 1}, H100), ({"GPU": 1}, {"pool": "b"})], [{"GPU": 1}], {"pool": "b"}, [({"GPU": 1}, H100)]),
+    ],
+)
+def test_what_ray_train_asks_for_is_left_out(request_, bundles, labels, rest):
+    assert placement.beyond(request_, bundles, labels) == rest
+
+
+def idle(told, gpus, free=None, **sections):
+    told["nodes"] = [{"CPU": 64.0, "GPU": 8.0}] * (gpus // 8)
+    told["free"] = {"GPU": gpus if free is None else free}
+    eight = {
+        "generation": {"replicas": 8, "min_replicas": 2, "resources": {"gpus": 1}},
+        "train": {"workers": 8, "resources": {"gpus": 1}},
+    }
+    return config_of(**{name: eight.get(name, {}) | sections.get(name, {}) for name in {*eight, *sections}})
+
+
+def test_gpus_that_no_stage_uses_are_told(cluster, caplog):
+    with room_for(idle(cluster, 16)):
+        pass
+    assert caplog.messages == [
+        "the cluster has 16 GPUs; generation uses 8, train uses 8; the others stay idle (generation.replicas, "
+        "train.workers)"
+    ]
+    assert "16 GPUs, 12 of them free; generation uses 8" in (placement.idle_gpus(idle(cluster, 16, free=12)) or "")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes"),
+    [
+        (8, {}),
+        (16, {"train": {"workers": 16}}),
+        (16, {"free": 8}),  # the others are another job's
+        (16, {"cluster": {"wait_for_nodes_s": 60}}),  # an autoscaler gives them back
+        (16, {"generation": {"resources": {"gpus": 1, "labels": {"pool": "a"}}}}),
+        (16, {"generation": {"resources": {}}, "train": {"resources": {}}}),
+    ],
+)
+def test_gpus_of_others_and_those_that_go_by_themselves_are_not(cluster, caplog, gpus, changes):
+    with room_for(idle(cluster, gpus, **changes)):
+        pass
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
