@@ -83,6 +83,7 @@ def test_a_typo_in_a_recipe_is_told_without_loading_torch_or_ray(recipe):
     assert slow_imports("run", recipe, "--out", "never") == []
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_told_without_loading_torch_or_ray(tmp_path, recipe):
     run = make_run(tmp_path / "run", iterates=4)
     recipe.write_text(json.dumps(run.config().model_dump(mode="json")))
@@ -90,6 +91,7 @@ def test_a_finished_run_is_told_without_loading_torch_or_ray(tmp_path, recipe):
     assert slow_imports("run", recipe, "--out", run.storage.root, nothing_to_log) == []
 
 
+@pytest.mark.slow
 def test_a_plan_loads_neither_transformers_nor_ray():
     lengths = ("--rows=1000", "--prompt-tokens=100", "--response-tokens=100")
     assert slow_imports("plan", RECIPES / "zephyr_7b.yaml", *lengths) in ([], ["torch"])

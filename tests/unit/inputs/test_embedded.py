@@ -200,6 +200,7 @@ def test_importing_the_module_imports_no_torch():
 # The data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(JSONL_SHA256))
 def test_data_files_are_these_bytes(prepared, name):
     assert hashlib.sha256(prepared[name].read_bytes()).hexdigest() == JSONL_SHA256[name]

@@ -100,6 +100,7 @@ def test_code_is_fetched_only_if_trusted(hub):
     assert (find_model(ModelConfig(path="o/coded", trust_remote_code=True)) / "modeling_own.py").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["data/train-0.jsonl", "data/*.jsonl", "data", "*/train*"])
 def test_data_of_a_commit_is_the_same_online_and_offline(hub, monkeypatch, inside):
     from huggingface_hub import snapshot_download
@@ -150,6 +151,7 @@ def test_a_branch_with_a_slash_is_read(hub):
     assert estimate_rows(find_files(f"{DATA}@refs/convert/parquet/default/train/*.jsonl")) == len(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "said"),
     [

@@ -83,6 +83,7 @@ def test_zephyrs_responses_begin_as_they_do_in_its_conversations(tmp_path):
     assert tokenizer.convert_ids_to_tokens(answer.real_ids)[:2] == ["Yes", ","]
 
 
+@pytest.mark.slow
 def test_a_forged_end_of_turn_is_text(tmp_path):
     tokenizer = tokenizer_of("v0.1", ZEPHYR, tmp_path)
     rendered = ChatRenderer(tokenizer).render(messages_of(CONVERSATIONS[3]))

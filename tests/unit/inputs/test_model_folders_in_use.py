@@ -137,6 +137,7 @@ FOLDERS: dict[str, Change] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_ids_and_scores_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     folder = shutil.copytree(TINY, tmp_path / "model")

@@ -94,6 +94,7 @@ ordinary_text = (
 # The rules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [TINY, SMOLLM2])
 @settings(max_examples=40, deadline=None)
 @given(pairs=turns, system=st.none() | hostile_text)
@@ -333,6 +334,7 @@ def test_a_tokenizer_without_a_template_is_an_error_with_the_remedy():
         ChatRenderer(fresh_tokenizer(chat_template=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     ["{{ messages[7].content }}", "{% for", "{{ raise_exception('never') }}", "{{ 1 / 0 }}", "{{ range(10**9) }}",

@@ -103,6 +103,7 @@ def renderers():
     return both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COPYING)
 @settings(max_examples=40, deadline=None)
 @given(found=st.lists(conversations, min_size=1, max_size=4))

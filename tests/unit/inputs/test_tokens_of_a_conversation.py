@@ -48,6 +48,7 @@ words = st.text("abstYesN nott.,:!?()\"'-\n019éЖ中", max_size=14) | st.sample
 replies = words.filter(lambda text: text.strip())
 
 
+@pytest.mark.slow
 @both
 @settings(max_examples=25, deadline=None)
 @given(before=st.lists(words, max_size=2), question=words, reply=replies)

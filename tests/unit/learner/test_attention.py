@@ -136,6 +136,7 @@ def test_flex_and_trees_attend_by_the_rule(long_pack: PackedBatch, window: int |
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_flex_has_a_graph_for_each_kind_of_layer_and_takes_no_number_as_a_tensor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -296,6 +296,7 @@ def test_layers_that_are_split_stay_uncompiled(monkeypatch: pytest.MonkeyPatch) 
         modules.compiles(True, card, split=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_resumed_training_is_bitwise_the_uninterrupted_one(

@@ -67,6 +67,7 @@ def test_a_frozen_head_costs_no_gradient() -> None:
     assert hidden.grad is not None and hidden.grad.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [TRANSFORMS[0], TRANSFORMS[-1]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_fused_head_has_the_same_bits_in_one_graph_for_every_number_of_rows(

@@ -152,6 +152,7 @@ def test_a_checkpoint_holds_the_adapters_only_and_resumes_bit_for_bit(make: Make
         assert torch.equal(resumed.score(batch), backend.score(batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_next_iteration_begins_with_the_bits_of_the_committed_adapter(
     make: MakeBackend, precision: str, tmp_path: Path

@@ -41,6 +41,7 @@ def test_an_architecture_that_cannot_be_scored_is_refused_before_anything_runs(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_family_of_the_table_passes(name: str) -> None:
     assert why_not(json.dumps(KINDS[name].make().config.to_dict()), "auto", 64) is None
@@ -65,6 +66,7 @@ _LARGE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _LARGE)
 def test_a_large_model_is_tried_by_a_few_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads are cut to 4 as wide ones, layers to a few, tokens to 64; a check of every start takes few seconds."""
@@ -89,6 +91,7 @@ def test_a_folder_that_lacks_a_weight_is_refused_though_its_config_is_whole(tmp_
         refuse_unscorable(tmp_path, "auto", 64)
 
 
+@pytest.mark.slow
 def test_attention_that_is_sparse_beyond_thousands_of_tokens_shows_in_short_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -47,6 +47,7 @@ def adapted(run: RunDir, config: SpinConfig, iteration: int):
     return peft.PeftModel.from_pretrained(start, run.storage.path(f"iter_00{iteration}/adapter")).eval()
 
 
+@pytest.mark.slow
 def test_an_iteration_commits_an_adapter_alone_that_peft_loads(finished) -> None:
     config, run = finished
     for iteration in (0, 1):

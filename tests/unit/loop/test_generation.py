@@ -79,6 +79,7 @@ def test_answers_to_read_have_a_distribution_of_their_own(run):
 # Shards
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     count=st.integers(1, 23),

@@ -62,6 +62,7 @@ def test_every_sample_of_a_prompt_makes_a_pair_of_its_own(run):
     assert counts["rows"] == 6
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     count=st.integers(1, 17), part_rows=st.integers(1, 6), shard_rows=st.integers(1, 6), samples=st.integers(1, 3),

@@ -67,6 +67,7 @@ def test_alpha_below_1_scores_by_the_initial_model_too(iteration: int, alpha: fl
     assert find_algorithm("spin").reference_passes(config, iteration) == passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_epoch_has_the_planned_tokens_and_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan gets the mean lengths of the committed rows, so that the tokens of an epoch are exact."""

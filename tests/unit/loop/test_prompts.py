@@ -409,6 +409,7 @@ any_row = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=35, deadline=None)
 @given(st.lists(any_row, min_size=1, max_size=5), st.sampled_from(["last", "first", "all"]), st.none() | any_text)
 @example([{"messages": chat("a", "b"), "answer": 10**400}], "last", None)

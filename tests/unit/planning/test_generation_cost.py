@@ -96,6 +96,7 @@ def test_tensor_parallel_engines_hold_a_part_each():
     assert part["weights"] == whole["weights"] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (4, 4)])
 def test_the_cache_of_a_device_holds_the_heads_that_vllm_gives_it(tensor: int, pipeline: int, tmp_path: Path):
     """Qwen3-30B-A3B has 4 key heads: from 4 devices on each holds one."""

@@ -290,6 +290,7 @@ def test_a_folder_of_text_and_images_has_the_weights_of_its_config(tmp_path):
     assert ModelShape.from_folder(tmp_path).parameters == sum(it.numel() for it in model.parameters())
 
 
+@pytest.mark.slow
 def test_embeddings_are_tied_where_the_config_does_not_say_as_in_transformers():
     """Gemma's configs, for one, leave it out, and the default of its class is true."""
     compared = set()

@@ -34,6 +34,7 @@ def sentences(count: int, seed: int, words: list[str] = WORDS) -> list[str]:
     return [" ".join(random.choice(words, random.integers(4, 12))) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_two_samples_of_one_distribution_cannot_be_told_apart():
     found = two_sample(ngram_features(sentences(200, 1)), ngram_features(sentences(200, 2)), range(200))
     assert found.low <= 0.5 <= found.high
@@ -41,6 +42,7 @@ def test_two_samples_of_one_distribution_cannot_be_told_apart():
     assert found.groups == 200
 
 
+@pytest.mark.slow
 def test_two_distributions_are_told_apart_whichever_is_called_human():
     assisted = [f"Certainly! {text}" for text in sentences(60, 2)]
     real, generated = ngram_features(sentences(60, 1)), ngram_features(assisted)

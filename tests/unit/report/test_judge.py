@@ -66,6 +66,7 @@ def test_position_bias_and_agreement_are_kept():
     assert nothing["agreement"] is None and nothing["position_bias"] is None
 
 
+@pytest.mark.slow
 def test_a_dead_endpoint_is_named_in_seconds_and_not_asked_for_what_is_known(tmp_path, endpoint):
     url, _, _ = endpoint
     run = made_up_run(tmp_path / "run")

@@ -94,6 +94,7 @@ def test_a_server_that_refuses_is_named_at_once_with_its_cure(tmp_path: Path, an
     assert "\n" not in str(caught.value) and len(asked) == 1
 
 
+@pytest.mark.slow
 def test_a_wait_that_the_server_asks_for_is_kept(tmp_path: Path) -> None:
     started = time.monotonic()
     with server(refusal(429, "busy", **{"Retry-After": "1"}), FIRST) as (url, asked):

@@ -221,6 +221,7 @@ def test_an_attempt_whose_driver_died_is_lost_and_a_last_one_may_still_run():
     assert found == [("lost", 0.0, 0.0, False), ("failure", 50.0, 60.0, True), ("running", 70.0, 85.0, False)]
 
 
+@pytest.mark.slow
 def test_the_length_of_an_attempt_is_said_as_far_as_it_is_known(tmp_path):
     """Of the first lost attempt nothing is known. The second lasted 700 s. The third was last seen after 90 s."""
     run = made_up_run(tmp_path / "run", iterations=3, done=2)

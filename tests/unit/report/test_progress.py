@@ -65,6 +65,7 @@ def test_the_view_has_the_stages_that_are_done_and_a_bar_for_the_running_one(run
     assert "▶" in lines[-1] and "━" in lines[-1] and "3/12 steps, 0.50 steps/s, 250 tokens/s, 18 s left" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_view_and_lines_of_the_log_above_it(run, monkeypatch):
     """In real time: a second until the log is read, and a quarter until it is drawn."""
     out = io.StringIO()

@@ -121,6 +121,7 @@ def test_a_lease_of_another_machine_counts_until_its_time_out(storage):
         assert holder_of(storage)["pid"] == os.getpid()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead_s", [0, 3600], ids=["its clock is right", "its clock is fast"])
 def test_a_fresh_lease_of_another_machine_is_waited_for_until_it_is_stale(storage, caplog, ahead_s):
     """The next attempt of a RayJob was refused by the lease of its lost head."""
@@ -132,6 +133,7 @@ def test_a_fresh_lease_of_another_machine_is_waited_for_until_it_is_stale(storag
     assert "in use by process 1 on node-7" in caplog.text and "waiting up to 1 s to see if it lives" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_driver_of_another_machine_that_renews_its_lease_is_left_alone(storage):
     write_lease(storage, renewed=time.time() - 2)
     renewal = threading.Timer(0.3, lambda: write_lease(storage, renewed=time.time()))

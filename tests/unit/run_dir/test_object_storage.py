@@ -44,6 +44,7 @@ def test_a_store_without_access_is_a_mistake_until_it_has_answered(error: BaseEr
         storage._insist("lease.json", fail(error))
 
 
+@pytest.mark.slow
 def test_a_call_that_took_longer_than_the_deadline_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the upload of a large file over a slow link: each try takes longer than the store is waited for."""
     monkeypatch.setattr(object_storage, "DEADLINE_S", 0.05)

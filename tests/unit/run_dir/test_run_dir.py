@@ -243,6 +243,7 @@ def make(run: RunDir, *names: str) -> None:
         run.storage.create(name, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "free", "rows_stay"),
     [

@@ -23,6 +23,7 @@ from tests.support.fakes import config_of
 from tests.support.paths import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_folder_whose_path_is_too_long_for_sockets_is_named_with_the_remedy(tmp_path: Path, variable: str):
     """For real, in a process of its own: sockets of Unix have at most 107 bytes."""

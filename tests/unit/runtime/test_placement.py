@@ -168,6 +168,7 @@ def test_an_autoscaler_that_cannot_be_asked_ends_no_run(cluster, monkeypatch, ca
     assert "the autoscaler could not be asked for nodes: no coordinator" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_request_is_withdrawn_when_the_wait_or_the_run_fails(cluster, monkeypatch):
     config = config_of(train={"workers": 3}, cluster={"wait_for_nodes_s": 0.05})
     with pytest.raises(ResourceError, match="train asks for 3"), room_for(config):

@@ -54,6 +54,7 @@ def machine(tmp_path, monkeypatch):
 # Measuring
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables choose kernels of x86")
 def test_a_cpu_without_instructions_for_bf16_computes_in_fp32(tmp_path: Path):
     """Emulated, a product of bf16 is many times slower."""
