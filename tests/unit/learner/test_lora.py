@@ -21,6 +21,8 @@ from spin_ray.learner.scoring import ResponseScorer
 from tests.support.learner_cases import batches_of, one_rank, one_step, random_rows, save_model, tiny_llama, train
 from tests.support.model_kinds import KINDS
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 torch.set_num_threads(1)
 ROWS = random_rows(0, trees=6)
@@ -152,7 +154,6 @@ def test_a_checkpoint_holds_the_adapters_only_and_resumes_bit_for_bit(make: Make
         assert torch.equal(resumed.score(batch), backend.score(batch))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_next_iteration_begins_with_the_bits_of_the_committed_adapter(
     make: MakeBackend, precision: str, tmp_path: Path
@@ -271,7 +272,6 @@ def test_frozen_weights_are_held_once_in_bf16(make: MakeBackend) -> None:
     assert {part.dtype for name, part in held.items() if "lora_" in name} == {torch.float32}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False])
 def test_experts_held_as_one_tensor_stay_as_they_are_and_the_rest_is_exported(tmp_path: Path, merge: bool) -> None:
     """PEFT's "all-linear" adapts them, too; the export failed on them after the training."""

@@ -22,6 +22,8 @@ from tests.support import small_run
 from tests.support.fakes import rows_of
 from tests.support.learner_cases import one_rank
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
@@ -47,7 +49,6 @@ def adapted(run: RunDir, config: SpinConfig, iteration: int):
     return peft.PeftModel.from_pretrained(start, run.storage.path(f"iter_00{iteration}/adapter")).eval()
 
 
-@pytest.mark.slow
 def test_an_iteration_commits_an_adapter_alone_that_peft_loads(finished) -> None:
     config, run = finished
     for iteration in (0, 1):

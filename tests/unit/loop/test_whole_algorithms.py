@@ -28,6 +28,8 @@ from tests.support.fakes import rows_of
 from tests.support.learner_cases import logp_alone, one_rank
 from tests.support.small_run import HELDOUT_ROWS, ROWS, committed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -55,7 +57,6 @@ def model_of(tmp_path: Path) -> tuple[Any, Any]:
 TEMPLATE = "Q: {prompt} A person said {response}, you say:"
 
 
-@pytest.mark.slow
 def test_sdft_learns_from_its_own_answers_what_it_would_say_with_the_human_one_in_view(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

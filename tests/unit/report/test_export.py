@@ -27,6 +27,8 @@ from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.storage import MANIFEST, folder_digest
 from tests.support.made_up_run import TINY, made_up_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -250,7 +252,6 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.slow
 def test_an_export_to_a_hub_makes_a_private_repository_with_model_and_card(run):
     """The hub's own client in a process of its own, against a server here."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
