@@ -34,13 +34,24 @@ def load_config(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, 
             raises pydantic's errors.
     """
     source = "the recipe" if isinstance(recipe, Mapping) else str(recipe)
-    content = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else _content_of(recipe)
+    content = _plain(recipe) if isinstance(recipe, Mapping) else _content_of(recipe)
     for key, value in values_of(overrides or {}).items():
         put(content, key, value)
     return parse_config(content, source=source)
 
 
+def _plain(value: Any) -> Any:
+    """Returns a copy of dicts and lists alone, with paths as texts."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _content_of(recipe: str | Path) -> dict[str, Any]:
+    if not isinstance(recipe, str | Path):
+        raise ConfigError(f"a recipe is a file, a name or a mapping, not {type(recipe).__name__}")
     file = Path(recipe)
     if file.name == str(recipe) and not file.is_file() and (RECIPES / f"{recipe}.yaml").is_file():
         file = RECIPES / f"{recipe}.yaml"

@@ -168,10 +168,10 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield "evaluation.max_rows: data.train is a list of sources; lower data.heldout_fraction in its place"
     votes = config.algorithm == "self_reinforcement"  # reads the numbers in answers to questions
     if config.evaluation.answer_extractor != "none" and not config.data.holds_out and not votes:
-        yield "evaluation.answer_extractor: needs data.heldout"
+        yield "evaluation.answer_extractor: needs data.heldout or data.heldout_fraction"
     if config.evaluation.grade != "number":
         if not config.data.holds_out:
-            yield "evaluation.grade: needs data.heldout"
+            yield "evaluation.grade: needs data.heldout or data.heldout_fraction"
         if config.evaluation.answer_extractor != "none" and not votes:
             yield "evaluation.answer_extractor: reads numbers, which evaluation.grade does not grade; leave it out"
     for limit, name, sources in (
@@ -184,11 +184,11 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _greedy_problems(config)
     if config.evaluation.samples > 1:
         if not config.data.holds_out:
-            yield "evaluation.samples: needs data.heldout"
+            yield "evaluation.samples: needs data.heldout or data.heldout_fraction"
         elif config.evaluation.grade == "number" and config.evaluation.answer_extractor == "none":
             yield "evaluation.samples: only grading reads more than one; give answer_extractor or grade"
     if config.stop_when is not None and not config.data.holds_out:
-        yield "stop_when: patience and min_fall need data.heldout"
+        yield "stop_when: patience and min_fall need data.heldout or data.heldout_fraction"
     for place, engine, own in (
         ("generation", config.generation.engine, _OWN_ARGUMENTS | _OF_GENERATION),
         ("serving", config.serving.engine, _OWN_ARGUMENTS),

@@ -291,10 +291,12 @@ def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     questions = inputs.questions if needs.plays_questions else None
     rows = questions or inputs.train
     sources = sources_of(rows)
-    counts = [_count(source, config, ceil(needed / each), labelled=questions is None) for source in sources]
+    trained = 1 - (config.data.heldout_fraction or 0) if questions is None else 1
+    enough = ceil(needed / each / trained)
+    counts = [_count(source, config, enough, labelled=questions is None) for source in sources]
     if not all(counts):  # a source without a usable row: the quarantine error says why
         return None
-    drawn = sum(expected_shares(sources, counts))
+    drawn = sum(expected_shares(sources, [round(trained * count) for count in counts]))
     limits = (drawn, config.data.max_rows, config.data.prompts_per_iteration)
     pairs = min(limit for limit in limits if limit is not None) * each
     if pairs >= needed:

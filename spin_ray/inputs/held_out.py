@@ -26,6 +26,6 @@ def part_of(conversation: Conversation, fraction: float) -> Part:
 def none_held_out(fraction: float, source: str) -> DataError:
     """Returns the error of data without a usable held-out conversation."""
     return DataError(
-        f"data.heldout_fraction: {fraction:g} holds no usable conversation of {source} out; raise it, or name other "
-        "rows as data.heldout"
+        f"data.heldout_fraction: {fraction:g} holds no conversation of {source} out (those that begin with the same "
+        "question stay together); raise it, or name other rows as data.heldout"
     )

@@ -11,13 +11,18 @@ from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError
 from spin_ray.inputs.conversations import Found, Unusable
 from spin_ray.inputs.forms import Form, form_of, mapped, refuse_two_forms, shown
+from spin_ray.inputs.held_out import Part
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, skipped_files, split
 
 SAMPLE_ROWS = 2000
 """Most rows read without ``--all``."""
 UNLIMITED = sys.maxsize
-ALL_HELD_OUT = "all rows are held out, too: every row of data.heldout is, also beyond evaluation.max_rows"
+ALL_HELD_OUT = (
+    "all rows are held out, too: every row of data.heldout is, also beyond evaluation.max_rows; give other rows as "
+    "data.heldout, or data.heldout_fraction"
+)
+NONE_TRAINED = "data.heldout_fraction holds every conversation out; lower it, or add rows"
 _ROWS_AT_A_TIME = 256
 _ANSWERS = 64
 
@@ -69,6 +74,8 @@ class Survey:
     """Prompt ids of held-out rows."""
     earlier: Set[str] = frozenset()
     """Prompt ids of earlier sources."""
+    part: Part | None = None
+    """Part of the source that was read, by ``data.heldout_fraction``; None: all."""
 
     @property
     def share_too_long(self) -> float:
@@ -85,20 +92,24 @@ class Survey:
             refuse_two_forms(forms)
         if self.whole and self.made and self.leaked == self.made:
             raise DataError(f"{self.source}: {ALL_HELD_OUT}")
-        if data.heldout_fraction and not self.read:
-            return  # all of a small source may be of the other part
-        bad, share = self.refused.total(), data.max_quarantine_fraction
-        every = self.read - self.elsewhere
-        if self.usable and bad <= share * every:
+        if self.part == "held out":
+            return  # the trained part stands for the source
+        if self.part == "trained" and not self.read:
+            raise DataError(f"{self.source}: {NONE_TRAINED}")
+        bad = self.refused.total()
+        if self.usable and bad <= data.max_quarantine_fraction * (self.read - self.elsewhere):
             return
-        if not bad:
-            raise DataError(f"{self.source}: holds no rows")
+        raise self.refusal(data) if bad else DataError(f"{self.source}: holds no rows")
+
+    def refusal(self, data: DataConfig) -> DataError:
+        """Returns the error of rows of which too many are refused, one at least."""
+        bad, share = self.refused.total(), data.max_quarantine_fraction
         reason = self.refused.most_common(1)[0][0]
         first = self.first[reason]
         of = "" if self.whole else " that were read (--all reads every row)"
         limit = f", more than data.max_quarantine_fraction {share:g}" if self.usable else ""
-        raise DataError(
-            f"{self.source}: {bad} of {every} rows{of} cannot be used ({self.counts}){limit}; "
+        return DataError(
+            f"{self.source}: {bad} of {self.read - self.elsewhere} rows{of} cannot be used ({self.counts}){limit}; "
             f"first: {first.origin}: {reason}: {first.detail}"
         )
 
@@ -126,6 +137,7 @@ def survey(
     files = find_files(source)
     pieces = split(files)
     found = Survey(source, max_length, files, skipped_files(source), whole=True, held_out=held_out, earlier=earlier)
+    found.part = task.part
     quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
     rows = _rows(pieces, quota, found, task.data)
 

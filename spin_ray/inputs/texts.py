@@ -120,7 +120,7 @@ def estimate_text(uri: str, size: int) -> int:
             for start, _ in _elements(io.BytesIO(head), uri, 0):
                 places.append(start)
     else:
-        places += [found.end() for found in re.finditer(rb"\S[^\n]*\n", head)]
+        places += [found.end() for found in re.finditer(rb"\S[^\n]*\n", head[: head.rfind(b"\n") + 1])]
     return max(1, round(_MARGIN * size * (len(places) - 1) / max(places[-1], 1)))
 
 

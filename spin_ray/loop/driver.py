@@ -169,7 +169,7 @@ def _warn_of_idle_engines(run: RunDir, config: SpinConfig) -> None:
             "generation.shard_rows: %d answers make %d shards for %d engines, so that %d of these have nothing to do; "
             "set generation.shard_rows to %d or less",
             rows * samples, shards, settings.replicas, settings.replicas - shards,
-            ceil(rows / settings.replicas) * samples,
+            max(1, rows // settings.replicas) * samples,
         )  # fmt: skip
 
 

@@ -44,13 +44,14 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
         return found
 
     of_train = replace(PromptTask.of(config, str(inputs.model.path), trained=True), max_length=UNLIMITED)
+    of_questions = replace(task, labelled=False, part=None)
     heldout = look(inputs.heldout, task)
     if config.data.heldout_fraction:
         for each in heldout:
             each.source += " (held out)"
     held_out = set() if config.data.keep_leaks else {row for each in heldout for row in each.ids}
     trained = look(inputs.train, of_train, held_out)
-    return [*trained, *heldout, *(look(inputs.questions, replace(task, labelled=False)) if inputs.questions else [])]
+    return [*trained, *heldout, *(look(inputs.questions, of_questions) if inputs.questions else [])]
 
 
 def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> list[str]:
@@ -64,7 +65,12 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
     rest, given = iter(surveys), {name: getattr(inputs, name) for name in ("train", "heldout", "questions")}
     of = {name: list(islice(rest, len(sources_of(each)))) for name, each in given.items()}
     if config.data.heldout_fraction and not any(found.usable or not found.whole for found in of["heldout"]):
-        raise none_held_out(config.data.heldout_fraction, name_of(inputs.train))
+        refused = next((found for found in of["heldout"] if found.refused), None)
+        raise (
+            refused.refusal(config.data)
+            if refused
+            else none_held_out(config.data.heldout_fraction, name_of(inputs.train))
+        )
     of_stages = {"scorer": of["train"], "self_filter": of["questions"], "evaluation": of["heldout"]}
     for setting, grade in graders_of(config).items():
         if rows := of_stages[setting.partition(".")[0]]:

@@ -13,22 +13,23 @@ from spin_ray.report.redaction import hide_in_text
 from spin_ray.report.whole_model import write_whole_model
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.names import iterate_name
-from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir, open_run
 from spin_ray.run_dir.storage import MANIFEST
 
 HUB = "hub:"
 
 
-def export(run: RunDir, iterate: str, target: str | Path) -> str:
+def export(run: RunDir | str | Path, iterate: str, target: str | Path) -> str:
     """Copies an iterate's checked files to a folder or ``hub:OWNER/NAME``, an adapter merged; returns the target.
 
     Args:
+        run: a run, or its folder or store's URI.
         iterate: ``latest``, ``sft``, ``iter_000``, …
 
     Raises:
         UserError: no such iterate, a damaged file, a folder that is not empty or cannot be written, or the hub refuses.
     """
-    target = str(target)
+    run, target = run if isinstance(run, RunDir) else open_run(run), str(target)
     number = find_iterate(run, iterate)
     artefact = run.model(number)
     if number == 0 and not artefact.is_committed:

@@ -85,11 +85,11 @@ def refuse_other_ray(config: SpinConfig) -> None:
         return
     connected = ray.get_runtime_context().gcs_address
     address, place = _asked_address(config)
-    if address and (is_embedded() if address == "auto" else not _is_same(address, connected)):
+    if address and not _is_same(address, connected):
         kind = "a Ray of its own" if is_embedded() else "the cluster"
         raise ConfigError(
-            f"{place}: this process is connected to {kind} at {connected}; call ray.shutdown() first, or leave the "
-            "address out to stay there"
+            f"{place}: this process is connected to {kind} at {connected}; call ray.shutdown() first, or give no "
+            "address to stay there"
         )
     cpus, wanted = ray.cluster_resources().get("CPU", 0), config.cluster.local_cpus
     if not address and wanted and wanted != cpus:
@@ -106,8 +106,8 @@ def is_embedded() -> bool:
 
 def _is_same(address: str, connected: str) -> bool:
     """Compares two addresses of a head, one given by the user, by port and by the machines that their hosts name."""
-    if address.startswith("ray://"):  # the port is that of Ray's client
-        return not is_embedded()
+    if address in ("auto", "local") or address.startswith("ray://"):  # the port is that of Ray's client
+        return is_embedded() == (address == "local")
     asked, found = services.parse_address(address), services.parse_address(connected)
     if asked is None or found is None or asked[1] != found[1]:
         return address == connected

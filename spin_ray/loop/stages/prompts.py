@@ -33,7 +33,7 @@ from spin_ray.inputs.mixture import draw, warn_of_limit
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, skipped_files, split
-from spin_ray.inputs.survey import ALL_HELD_OUT
+from spin_ray.inputs.survey import ALL_HELD_OUT, NONE_TRAINED
 from spin_ray.run_dir.artefact import Artefact, FileEntry
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -129,7 +129,7 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         source_of = [number for number, each in enumerate(pieces_of) for _ in each]
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
         slices = _render(pieces, folder, _RenderSlice(run_dir.storage, artefact.path, task), source)
-        if task.part == "held out" and not any(len(each.ids) for each in slices):
+        if task.part == "held out" and not any(each.read for each in slices):
             raise none_held_out(config.data.heldout_fraction or 0, source)
         _refuse_mixed_files(slices, [piece.uri for piece in pieces])
         if ignored := sum((each.ignored for each in slices), Counter[str]()):
@@ -149,7 +149,10 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         for number, each in enumerate(sources):
             start, stop = source_of.index(number), source_of.index(number) + len(pieces_of[number])
             read = _Quarantined.of(each.path, slices, reasons, start, stop)
-            _check_quarantine(run_dir, config, artefact, read)
+            if task.part == "trained" and not read.read:
+                raise DataError(f"{each.path}: {NONE_TRAINED}")
+            if task.part != "held out" or not any(len(found.ids) for found in slices):
+                _check_quarantine(run_dir, config, artefact, read)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
 
@@ -468,8 +471,6 @@ def _check_quarantine(run_dir: RunDir, config: SpinConfig, artefact: Artefact, f
     source, reasons = found.source, found.reasons
     if leaks := reasons[LEAK]:
         logger.warning("%s: %d rows are held out, too, and are not trained on (data.keep_leaks)", source, leaks)
-    if config.data.heldout_fraction and not found.read:
-        return  # all of a small source may be of the other part
     if overlaps := reasons[OVERLAP]:
         logger.warning("%s: %d rows are in an earlier source, too, and are taken from that one", source, overlaps)
     unusable = Counter({reason: count for reason, count in reasons.items() if reason not in _ELSEWHERE})

@@ -1,7 +1,9 @@
 """Reading of recipes: files, overrides, the words of errors, and anything at all as input."""
 
 import json
-from typing import Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -34,6 +36,10 @@ def test_a_mapping_is_a_recipe_with_the_same_words_for_what_is_wrong():
     assert PLAIN.get("iterations") is None, "the mapping itself stays"
     with pytest.raises(ConfigError, match=r"^the recipe: iteration: unknown key \(did you mean iterations\?\)$"):
         load_config(PLAIN | {"iteration": 2})
+    paths = {"model": MappingProxyType({"path": Path("m")}), "data": {"train": [{"path": Path("d")}]}}
+    assert load_config(paths) == load_config({"model": {"path": "m"}, "data": {"train": [{"path": "d"}]}})
+    with pytest.raises(ConfigError, match="a recipe is a file, a name or a mapping, not SpinConfig"):
+        load_config(cast(Any, load_config(PLAIN)))
 
 
 @pytest.mark.parametrize(

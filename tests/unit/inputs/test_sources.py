@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -329,6 +330,17 @@ def test_rows_are_estimated_without_reading_all(tmp_path, monkeypatch):
     assert sources.estimate_rows([str(tmp_path / f"{number}.parquet") for number in range(10)]) == 50
     for name in ("a.csv", "a.jsonl.gz", "a.arrow"):
         assert sources.estimate_rows([str(tmp_path / name)]) is None
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_an_estimate_ends_soon_although_the_chunk_ends_within_a_long_line(tmp_path, rows):
+    """A search that begins anew at each letter of an unfinished line took minutes of a MiB."""
+    line = json.dumps({"prompt": "p", "response": "r" * (texts.CHUNK // 4)})
+    long = json.dumps({"prompt": "p", "response": "r" * 2 * texts.CHUNK})
+    (tmp_path / "a.jsonl").write_text("\n".join([line] * rows + [long]))
+    begun = time.process_time()
+    assert 1 <= (sources.estimate_rows([str(tmp_path / "a.jsonl")]) or 0) <= 12
+    assert time.process_time() - begun < 5
 
 
 def test_what_is_no_object_in_an_array_is_a_row_without_content(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from spin_ray.config.load import override
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, OtherRunError
+from spin_ray.inputs.held_out import part_of
 from spin_ray.loop.launch import is_finished
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -75,5 +76,45 @@ def test_a_run_holds_whole_conversations_of_its_sources_out_and_never_trains_on_
 
 def test_a_fraction_that_holds_nothing_out_is_told(tmp_path, monkeypatch) -> None:
     small_run.in_this_process(monkeypatch)
-    with pytest.raises(DataError, match=r"heldout_fraction: 0.0001 holds no usable .*a.jsonl, .*b.jsonl out; raise it"):
+    with pytest.raises(
+        DataError, match=r"heldout_fraction: 0.0001 holds no conversation of .*a.jsonl, .*b.jsonl out .*raise it"
+    ):
         small_run.run(recipe(tmp_path, heldout_fraction=0.0001), tmp_path / "run")
+
+
+def of_one_file(folder: Path, rows: list[dict[str, Any]], **data: Any) -> SpinConfig:
+    config = recipe(folder)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return override(config, {"data.train": str(folder / "rows.jsonl"), "data.turns": "last"} | data)
+
+
+def test_the_few_held_out_rows_are_not_judged_by_the_limit_of_a_source(tmp_path, monkeypatch) -> None:
+    """Of 60 rows 8 are held out, and one of these is too long: 12.5 % of them, 1.7 % of the source."""
+    small_run.in_this_process(monkeypatch)
+    rows = [{"prompt": f"{number} + 1 = ?", "response": "1"} for number in range(60)]
+    held_out = [row for row in rows if part_of([{"role": "user", "content": row["prompt"]}], 0.1) == "held out"]
+    assert 2 <= len(held_out) <= 12
+    held_out[0]["response"] = "1" * 200
+    config = of_one_file(tmp_path, rows, **{"data.heldout_fraction": 0.1, "data.max_quarantine_fraction": 0.05})
+    small_run.run(config, tmp_path / "run")
+    run = RunDir(Storage(tmp_path / "run"))
+    assert run.heldout.manifest().counts == {"too_long": 1} and run.heldout.manifest().rows == len(held_out) - 1
+    assert run.prompts.manifest().rows == 60 - len(held_out)
+
+
+def test_a_part_without_rows_is_told_with_the_cure(tmp_path, monkeypatch) -> None:
+    small_run.in_this_process(monkeypatch)
+    rows = [{"prompt": f"{number} + 1 = ?", "response": "1"} for number in range(60)]
+    alone = [row for row in rows if part_of([{"role": "user", "content": row["prompt"]}], 0.5) == "held out"]
+    with pytest.raises(DataError, match=r"rows.jsonl: data.heldout_fraction holds every conversation out; lower it"):
+        small_run.run(of_one_file(tmp_path, alone * 3, **{"train.global_batch_pairs": 1}), tmp_path / "run")
+    long = [row | {"response": "1" * 200} for row in rows]
+    with pytest.raises(DataError, match=r"rows.jsonl: \d+ of \d+ rows cannot be used \(\d+ too_long\)"):
+        small_run.run(of_one_file(tmp_path, long), tmp_path / "other")
+
+
+def test_a_step_that_the_trained_part_cannot_fill_is_refused_at_the_start(tmp_path, monkeypatch) -> None:
+    small_run.in_this_process(monkeypatch)
+    rows = [{"prompt": f"{number} + 1 = ?", "response": "1"} for number in range(10)]
+    with pytest.raises(DataError, match=r"at most 5 pairs, fewer than train.global_batch_pairs 8"):
+        small_run.run(of_one_file(tmp_path, rows, **{"train.global_batch_pairs": 8}), tmp_path / "run")

@@ -61,13 +61,26 @@ def test_both_parts_of_a_file_are_looked_at(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(row(number) for number in range(40)))
     path = str(tmp_path / "rows.jsonl")
     inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=path, heldout=path, questions=None)
-    for fraction, told in ((0.5, None), (0.0001, "heldout_fraction: 0.0001 holds no usable conversation of")):
+    for fraction, told in ((0.5, None), (0.0001, "heldout_fraction: 0.0001 holds no conversation of")):
         config = config_of(model={"path": TINY}, data={"train": path, "heldout_fraction": fraction})
         trained, held_out = surveys = doctor.look_at_data(config, inputs, every_row=False)
         assert trained.read + held_out.read == trained.usable + held_out.usable == 40
         assert held_out.source == f"{path} (held out)" and not trained.ids & held_out.ids
         with pytest.raises(DataError, match=told) if told else nullcontext():
             doctor.check_surveys(config, inputs, surveys)
+
+
+def test_questions_are_looked_at_whole_and_held_out_rows_are_not_judged_alone(tmp_path):
+    """Most of the held-out rows are malformed; one of 40 questions is."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(row(number) for number in range(40)))
+    (tmp_path / "questions.jsonl").write_text("\n".join(['{"prompt": 1}', *(row(number) for number in range(39))]))
+    train, questions = str(tmp_path / "rows.jsonl"), str(tmp_path / "questions.jsonl")
+    inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=train, heldout=train, questions=questions)
+    config = config_of(model={"path": TINY}, data={"train": train, "heldout_fraction": 0.5})
+    _, held_out, asked = surveys = doctor.look_at_data(config, inputs, every_row=False)
+    assert (asked.read, asked.usable) == (40, 39)
+    held_out.refused["too_long"] = held_out.usable - 1
+    doctor.check_surveys(config, inputs, surveys)
 
 
 def test_columns_that_are_not_read_are_counted(tmp_path):

@@ -53,7 +53,8 @@ def with_config(run, **sections):
 @pytest.mark.parametrize("iterate", ["1", "iter_001", "iter-1", "latest"])
 def test_an_exported_iterate_is_a_model_folder_with_a_card(run, tmp_path, iterate):
     folder = Path(export(run, iterate, str(tmp_path / "out")))
-    open_model(folder, "exported")
+    by_path = Path(export(str(run.storage.root), iterate, tmp_path / "by path"))
+    assert open_model(folder, "exported").digest == open_model(by_path, "exported").digest
     assert (folder / "README.md").read_text() == model_card(run, 2)
     assert not (folder / MANIFEST).exists()
 

@@ -193,6 +193,8 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> Any:
         (False, {"address": "localhost:6379"}, None),
         (False, {"address": "10.0.0.5:6379"}, None),
         (False, {"address": "ray://head:10001"}, None),
+        (True, {"address": "local"}, None),
+        (False, {"address": "local"}, "cluster.address local: this process is connected to the cluster at 127.0.0.1"),
     ],
 )
 def test_another_ray_than_the_one_of_this_process_is_refused_with_the_cure(connected, embedded, cluster, told) -> None:
@@ -203,7 +205,7 @@ def test_another_ray_than_the_one_of_this_process_is_refused_with_the_cure(conne
     if told is None:
         connect(config)
         return
-    with pytest.raises(ConfigError, match=rf"^{told}.*call ray\.shutdown\(\) first, or leave .* out to stay there$"):
+    with pytest.raises(ConfigError, match=rf"^{told}.*call ray\.shutdown\(\) first, or (leave|give) .* to stay there$"):
         refuse_other_ray(config)
 
 
