@@ -54,7 +54,7 @@ arena-picture: $(READY) ## The picture of the arena for the documentation: itera
 TEST_PROCESSES ?= 3
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
 test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
-	$(BIN)/pytest tests/serving tests/e2e tests/ray tests/faults tests/unit $(SIDE_BY_SIDE)
+	$(BIN)/pytest tests/e2e tests/serving tests/ray tests/faults tests/unit $(SIDE_BY_SIDE)
 
 .PHONY: avx2
 # oneDNN and torch are held at AVX2, where bf16 is slow. `make test` has a whole run with it (tests/e2e/test_job_submit.py).

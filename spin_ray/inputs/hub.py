@@ -20,7 +20,8 @@ _KIND = f"(?:{'|'.join(_KINDS)})/"
 _NAMED = re.compile(
     rf"({_KIND})?(?!{_KIND})([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?", re.DOTALL
 )
-_FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
+_WEIGHTS = ["*.safetensors"]
+_FETCHED = ["*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 _CODE = ["*.py"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
 """Files that no library opens: Mistral's and Meta's layouts, and weights of checkpoints."""
@@ -55,7 +56,7 @@ def fetch_model(name: str, setting: str, *, with_code: bool = False, weights: bo
     from huggingface_hub import snapshot_download
 
     owner_and_name, _, revision = name.partition("@")
-    wanted = [*_FETCHED[0 if weights else 1 :], *(_CODE if with_code else [])]
+    wanted = [*_FETCHED, *(_WEIGHTS if weights else []), *(_CODE if with_code else [])]
     try:
         return Path(
             snapshot_download(owner_and_name, revision=revision or None, allow_patterns=wanted, ignore_patterns=_LEFT)

@@ -146,13 +146,12 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         entries, reasons = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         quarantined = sum(reasons, Counter[str]())
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
-        for number, each in enumerate(sources):
-            start, stop = source_of.index(number), source_of.index(number) + len(pieces_of[number])
-            read = _Quarantined.of(each.path, slices, reasons, start, stop)
-            if task.part == "trained" and not read.read:
-                raise DataError(f"{each.path}: {NONE_TRAINED}")
-            if task.part != "held out" or not any(len(found.ids) for found in slices):
-                _check_quarantine(run_dir, config, artefact, read)
+        if task.part != "held out" or not any(len(each.ids) for each in slices):  # its sources are judged in training
+            for read in _by_source(sources, source_of, slices, reasons):
+                if task.part == "trained" and not read.read:
+                    raise DataError(f"{read.source}: {NONE_TRAINED}")
+                if task.part is None or read.read:
+                    _check_quarantine(run_dir, config, artefact, read)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
 
@@ -456,14 +455,18 @@ class _Quarantined:
     first: int
     """Place of the source's first row in the quarantine's file."""
 
-    @classmethod
-    def of(
-        cls, source: str, slices: Sequence[_Slice], reasons: Sequence[Counter[str]], start: int, stop: int
-    ) -> "_Quarantined":
-        """Returns the sum of the slices ``start`` to ``stop``."""
-        mine, before = slices[start:stop], sum(each.total() for each in reasons[:start])
-        read, made = sum(each.read for each in mine), sum(len(each.ids) for each in mine)
-        return cls(source, read, made, sum(reasons[start:stop], Counter[str]()), before)
+
+def _by_source(
+    sources: Sequence[Source], source_of: list[int], slices: Sequence[_Slice], reasons: Sequence[Counter[str]]
+) -> Iterator[_Quarantined]:
+    """Yields the sum of each source's slices."""
+    before = 0
+    for number, source in enumerate(sources):
+        own = [place for place, its in enumerate(source_of) if its == number]
+        read, made = sum(slices[place].read for place in own), sum(len(slices[place].ids) for place in own)
+        found = sum((reasons[place] for place in own), Counter[str]())
+        yield _Quarantined(source.path, read, made, found, before)
+        before += found.total()
 
 
 def _check_quarantine(run_dir: RunDir, config: SpinConfig, artefact: Artefact, found: _Quarantined) -> None:

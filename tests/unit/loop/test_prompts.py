@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import Source
 from spin_ray.errors import DataError
 from spin_ray.inputs import sources
 from spin_ray.inputs.conversations import Unusable
@@ -170,7 +171,7 @@ def test_parts_of_an_attempt_that_was_never_committed_are_replaced(tmp_path):
 
 def check(made: Made, fraction: float) -> None:
     config = config_of(data={"train": "d.jsonl", "max_quarantine_fraction": fraction})
-    read = prompts._Quarantined.of("d.jsonl", made.slices, made.of_slices, 0, len(made.slices))
+    [read] = prompts._by_source([Source(path="d.jsonl")], [0] * len(made.slices), made.slices, made.of_slices)
     prompts._check_quarantine(made.run, config, made.run.prompts, read)
 
 
