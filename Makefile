@@ -69,7 +69,7 @@ chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills;
 audit: $(READY) ## Known vulnerabilities of the locked packages, where osv.dev can be reached
 	requirements/audit.sh
 
-check: lint ## Before a commit: lint and the quick unit tests, under a minute
+check: lint ## Before a commit: lint and the quick unit tests, about two minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -q -n 2 --dist loadfile -m "not slow"
 
 lint: $(READY) ## Format, lint, types, import rules; changes nothing
