@@ -178,9 +178,19 @@ class DataConfig(Section):
     data."""
 
     @property
+    def heldout_from(self) -> Train | None:
+        """Sources of the held-out rows: ``heldout``, or with a fraction ``train``; None without such rows."""
+        return self.heldout if self.heldout_fraction is None else self.train
+
+    @property
     def holds_out(self) -> bool:
         """True if there are held-out rows."""
-        return self.heldout is not None or self.heldout_fraction is not None
+        return self.heldout_from is not None
+
+    @property
+    def trained_fraction(self) -> float:
+        """Fraction of the conversations of ``train`` that are not held out of it."""
+        return 1 - (self.heldout_fraction or 0)
 
 
 class ResourcesConfig(Section):

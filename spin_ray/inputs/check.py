@@ -1,7 +1,7 @@
 """Checks of a run's inputs before anything starts."""
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +36,7 @@ from spin_ray.inputs.model_folder import (
 from spin_ray.inputs.needs import most_pairs, needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.scorers import refuse_no_scorer, refuse_other_roles, refuse_too_long
-from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.inputs.sources import SourceRow, files_digest, find_files, rows_in
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 from spin_ray.learner.tokenizer_file import warn_of_other_tokens
 from spin_ray.learner.weights import refuse_damaged
@@ -104,9 +104,7 @@ def find_inputs(config: SpinConfig, *, check: bool = True) -> Inputs:
     """
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
-    heldout = _resolved(config.data.heldout) if config.data.heldout else None
-    if config.data.heldout_fraction:
-        heldout = train
+    heldout = _resolved(config.data.heldout_from) if config.data.heldout_from else None
     questions = _resolved(config.data.questions) if config.data.questions else None
     train_files, heldout_files, questions_files = (
         [file for source in sources_of(each) for file in find_files(source.path)]
@@ -259,7 +257,7 @@ def _find_uncompared(
 
 
 def _first_rows(source: str, data: DataConfig) -> list[list[SourceRow]]:
-    return [list(islice(_rows(file, data), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
+    return [list(islice(rows_in([file], data.columns), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
 
 
 def _refuse_absent_columns(rows: Iterable[SourceRow], data: DataConfig) -> None:
@@ -291,7 +289,7 @@ def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     questions = inputs.questions if needs.plays_questions else None
     rows = questions or inputs.train
     sources = sources_of(rows)
-    trained = 1 - (config.data.heldout_fraction or 0) if questions is None else 1
+    trained = config.data.trained_fraction if questions is None else 1
     enough = ceil(needed / each / trained)
     counts = [_count(source, config, enough, labelled=questions is None) for source in sources]
     if not all(counts):  # a source without a usable row: the quarantine error says why
@@ -311,7 +309,7 @@ def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
 def _count(source: Source, config: SpinConfig, enough: int, *, labelled: bool) -> int:
     """Counts usable rows. Counts ``enough`` or more for a source that is not read to its end."""
     count = 0
-    for read, row in enumerate(chain.from_iterable(_rows(file, config.data) for file in find_files(source.path))):
+    for read, row in enumerate(rows_in(find_files(source.path), config.data.columns)):
         if count >= enough or read >= _COUNTED_ROWS:
             return max(count, enough)
         try:
@@ -320,10 +318,6 @@ def _count(source: Source, config: SpinConfig, enough: int, *, labelled: bool) -
             continue
         count += bool(found.rejected) if needs_of(config).rejected else len(found.ending_with_real)
     return count
-
-
-def _rows(file: str, data: DataConfig) -> Iterator[SourceRow]:
-    return (row for piece in split([file]) for row in read_slice(piece, data.columns))
 
 
 def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:

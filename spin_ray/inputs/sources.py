@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
 from urllib.parse import unquote
 
@@ -19,7 +19,7 @@ from spin_ray.inputs.texts import count_text, estimate_text, read_text, split_te
 
 __all__ = [
     "Slice", "SourceRow", "count_rows", "estimate_rows", "files_digest", "find_files", "is_estimated", "read_slice",
-    "skipped_files", "split",
+    "rows_in", "skipped_files", "split",
 ]  # fmt: skip
 
 SLICE_BYTES = 2**20
@@ -249,6 +249,13 @@ def _size(uri: str) -> int:
 def read_slice(piece: Slice, columns: Mapping[str, str] | None = None) -> Iterator[SourceRow]:
     """Yields the rows of a slice; of tables, only the columns of forms, and those of ``data.columns``."""
     return read_text(piece) if kind_of(piece.uri) in TEXTS else read_table(piece, columns or {})
+
+
+def rows_in(files: Iterable[str], columns: Mapping[str, str]) -> Iterator[SourceRow]:
+    """Yields the rows of files, each opened when its turn comes; raises DataError as ``split``."""
+    for file in files:
+        for piece in split([file]):
+            yield from read_slice(piece, columns)
 
 
 def count_rows(files: list[str]) -> int:

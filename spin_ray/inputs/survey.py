@@ -136,8 +136,9 @@ def survey(
     """
     files = find_files(source)
     pieces = split(files)
-    found = Survey(source, max_length, files, skipped_files(source), whole=True, held_out=held_out, earlier=earlier)
-    found.part = task.part
+    found = Survey(
+        source, max_length, files, skipped_files(source), whole=True, held_out=held_out, earlier=earlier, part=task.part
+    )
     quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
     rows = _rows(pieces, quota, found, task.data)
 

@@ -107,8 +107,8 @@ def _check_answers(run: RunDir, config: SpinConfig) -> None:
     for setting, grade in graders_of(config).items():
         if grade == "regex":
             check_patterns(setting, run)
-        if config.data.holds_out and setting.startswith("evaluation."):
-            refuse_no_answers(run.heldout, config.data.heldout or config.data.train, grade, setting)
+        if config.data.heldout_from and setting.startswith("evaluation."):
+            refuse_no_answers(run.heldout, config.data.heldout_from, grade, setting)
 
 
 def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, play: Play) -> None:
@@ -159,12 +159,12 @@ def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
 def _warn_of_idle_engines(run: RunDir, config: SpinConfig) -> None:
     """Warns if an iteration's answers make fewer shards than there are engines. A run that has begun keeps its own."""
     played, settings = find_algorithm(config.algorithm).plays(run), config.generation
-    if played is None or not played.is_committed or run.begun_config():
+    if played is None or not played.is_committed:
         return
     rows, samples = played.manifest().rows, settings.samples_per_prompt
     rows = min(rows, config.data.prompts_per_iteration or rows)
     shards = ceil(rows / max(1, settings.shard_rows // samples))
-    if shards < min(rows, settings.replicas):
+    if shards < min(rows, settings.replicas) and not run.begun_config():
         logger.warning(
             "generation.shard_rows: %d answers make %d shards for %d engines, so that %d of these have nothing to do; "
             "set generation.shard_rows to %d or less",

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has made."""
+    """Outcome of a run."""
 
     run: RunDir
     model: Path

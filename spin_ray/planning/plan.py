@@ -131,7 +131,7 @@ def _heldout_rows(config: SpinConfig) -> int:
     if not config.data.holds_out:
         return 0
     fraction, limit = config.data.heldout_fraction, config.evaluation.max_rows
-    sources = sources_of(config.data.train if fraction else config.data.heldout)
+    sources = sources_of(config.data.heldout_from)
     paths = [resolve(source.path) for source in sources]
     if any("://" in path for path in paths):
         return limit or (0 if fraction else sum(source.rows or 0 for source in sources))

@@ -46,7 +46,7 @@ def rows_at_start(played: Train, data: DataConfig) -> int | None:
         if data.turns == "all":
             rows = first_rows(files, data)
             count = ceil(_MARGIN * count * max(1, _responses(rows, data)) / max(1, len(rows)))
-        counts.append(ceil(count * (1 - (data.heldout_fraction or 0))))
+        counts.append(ceil(count * data.trained_fraction))
     return sum(expected_shares(sources_of(played), counts))
 
 
@@ -71,7 +71,6 @@ def _responses(rows: list["SourceRow"], data: DataConfig) -> int:
 
 def first_rows(files: list[str], data: DataConfig) -> list["SourceRow"]:
     """Returns the first ``SAMPLE_ROWS`` rows; raises DataError if they cannot be read."""
-    from spin_ray.inputs.sources import read_slice, split
+    from spin_ray.inputs.sources import rows_in
 
-    rows = (row for file in files for piece in split([file]) for row in read_slice(piece, data.columns))
-    return list(islice(rows, SAMPLE_ROWS))
+    return list(islice(rows_in(files, data.columns), SAMPLE_ROWS))

@@ -97,7 +97,7 @@ def notes(
     if config.model.attention == "padded":
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."
     if config.data.holds_out and not work.heldout_rows:
-        heldout = name_of(config.data.heldout or config.data.train)
+        heldout = name_of(config.data.heldout_from)
         yield f"Held-out rows are not counted: {heldout} is not on this machine and evaluation.max_rows is not set."
 
 

@@ -48,7 +48,7 @@ def model_card(run: RunDir, iterate: int) -> str:
     learned = (*sources_of(config.data.train), *sources_of(config.data.questions))
     if hub := [found[1] for source in learned if (found := HUB_DATA.match(source.path))]:
         metadata["datasets"] = [*dict.fromkeys(hub)]
-    heldout = hide_in_text(name_of(config.data.heldout or config.data.train))
+    heldout = hide_in_text(name_of(config.data.heldout_from))
     ours = [(measure.key, measure.title, value) for measure, value in results]
     groups = [_result(heldout, "held-out-rows", ours)] if ours else []
     for task, found in benchmarks.items():

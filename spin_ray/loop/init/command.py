@@ -24,6 +24,8 @@ from spin_ray.planning.run_cost import Phase
 from spin_ray.report.doctor import histogram, not_read
 from spin_ray.run_dir.events import exact_duration
 
+_HELD_OUT = {"data.heldout", "data.heldout_fraction"}
+"""Settings of which one gives held-out rows."""
 Ask = Callable[[str, str | None], str]
 """Function that asks a person, given a question and a default answer."""
 
@@ -127,10 +129,10 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
             settings[place] = Setting(_asked(place, question, ask, foreign))
     train = settings["data.train"].value
     heldout = options.heldout or (heldout_beside(train) if isinstance(train, str) else None)
-    if options.heldout is None and not {"data.heldout", "data.heldout_fraction"} & settings.keys() and ask:
+    if options.heldout is None and not _HELD_OUT & settings.keys() and ask:
         said = ask("Held-out rows, never trained on (none: nothing is measured)", heldout or "none")
         heldout = None if said == "none" else said
-    if heldout and (options.heldout or not {"data.heldout", "data.heldout_fraction"} & settings.keys()):
+    if heldout and (options.heldout or not _HELD_OUT & settings.keys()):
         settings["data.heldout"] = Setting(heldout, "" if options.heldout else "found beside the training rows")
     return _with_warm_up(settings, options, foreign, ask) | kept
 
@@ -213,7 +215,7 @@ def _print_next(
     if phases and seen.rows is not None and planned:
         total = sum(phase.seconds for phase in phases)
         console.print(f"By arithmetic it takes {exact_duration(total)}; `spin-ray plan` says where the time goes.")
-    if not {"data.heldout", "data.heldout_fraction"} & settings.keys():
+    if not _HELD_OUT & settings.keys():
         note = (
             "without data.heldout nothing is measured; data.heldout_fraction: 0.02 holds some of the training rows out"
         )

@@ -154,7 +154,7 @@ def _with_data(config: SpinConfig, folder: Path) -> Look:
     beside = [survey(resolve(it.path), task, UNLIMITED) for it in sources if "://" not in it.path]
     for each in (*found, *beside):
         each.check(config.data)
-    trained = 1 - (config.data.heldout_fraction or 0)
+    trained = config.data.trained_fraction
     counts = [round(trained * count_rows(it.files) * len(it.ids) / it.read) for it in found]
     rows = sum(expected_shares(sources_of(config.data.train), counts))
     return Look(train=found, rows=min(rows, config.data.max_rows or rows))
