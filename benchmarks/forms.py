@@ -31,7 +31,8 @@ from spin_ray.inputs.forms import BY_NAME
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.inputs.sources import split
-from spin_ray.loop.stages import prompts
+from spin_ray.loop.stages.prompts import stage as prompts
+from spin_ray.loop.stages.prompts.slices import RenderSlice
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.connect import connect
@@ -89,7 +90,7 @@ def prepare(config: SpinConfig, source: Path, folder: Path) -> float:
 
 
 def task_cpu_us(task: PromptTask, source: Path, folder: Path) -> float:
-    render = prompts._RenderSlice(Storage(folder), "prompts", task)
+    render = RenderSlice(Storage(folder), "prompts", task)
     pieces = [asdict(piece) | {"name": f"{number}"} for number, piece in enumerate(split([str(source)]))]
     return min(_cpu_s(lambda: list(map(render, pieces))) for _ in range(3)) / TASK_ROWS * 1e6
 

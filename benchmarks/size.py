@@ -23,8 +23,9 @@ from spin_ray.config.sections import SamplingConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.loop.stages import pairs, prompts
+from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.loop.stages.prompts import stage as prompts
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.connect import connect

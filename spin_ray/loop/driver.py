@@ -26,10 +26,11 @@ from spin_ray.loop import probe
 from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers, samples_of
 from spin_ray.loop.algorithms.prepare import prepare_training
 from spin_ray.loop.algorithms.table import find_algorithm, imported_by_workers
-from spin_ray.loop.stages import evaluation, prompts
+from spin_ray.loop.stages import evaluation
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job
-from spin_ray.loop.stages.prompts import RowsOf
+from spin_ray.loop.stages.prompts import stage as prompts
+from spin_ray.loop.stages.prompts.stage import RowsOf
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.grading import check_on_workers
 from spin_ray.report.history import evidence_to_stop

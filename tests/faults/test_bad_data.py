@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from spin_ray import __main__ as cli
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
-from spin_ray.loop.stages import prompts
+from spin_ray.loop.stages.prompts import stage as prompts
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_from_bytes
 

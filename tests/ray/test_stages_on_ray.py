@@ -22,8 +22,9 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError, ResourceError, StageError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.loop.stages import pairs, prompts
+from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.loop.stages.prompts import stage as prompts
 from spin_ray.report import grading
 from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir

@@ -25,7 +25,10 @@ from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.sources import split
 from spin_ray.inputs.survey import Survey
 from spin_ray.loop import driver
-from spin_ray.loop.stages import prompts
+from spin_ray.loop.stages.prompts import stage as prompts
+from spin_ray.loop.stages.prompts.quarantine import check_source
+from spin_ray.loop.stages.prompts.selection import first_of_each
+from spin_ray.loop.stages.prompts.slices import RenderedSlice, RenderSlice
 from spin_ray.report import doctor
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
@@ -55,13 +58,13 @@ class Made:
         root.mkdir(exist_ok=True)
         data.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
         self.run = RunDir(Storage(root / "run"))
-        render = prompts._RenderSlice(self.run.storage, "prompts", task_of(**task))
+        render = RenderSlice(self.run.storage, "prompts", task_of(**task))
         slices = []
         for number, piece in enumerate(split([str(data)])):
             item = {"uri": piece.uri, "start": piece.start, "stop": piece.stop, "name": f".attempts/{number:06d}"}
-            slices.append(prompts._rendered(render(item)))
+            slices.append(RenderedSlice.of(render(item)))
         self.slices, artefact = slices, self.run.prompts
-        firsts = prompts._first_of_each([each.ids for each in slices], [0] * len(slices), max_rows, leaked)
+        firsts = first_of_each([each.ids for each in slices], [0] * len(slices), max_rows, leaked)
         self.entries, self.of_slices = prompts._finish(self.run.storage, slices, artefact, firsts, part_rows)
         self.reasons = sum(self.of_slices, Counter())
 
@@ -87,7 +90,7 @@ def test_duplicates_go_to_quarantine_and_the_first_stays(tmp_path):
 
 
 def test_a_process_opens_the_tokenizer_once_for_all_slices(tmp_path):
-    sent = ray.cloudpickle.dumps(prompts._RenderSlice(Storage(tmp_path), "prompts", task_of()))
+    sent = ray.cloudpickle.dumps(RenderSlice(Storage(tmp_path), "prompts", task_of()))
     one, other = ray.cloudpickle.loads(sent), ray.cloudpickle.loads(sent)
     assert one._task.renderer is other._task.renderer
 
@@ -170,9 +173,8 @@ def test_parts_of_an_attempt_that_was_never_committed_are_replaced(tmp_path):
 
 
 def check(made: Made, fraction: float) -> None:
-    config = config_of(data={"train": "d.jsonl", "max_quarantine_fraction": fraction})
     [read] = prompts._by_source([Source(path="d.jsonl")], [0] * len(made.slices), made.slices, made.of_slices)
-    prompts._check_quarantine(made.run, config, made.run.prompts, read)
+    check_source(read, made.run.prompts, fraction)
 
 
 def test_too_many_bad_rows_are_an_error_that_says_which_and_why(tmp_path):

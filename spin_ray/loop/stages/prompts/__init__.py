@@ -1,0 +1,1 @@
+"""Prompt rows are made of the data."""
