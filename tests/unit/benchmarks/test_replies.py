@@ -36,6 +36,7 @@ def test_every_arm_is_a_recipe(arm):
     assert (config.data.heldout is None) == (config.algorithm == SFT)
 
 
+@pytest.mark.slow
 def test_no_conversation_is_in_two_splits(tmp_path):
     experiment = Experiment(SETTINGS["replies"], tmp_path, tmp_path / "runs", tmp_path / "results")
 

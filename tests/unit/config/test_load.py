@@ -229,6 +229,7 @@ def config_or_error(content: dict[str, Any]) -> SpinConfig | str:
         return str(error)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(SpinConfig.model_fields)) | st.text(max_size=3), values, max_size=6))
 def test_any_mapping_is_a_config_or_a_config_error(content):

@@ -141,6 +141,7 @@ lines = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(lines, st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.integers(1, 40))
 def test_every_line_is_read_once_and_in_order_wherever_the_slices_end(

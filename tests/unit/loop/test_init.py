@@ -46,6 +46,7 @@ def fitted(given: Settings, found: Look, gpu: str, gpus: int = 1) -> tuple[dict[
     return {place: setting.value for place, setting in settings.items()}, misfit
 
 
+@pytest.mark.slow
 def test_a_recipe_of_this_machine_s_model_and_data_is_written_and_read(tmp_path):
     recipe = tmp_path / "mine.yaml"
     result = init(recipe, *HERE, "--heldout", "embedded:arithmetic-heldout", "--gpu", "none", "--sft")

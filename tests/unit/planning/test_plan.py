@@ -69,6 +69,7 @@ def test_another_experiment_is_not_compared_with_the_paper(call):
     assert "4.32" not in call("--gpu", "H100-80G")[1]
 
 
+@pytest.mark.slow
 def test_a_recipe_for_this_machine_needs_no_options(call):
     code, out, error = call(recipe="smoke")
     assert (code, error) == (0, "")
