@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -197,17 +198,18 @@ def test_of_many_writers_and_drivers_at_once_exactly_one_wins(tmp_path: Path) ->
             return False
         return True
 
-    def take(_: int) -> bool:
+    def take(lease: Lease) -> bool:
         try:
-            Lease(ObjectStorage(uri_of(tmp_path)), timeout_s=60).__enter__()
+            held.enter_context(lease)
         except RunDirError as error:
             assert "in use by process" in str(error)  # noqa: PT017
             return False
         return True
 
-    with ThreadPoolExecutor(6) as pool:
+    with ExitStack() as held, ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(create, range(6))) == 1
-        assert sum(pool.map(take, range(6))) == 1
+        leases = [Lease(ObjectStorage(uri_of(tmp_path)), timeout_s=60) for _ in range(6)]
+        assert sum(pool.map(take, leases)) == 1
 
 
 def test_a_driver_that_was_taken_over_commits_nothing_more(tmp_path: Path) -> None:
