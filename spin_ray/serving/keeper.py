@@ -95,6 +95,7 @@ class Keeper:
         self._latest: str | None = None
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
+        self._ending: set[str] = set()
         self._down: list[str] = []
         collect_as_usual()
         self._looking = asyncio.get_running_loop().create_task(self._look())
@@ -302,24 +303,24 @@ class Keeper:
         self._end_unused(apps)
 
     def _end_unused(self, apps: set[str]) -> None:
-        task = asyncio.get_running_loop().create_task(self._drain(sorted(apps - self._used())))
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
+        if ending := apps - self._used() - self._ending:
+            self._ending |= ending
+            task = asyncio.get_running_loop().create_task(self._drain(ending))
+            self._draining.add(task)
+            task.add_done_callback(self._draining.discard)
 
-    async def _drain(self, apps: list[str]) -> None:
+    async def _drain(self, apps: set[str]) -> None:
         await asyncio.sleep(self._config.serving.drain_grace_s)  # until every ingress replica has the new table
-        for app in set(apps) - self._used():
+        self._ending -= apps
+        for app in apps - self._used():
             await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _remove_strays(self) -> None:
-        """Deletes unused engines of an earlier keeper, once."""
+        """Ends unused engines of an earlier keeper, once."""
         if self._looked_for_strays or self._starting:
             return
         self._looked_for_strays = True
-        ours = self._used()
-        for app in await self._ask_applications():
-            if app.startswith(self._prefix) and app not in ours:
-                await self._ask_serve(serve.delete, app, _blocking=False)
+        self._end_unused({app for app in await self._ask_applications() if app.startswith(self._prefix)})
 
     async def _announce(self) -> None:
         async with self._changed:

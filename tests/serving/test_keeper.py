@@ -41,11 +41,12 @@ class SlowKeeper(Keeper):
         if iterate.name in self.broken:
             raise EngineFailed("it does not load")
 
-    async def _drain(self, apps: list[str]) -> None:
+    async def _drain(self, apps: set[str]) -> None:
         self.drained += [app.split(".")[1] for app in apps]
 
-    async def _remove_strays(self) -> None:
-        """Does nothing: it would ask Ray Serve, which is not here."""
+    async def _ask_serve(self, _: Any, app: str, **__: Any) -> None:
+        """Notes what would be deleted without the grace time."""
+        self.drained.append(app.split(".")[1])
 
     async def _running(self) -> set[str]:
         return {engine["app"] for name, engine in self._engines.items() if name not in self.dead}
@@ -157,14 +158,29 @@ def test_an_engine_of_other_settings_answers_until_its_successor_does(run: RunDi
         table = await keeper.until(lambda table: not table["starting"])
         assert table["engines"]["sft"]["app"] == f"{earlier['sft'][:-8]}{settings_mark(run.config())}"
         assert table["engines"]["iter-0"]["app"] == earlier["iter-0"] and table["problems"]["iter-0"]
-        await asyncio.sleep(0.1)
-        assert keeper.drained == ["sft"]
+        await asyncio.sleep(0.5)  # two looks later
+        assert keeper.drained == ["sft"], "once, after the grace time"
         keeper.broken = set()
         table = await keeper.until(lambda table: not table["problems"])
         assert not table["engines"]["iter-0"]["app"].endswith(".00000000")
 
     running = SimpleNamespace(status=ApplicationStatus.RUNNING)
     follow(run, check, dict.fromkeys(earlier.values(), running))
+
+
+def test_unused_engines_of_an_earlier_keeper_go_once_nothing_starts(run: RunDir) -> None:
+    async def check(keeper: SlowKeeper) -> None:
+        keeper.let("sft")
+        await keeper.until(lambda table: list(table["starting"]) == ["iter-0"])
+        await asyncio.sleep(0.3)
+        assert not keeper.drained
+        keeper.let("iter-0")
+        await keeper.until(lambda table: table["settled"])
+        while not keeper.drained:
+            await asyncio.sleep(0.05)
+        assert keeper.drained == ["iter-7"]
+
+    follow(run, check, {"engine.iter-7.0123456789abcdef.00000000": None, "another's": None})
 
 
 @pytest.mark.parametrize(

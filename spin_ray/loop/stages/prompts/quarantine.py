@@ -7,11 +7,11 @@ from math import ceil
 
 import pyarrow as pa
 
-from spin_ray.run_dir.storage import table_from_bytes
 from spin_ray.errors import DataError
 from spin_ray.inputs.prompt_rows import Row
 from spin_ray.inputs.survey import ALL_HELD_OUT
 from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.storage import table_from_bytes
 
 logger = logging.getLogger(__name__)
 
