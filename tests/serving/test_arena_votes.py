@@ -242,7 +242,7 @@ def test_votes_are_for_their_owner_alone(tmp_path: Path) -> None:
 
 def test_the_command_writes_a_runs_votes_in_the_form_of_another_trainer(call, tmp_path):
     run = RunDir(Storage(tmp_path / "run"))
-    run.begin(config_of(), {"inputs": {}, "start_model": "m"})
+    run.begin(config_of(), {"inputs": {}, "start_model": "m", "versions": {}})
     to = ("--what", "votes", "--form", "sharegpt", "--to", tmp_path / "votes.jsonl")
     code, _, error = call("export", run.storage.root, *to)
     file = run.storage.path("votes.sqlite")
@@ -266,7 +266,7 @@ def test_votes_of_a_run_in_a_store_are_read_where_its_server_keeps_them(call, tm
     monkeypatch.setenv("SPIN_RAY_CACHE", str(tmp_path))
     monkeypatch.setattr(ObjectStorage, "_store", MemoryStore())
     run = RunDir(ObjectStorage("s3://bucket/run"))
-    run.begin(config_of(), {"inputs": {}, "start_model": "m"})
+    run.begin(config_of(), {"inputs": {}, "start_model": "m", "versions": {}})
     given = f"sqlite:///{tmp_path}/given.sqlite"
     for url, verdict in ((votes_url("s3://bucket/run", config_of()), "a"), (given, "b")):
         store = VoteStore(url)

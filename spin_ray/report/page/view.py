@@ -191,7 +191,7 @@ def _versions(description: dict[str, Any], config: SpinConfig) -> list[tuple[str
     """Leaves out those of calls that found nothing left to make."""
     since = description.get("versions_since", {}).items()
     later = [(name, versions) for name, versions in since if iterate_number(name) <= config.iterations]
-    return [("", description.get("versions", {})), *later]
+    return [("", description["versions"]), *later]
 
 
 def _not_evaluated(run: RunDir, config: SpinConfig) -> Iterator[str]:
