@@ -277,7 +277,7 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     """Compares the newest iterates of two runs in a sentence."""
     if not first.evaluations or not other.evaluations:
         return f"{first_name} and {other_name} cannot be compared yet: not both have been evaluated."
-    if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
+    if first.description["inputs"]["heldout"] != other.description["inputs"]["heldout"]:
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
     names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
