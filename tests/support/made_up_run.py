@@ -74,7 +74,8 @@ def _write_iterate(run: RunDir, iterate: int) -> None:
     if iterate:
         against = {"loss": 0.6 - iterate / 20, "margin": 0.4, "accuracy": 0.7, "generated_logp_drift": -0.5}
         evaluation |= {
-            "opponent": iterate_name(iterate - 1), "beta": 0.5, "real_logp_drift": 0.1, "against_opponent": against,
+            "opponent": iterate_name(iterate - 1), "beta": 0.5, "length_normalised": False, "real_logp_drift": 0.1,
+            "against_opponent": against,
             "against_self": against | {"generated_logp_drift": 0.3}, "jsd_lower_bound": (math.log(2) - 0.6) / 2,
             "kl_to_base": 0.3 * iterate,
         }  # fmt: skip

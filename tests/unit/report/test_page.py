@@ -181,19 +181,20 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     """± is 1.96 · 0.01."""
     run = made_up_run(tmp_path / "run")
     metrics = {"acc": {"value": 0.3125, "standard_error": 0.01}}
-    result = {"gsm8k": {"metrics": metrics, "shots": 5, "task_version": 3.0}}
+    conditions = {"backend": "vllm", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
+    result = {"gsm8k": conditions | {"metrics": metrics, "shots": 5, "task_version": 3.0}}
     evaluation = json.loads(run.storage.read("iter_000/eval.json"))
     run.storage.replace("iter_000/eval.json", json.dumps(evaluation | {"benchmarks": result}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
     table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
-    assert "gsm8k, 5 examples, version 3.0" in table
+    assert "gsm8k, vllm, float32, 5 examples, version 3.0" in table
     assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
     evaluation = json.loads(run.storage.read("iter_001/eval.json"))
     trial = {"gsm8k": result["gsm8k"] | {"backend": "hf", "chat": True, "limit": 10}}
     run.storage.replace("iter_001/eval.json", json.dumps(evaluation | {"benchmarks": trial}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
     table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
-    assert "gsm8k, hf, chat, first 10 rows, 5 examples, version 3.0" in table
+    assert "gsm8k, hf, float32, chat, first 10 rows, 5 examples, version 3.0" in table
     assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
 
 
