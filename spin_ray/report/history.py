@@ -72,7 +72,7 @@ def find_iterate(run: RunDir, iterate: str) -> int:
         RunDirError: the run has no such iterate yet.
     """
     number = read_iterate((run.latest() or "") if iterate == "latest" else iterate.strip())
-    iterations = run.config_as_made().iterations
+    iterations = run.config().iterations
     if number is None or number > iterations or (number and not run.model(number).is_committed):
         there = [iterate_name(n) for n in range(iterations + 1) if run.model(n).is_committed]
         raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")

@@ -34,7 +34,7 @@ def write_card(run: RunDir, iterate: int) -> None:
 
 
 def model_card(run: RunDir, iterate: int) -> str:
-    config, description, name = run.config_as_made(), run.description(), iterate_name(iterate)
+    config, description, name = run.config(), run.description(), iterate_name(iterate)
     evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
     benchmarks = evaluation.get("benchmarks", {})

@@ -25,7 +25,7 @@ from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, 
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.storage import ATTEMPTS, Storage
-from spin_ray.run_dir.trained import refuse_other_values, trained_with, with_trained
+from spin_ray.run_dir.trained import refuse_other_values, trained_with
 
 logger = logging.getLogger(__name__)
 
@@ -210,15 +210,11 @@ class RunDir:
             model = self.artefact("reviser/model") if iterate is None else self.model(iterate)
             settings = model.readable_settings()
             if settings is not None:
-                beta = None if settings.get("loss") is None or outside else settings.get("beta")
+                beta = None if settings["loss"] is None or outside else settings["beta"]
                 if beta is None and iterate:
                     beta = (self.evaluation(iterate) or {}).get("beta")
                 found[name] = trained_with(name, settings, beta)
         return found
-
-    def config_as_made(self) -> SpinConfig:
-        """Returns the config in run.json with the values that finished iterations were trained with."""
-        return with_trained(self.config(), self.trained())
 
     def _versions(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Returns ``versions``, with which the run began, and ``versions_since``, by the first iterate of later ones.

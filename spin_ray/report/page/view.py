@@ -140,7 +140,7 @@ class RunView:
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     """Reads what the page shows; ``only_prompts`` picks examples."""
-    config = run.config_as_made()
+    config = run.config()
     events = run.events()
     description = run.description()
     evaluations = read_evaluations(run, config)
