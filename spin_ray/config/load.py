@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -73,27 +73,21 @@ def override(config: SpinConfig, overrides: Mapping[str, Any]) -> SpinConfig:
     """Returns ``config`` with the overrides of ``load_config``.
 
     Raises:
-        ConfigError: values are wrong. Problems of ``config`` itself, which an older version allowed, are overlooked.
+        ConfigError: values are wrong.
     """
     content = config.model_dump(mode="json")
     for key, value in values_of(overrides).items():
         put(content, key, value)
-    return parse_config(content, source="the settings given", overlooks=config.problems().__contains__)
+    return parse_config(content, source="the settings given")
 
 
-def parse_config(content: dict[str, Any], source: str, overlooks: Callable[[str], bool] | None = None) -> SpinConfig:
-    """Checks ``content``; raises ConfigError, which names ``source`` and lists every problem.
-
-    Args:
-        overlooks: tells if an impossible combination is no error.
-    """
+def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
+    """Checks ``content``; raises ConfigError, which names ``source`` and lists every problem."""
     try:
-        return SpinConfig.model_validate(content, context=overlooks)
+        return SpinConfig.model_validate(content)
     except ValidationError as error:
         problems = [line for detail in error.errors() for line in _explain(detail)]
-        problems += [
-            line for line in _impossible_besides(content, error.errors()) if not (overlooks and overlooks(line))
-        ]
+        problems += _impossible_besides(content, error.errors())
         raise ConfigError(f"{source}: " + "; ".join(problems)) from error
 
 

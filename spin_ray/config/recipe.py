@@ -7,14 +7,13 @@ import json
 import re
 from collections.abc import Iterator
 from math import ceil
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import model_validator
 
 from spin_ray.config.limits import limit_problems
 from spin_ray.config.sections import (
     IDENTITY,
-    LATER,
     MAY_CHANGE,
     BackendName,
     EngineConfig,
@@ -32,26 +31,18 @@ class SpinConfig(Settings):
     """The recipe of one run, checked for impossible combinations."""
 
     @model_validator(mode="after")
-    def _combinations_are_possible(self, info: ValidationInfo) -> Self:
-        """Overlooks a problem if the context of the validation, a function, says so."""
-        problems = [problem for problem in self.problems() if not (info.context and info.context(problem))]
-        if problems:
+    def _combinations_are_possible(self) -> Self:
+        if problems := list(_impossible(self)):
             raise ValueError("\n".join(problems))
         return self
-
-    def problems(self) -> list[str]:
-        """Returns the combinations and values that no run can have."""
-        return list(_impossible(self))
 
     def with_train(self, **changes: Any) -> Self:
         """Returns a copy with other settings of ``train``, unchecked."""
         return self.model_copy(update={"train": self.train.model_copy(update=changes)})
 
-    def settle_auto(self, name: Literal["precision", "gradient_checkpointing"], other: SpinConfig) -> Self:
-        """Returns a copy in which ``other``'s value replaces ``auto`` in a setting of ``train``."""
-        if getattr(self.train, name) != "auto":
-            return self
-        return self.with_train(**{name: getattr(other.train, name)})
+    def settle_precision(self, other: SpinConfig) -> Self:
+        """Returns a copy in which ``other``'s precision replaces ``auto``."""
+        return self if self.train.precision != "auto" else self.with_train(precision=other.train.precision)
 
     def settle_sizes(self, begun: SpinConfig | None = None, rows: int | None = None) -> Self:
         """Returns a copy with ``max_num_seqs`` and ``shard_rows`` where the recipe leaves them open.
@@ -63,7 +54,9 @@ class SpinConfig(Settings):
         generation = begun.generation if begun else _sized(self, rows)
         engine = self.generation.engine
         if "max_num_seqs" not in engine.model_fields_set:
-            engine = engine.model_copy(update={"max_num_seqs": generation.engine.max_num_seqs})
+            seats, tokens = generation.engine.max_num_seqs, engine.extra.get("max_num_batched_tokens")
+            seats = min(seats, tokens) if isinstance(tokens, int) else seats  # a batch has a token of each
+            engine = engine.model_copy(update={"max_num_seqs": seats})
         open_ones: dict[str, Any] = {"engine": engine}
         if "shard_rows" not in self.generation.model_fields_set:
             open_ones["shard_rows"] = generation.shard_rows
@@ -98,10 +91,7 @@ class SpinConfig(Settings):
         )
 
     def identity(self) -> dict[str, Any]:
-        """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``.
-
-        Settings marked ``Later`` are left out at their default.
-        """
+        """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``."""
         return flatten(_identity(self))
 
 
@@ -126,7 +116,7 @@ def _identity(section: Section) -> dict[str, Any]:
     tree = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if MAY_CHANGE in field.metadata or (LATER in field.metadata and value == field.default):
+        if MAY_CHANGE in field.metadata:
             del tree[name]
         elif isinstance(value, Section) and IDENTITY not in field.metadata:
             tree[name] = _identity(value)

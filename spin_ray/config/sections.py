@@ -44,13 +44,11 @@ ImportPath = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w
 """Path to a user's class or function, e.g. ``my_package.mine:Name``. Reading a recipe checks only its form."""
 NameOrPath = Annotated[Annotated[T, Tag(NAME)] | Annotated[ImportPath, Tag(PATH)], _name_or_path]
 
-MAY_CHANGE, IDENTITY, LATER = object(), object(), object()
+MAY_CHANGE, IDENTITY = object(), object()
 MayChange = Annotated[T, MAY_CHANGE]
 """A setting that may change between two calls of one run. All other settings are the run's identity."""
 Identity = Annotated[T, IDENTITY]
 """A section that belongs to the run's identity as a whole."""
-Later = Annotated[T, LATER]
-"""A setting that older versions lack. It belongs to the identity only if it differs from its default."""
 
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft", "tspin", "sdft"]
 FormName = Literal[
@@ -76,15 +74,15 @@ class ModelConfig(Section):
     path: str
     """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub. An adapter
     (PEFT) is merged with its base model once, in the cache; the run starts from the merged model."""
-    revision: Later[str | None] = None
+    revision: str | None = None
     """Branch, tag or commit of a hub's model. Not set: that of ``path``, else the newest."""
-    base: Later[str | None] = None
+    base: str | None = None
     """Base model of the adapter at ``path``. Not set: the base that the adapter names."""
     max_length: Count = 2048
     """Longest prompt + response in tokens. Longer rows go to quarantine. Memory grows with it. Paper: 2048."""
     chat_template: str | None = None
     """File with a Jinja chat template. Not set: the tokenizer's own, which some lack."""
-    chat_template_kwargs: Later[dict[str, Any]] = {}
+    chat_template_kwargs: dict[str, Any] = {}
     """Variables of the chat template, e.g. ``{enable_thinking: false}``, for every conversation."""
     trust_remote_code: bool = False
     """Permission to run Python code from the model folder. Off: folders with code or pickled weights are refused."""
@@ -147,9 +145,9 @@ class DataConfig(Section):
     train: OneOrSources
     """Training data: a file, folder, glob or URI, or a list of several, ``[{path: a.jsonl, weight: 3}, …]``.
     docs/data.md has the kinds of files and the forms of rows."""
-    form: Later[FormName | None] = None
+    form: FormName | None = None
     """Form of the rows (docs/data.md). Not set: recognised from the columns."""
-    columns: Later[dict[str, str]] = {}
+    columns: dict[str, str] = {}
     """Names of the form's columns in the files, e.g. ``{prompt: question}``."""
     questions: OneOrSources | None = None
     """Unlabelled questions for ``self_reinforcement`` and ``seft``, as ``prompt`` or ``messages``. A last turn of the
@@ -157,7 +155,7 @@ class DataConfig(Section):
     heldout: OneOrSources | None = None
     """Rows like those of ``train``, one source or a list of several. None of them is trained on, also where
     ``evaluation.max_rows`` measures on fewer. Not set: no evaluation, unless ``heldout_fraction`` is."""
-    heldout_fraction: Later[HeldOut | None] = None
+    heldout_fraction: HeldOut | None = None
     """Fraction of the conversations of ``train`` that are held out, e.g. 0.02, where there are no rows for ``heldout``.
     A digest of a conversation's first question decides. Not set: none."""
     prompts_per_iteration: Count | None = None
@@ -171,7 +169,7 @@ class DataConfig(Section):
     ``all``, each in a row of its own."""
     system: str | None = None
     """System message for conversations without one. Not set: the chat template's default."""
-    keep_leaks: Later[bool] = False
+    keep_leaks: bool = False
     """Training on rows that are also held out. Off: such rows are removed from training, and counted."""
     max_quarantine_fraction: Fraction = 0.05
     """Fraction of a source's rows that may be unusable; with more the run stops, as many hint at a mistake in the
@@ -312,13 +310,13 @@ class ObjectiveConfig(Section):
     sft_weight: NonNegative = 0.0
     """Weight of an added loss -log p(y), the mean over a step's response tokens. It stabilises small models and large
     steps. Paper: 0."""
-    positive_weight: Later[NonNegative] = 0.0
+    positive_weight: NonNegative = 0.0
     """λ of DPO-Positive (arXiv 2402.13228), which subtracts β·λ·max(0, -r(y)) from the margin, where r(y) is log
     p_θ(y)/p_ref(y). The term keeps log p(y) from falling; ``sft_weight`` raises it. Paper: no such term. DPO-Positive:
     50."""
-    mu: Later[Positive] = 1.0
+    mu: Positive = 1.0
     """μ of ``loss: space``: weight of the generated responses. 1: the same as of the human ones."""
-    history_weight: Later[NonNegative] = 0.1
+    history_weight: NonNegative = 0.1
     """Weight of T-SPIN's second term, which prefers y′ to θ_0's response. T-SPIN's paper: 0.1, its β."""
     keep_identical: bool = False
     """Use of pairs with y = y′. Their margin is 0, so only ``sft_weight`` learns from them. Without them,
@@ -374,10 +372,10 @@ class SelfFilterConfig(Section):
     """Smallest fraction of a question's samples that agree on its commonest answer; other questions are dropped.
     ``evaluation.answer_extractor`` reads the answer, else whole responses are compared. In the paper the model judges
     in words."""
-    grade: Later[NameOrPath[GradeName] | None] = None
+    grade: NameOrPath[GradeName] | None = None
     """Grader, as ``evaluation.grade``, of the samples of questions with an ``answer``. The model learns from the best
     sample instead of the commonest one. Questions without an answer are dropped."""
-    min_grade: Later[Fraction] = 0.5
+    min_grade: Fraction = 0.5
     """Smallest grade of a sample that the model learns from; questions without such a sample are dropped."""
 
 
@@ -411,11 +409,11 @@ class LoraConfig(Section):
     training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
-    base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
+    base: Literal["bf16", "nf4", "int8"] = "bf16"
     """Number format of the frozen weights: 2 bytes a parameter, or about 0.5 (``nf4``) or 1 (``int8``), both by
     bitsandbytes (extra ``quantised``). The experts of a mixture keep 2 bytes. ``bf16`` is fp32 where
     ``train.precision`` is fp32."""
-    merge: Later[bool] = True
+    merge: bool = True
     """Commit of each iterate as a whole model, with fresh adapters for the next. Off: an iteration commits its adapter
     alone (``iter_NNN/adapter``, PEFT's layout, tens of MB), which the next trains further on the same frozen base."""
 
@@ -599,20 +597,20 @@ class EvaluationConfig(Section):
     answer_extractor: Literal["none", "equals", "hashes"] = "none"
     """Way to read the number in a response, for rows with an ``answer``: after the last ``=`` (``equals``) or ``####``
     (``hashes``)."""
-    grade: Later[NameOrPath[GradeName]] = "number"
+    grade: NameOrPath[GradeName] = "number"
     """Grader of responses to rows with an ``answer``. ``number`` compares numbers, read by ``answer_extractor``;
     ``exact`` whole texts; ``multiple_choice`` letters; ``json`` values. ``regex`` takes ``answer`` as a pattern. Or the
     import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""
     max_rows: Count | None = None
     """Number of held-out rows that are measured, from the first. The others are not trained on, either. Not set: all.
     Not for several sources, which have ``rows``."""
-    samples: Later[Count] = 1
+    samples: Count = 1
     """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures use the
     first response."""
-    examples: Later[CountOrZero] = 0
+    examples: CountOrZero = 0
     """Number of held-out rows, from the first, that each iterate answers once more for people to read. 0: the first
     samples are shown."""
-    examples_temperature: Later[NonNegative] = 0.7
+    examples_temperature: NonNegative = 0.7
     """Temperature of ``examples``. No measure reads them."""
 
 
@@ -785,7 +783,7 @@ class Settings(Section):
     """Filter of the model's own answers in ``self_reinforcement``. Not set: the model learns from all answers."""
     reviser: ReviserConfig | None = None
     """Reviser; ``seft`` needs it."""
-    sdft: Later[SdftConfig | None] = None
+    sdft: SdftConfig | None = None
     """Teacher of ``sdft``. Not set: its defaults."""
     generation: GenerationConfig = GenerationConfig()
     """Generation of responses by the opponent."""

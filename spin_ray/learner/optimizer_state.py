@@ -82,7 +82,7 @@ def _allocate_later_state(saved: Metadata, shards: Shards, optimizer: Optimizer,
 
 
 def _groups_of(saved: Metadata, now: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
-    """Returns the groups' values that a checkpoint holds; older versions kept none."""
+    """Returns the groups' values that a checkpoint holds: none if groups have parameters and learning rate alone."""
     kept: dict[str, dict[str, Any]] = {}
     for entry, (number, key, *deeper) in _paths(saved, "groups"):
         if number not in now:

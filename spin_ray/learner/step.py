@@ -62,15 +62,6 @@ class Objective:
         loss = self.resolve()
         return loss.needs_reference and not loss.needs_wins and not self.length_normalised
 
-    def parameters(self) -> dict[str, float]:
-        """Returns the parameters that later versions added, unless they have their defaults.
-
-        Settings stored by older versions still match.
-        """
-        names = ("mu", "positive_weight", "history_weight", "top_k")
-        defaults = Objective(loss=self.loss)
-        return {name: value for name in names if (value := getattr(self, name)) != getattr(defaults, name)}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackShape:

@@ -23,7 +23,7 @@ from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
-from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers, samples_of
+from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers
 from spin_ray.loop.algorithms.prepare import prepare_training
 from spin_ray.loop.algorithms.table import find_algorithm, imported_by_workers
 from spin_ray.loop.stages import evaluation
@@ -191,8 +191,7 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     jobs = []
     if run.heldout.is_committed:
         target = run.heldout_samples(turn.iteration)
-        samples = samples_of(target, turn.config.evaluation.samples)
-        jobs.append(Job(run.heldout, target, opponent, samples=samples))
+        jobs.append(Job(run.heldout, target, opponent, samples=turn.config.evaluation.samples))
     jobs += _examples(turn)
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:

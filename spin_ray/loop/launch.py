@@ -141,7 +141,7 @@ def _check_room(run: RunDir, config: SpinConfig, model: Path) -> None:
 def _settle_sizes(config: SpinConfig, begun: SpinConfig | None, inputs: Inputs) -> SpinConfig:
     """Fills in batch sizes that the recipe leaves open. A run that has ``begun`` keeps its sizes."""
     if begun:
-        return config.settle_auto("gradient_checkpointing", begun).settle_sizes(begun)
+        return config.settle_sizes(begun)
     if not config.generation.resources.gpus:
         return config.settle_sizes()
     if inputs.questions and needs_of(config).plays_questions:

@@ -9,7 +9,7 @@ _SHARED = ("backend", "dtype", "max_length", "chat")
 
 def shared_conditions(result: Result) -> Result:
     """Returns the conditions that a preset's tasks must share; an endpoint's address is none of them."""
-    found = {name: result.get(name) for name in _SHARED}
+    found = {name: result[name] for name in _SHARED}
     return found | ({"backend": "endpoint"} if "/" in (found["backend"] or "") else {})
 
 

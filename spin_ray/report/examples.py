@@ -92,7 +92,7 @@ def _own_margins(run: RunDir, name: str) -> dict[str, float]:
     evaluation = run.evaluation(iterate_number(name))
     if name == "sft" or not scores.is_committed or evaluation is None:
         return {}
-    table, per_token = pa.concat_tables(list(scores.tables())), evaluation.get("length_normalised", False)
+    table, per_token = pa.concat_tables(list(scores.tables())), evaluation["length_normalised"]
     rows = row_margins(table, name, evaluation["opponent"], evaluation["beta"], per_token=per_token)
     margins = rows["margin"].items()
     return {prompt_of(str(key)): float(margin) for key, margin in margins if is_sample_of(str(key), SELF)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans, with_fields
+from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans
 from spin_ray.run_dir.names import is_iterate_name, iterate_number
 
 PREPARATION = -1
@@ -44,7 +44,7 @@ class Forecast:
 
 def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_left_s: float | None) -> Forecast | None:
     """Returns the forecast; None before the first stage. ``running_left_s`` is the running stage's own estimate."""
-    attempts = spans(_by_turn(event) for event in map(with_fields, events) if event["kind"] not in BESIDE)
+    attempts = spans(_by_turn(event) for event in events if event["kind"] not in BESIDE)
     if not attempts:
         return None
     done = {_place(span) for span in attempts if span.outcome == "commit"}

@@ -58,8 +58,7 @@ def _grade(grade: str, rows: Sequence[Graded], setting: str) -> list[float | Non
 def answers_of(prompts: Artefact) -> dict[str, str]:
     """Returns the answers, as text, of the prompts that have one."""
     columns = ["prompt_id", "answer_text"]
-    tables = (table.select(columns) for table in prompts.tables() if columns[1] in table.column_names)
-    rows = (row for table in tables for row in table.to_pylist())
+    rows = (row for table in prompts.tables() for row in table.select(columns).to_pylist())
     return {row["prompt_id"]: row["answer_text"] for row in rows if row["answer_text"] is not None}
 
 

@@ -32,15 +32,10 @@ def read_rows(run: RunDir, iterate: int) -> pa.Table | None:
 def is_evaluated(run: RunDir, iterate: int) -> bool:
     """Tells whether θ_iterate's ``eval.json`` is there and its ``heldout_rows.parquet`` whole.
 
-    Evaluations of older versions do not know the digest of their rows, or have no rows.
+    An ``eval.json`` of benchmarks alone names no rows.
     """
-    evaluation = run.evaluation(iterate) or {}
-    if "real_length" not in evaluation:
-        return False
-    content = run.storage.find(run.heldout_rows_path(iterate))
-    if digest := evaluation.get("heldout_rows"):
-        return content is not None and bytes_digest(content).sha256 == digest
-    return content is None or read_rows(run, iterate) is not None
+    evaluation, content = run.evaluation(iterate) or {}, run.storage.find(run.heldout_rows_path(iterate))
+    return content is not None and bytes_digest(content).sha256 == evaluation.get("heldout_rows")
 
 
 def evaluation_of(evaluations: list[Evaluation], iterate: int) -> Evaluation | None:
@@ -77,7 +72,7 @@ def find_iterate(run: RunDir, iterate: str) -> int:
         RunDirError: the run has no such iterate yet.
     """
     number = read_iterate((run.latest() or "") if iterate == "latest" else iterate.strip())
-    iterations = run.config_as_made().iterations
+    iterations = run.config().iterations
     if number is None or number > iterations or (number and not run.model(number).is_committed):
         there = [iterate_name(n) for n in range(iterations + 1) if run.model(n).is_committed]
         raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")

@@ -91,7 +91,7 @@ def margin_measures(
             own["margin_concentration"] = shares
         by_row |= {f"against_{whose}.{key}": values for key, values in own.items()}
     by_row["kl_to_base"] = _rows_of(SELF, row_margins(scores, model, initial, beta)["generated"])
-    measures: dict[str, Any] = {"beta": beta} | ({"length_normalised": True} if per_token else {})
+    measures: dict[str, Any] = {"beta": beta, "length_normalised": per_token}
     for key, values in by_row.items():
         section, _, name = key.rpartition(".")
         (measures.setdefault(section, {}) if section else measures)[name] = float(values.mean())

@@ -34,7 +34,7 @@ def write_card(run: RunDir, iterate: int) -> None:
 
 
 def model_card(run: RunDir, iterate: int) -> str:
-    config, description, name = run.config_as_made(), run.description(), iterate_name(iterate)
+    config, description, name = run.config(), run.description(), iterate_name(iterate)
     evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
     benchmarks = evaluation.get("benchmarks", {})
@@ -43,7 +43,7 @@ def model_card(run: RunDir, iterate: int) -> str:
         "pipeline_tag": "text-generation",
         "tags": tags_of(config, iterate),
     }
-    if base := _on_the_hub(config, description.get("start_model", "")):
+    if base := _on_the_hub(config, description["start_model"]):
         metadata["base_model"] = base
     learned = (*sources_of(config.data.train), *sources_of(config.data.questions))
     if hub := [found[1] for source in learned if (found := HUB_DATA.match(source.path))]:

@@ -225,7 +225,7 @@ def should_stop(config: SpinConfig, found: dict[str, Any] | None) -> bool:
     """Tells whether ``probe.stop`` lets this verdict end the run. A probe with other settings does not count."""
     if not (found and config.probe and config.probe.stop):
         return False
-    return found["verdict"] == STOP and found.get("settings") == asked_of(config.probe)
+    return found["verdict"] == STOP and found["settings"] == asked_of(config.probe)
 
 
 def asked_of(settings: ProbeConfig) -> dict[str, Any]:

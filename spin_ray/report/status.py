@@ -29,7 +29,7 @@ RECENT_STEPS = 10
 
 
 def print_summary(run: RunDir, console: Console) -> None:
-    config = run.config_as_made()
+    config = run.config()
     evaluations = read_evaluations(run, config)
     console.print(iterates_table(evaluations))
     console.print(_seconds(stage_seconds(run.events())))
@@ -59,7 +59,7 @@ def print_difference(error: OtherRunError, console: Console) -> None:
 
 def status_as_json(run: RunDir) -> dict[str, Any]:
     """Returns the status as JSON values. Times are Unix times or seconds."""
-    config, events = run.config_as_made(), run.events()
+    config, events = run.config(), run.events()
     evaluations = read_evaluations(run, config)
     return {
         "run": str(run.storage.root),
@@ -76,7 +76,7 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
 
 
 def print_status(run: RunDir, console: Console) -> None:
-    config = run.config_as_made()
+    config = run.config()
     events = run.events()
     evaluations = read_evaluations(run, config)
     if evaluations:

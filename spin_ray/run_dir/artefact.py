@@ -67,15 +67,15 @@ class Manifest(BaseModel):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Reads a manifest; those of older versions have no digest.
+        """Reads a manifest.
 
         Raises:
-            ValueError: the bytes are damaged.
+            ValueError, KeyError, TypeError, AttributeError: the bytes are damaged.
         """
         content = json.loads(data)
-        digest = content.pop("digest", None)
+        digest = content.pop("digest")
         manifest = cls.model_validate(content)
-        if digest is not None and manifest.digest != digest:
+        if manifest.digest != digest:
             raise ValueError("differs from its digest")
         return manifest
 

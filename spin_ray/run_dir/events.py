@@ -29,27 +29,24 @@ BESIDE = ("benchmarks", "judging")
 
 
 def write_event(storage: Storage, event: str, stage: str, **values: Any) -> None:
-    line = with_fields({"time": round(time.time(), 3), "event": event, "stage": stage}) | values
+    line = {"time": round(time.time(), 3), "event": event} | fields_of(stage) | values
     storage.append(EVENTS, json.dumps(line) + "\n")
 
 
 def read_events(storage: Storage) -> list[Event]:
-    return [with_fields(line) for line in read_json_lines(storage, EVENTS)]
+    return read_json_lines(storage, EVENTS)
 
 
-def with_fields(line: Event) -> Event:
-    """Adds ``folder`` and ``kind``, taken from ``stage``, if missing.
+def fields_of(stage: str) -> dict[str, str]:
+    """Returns ``stage``, ``folder`` and ``kind`` of an event.
 
     ``iter_000/training`` gives ``iter_000`` and ``training``; ``prompts`` gives ``run`` and ``prompts``. Of ``A + B``
     only ``A`` counts.
     """
-    if "folder" in line:
-        return line
-    stage = line["stage"]
     if is_iterate_name(stage):
-        return line | {"folder": stage, "kind": ""}
+        return {"stage": stage, "folder": stage, "kind": ""}
     folder, _, kind = stage.partition(" ")[0].rpartition("/")
-    return line | {"folder": folder or RUN, "kind": kind}
+    return {"stage": stage, "folder": folder or RUN, "kind": kind}
 
 
 def counted_in(event: Event) -> dict[str, Any]:
@@ -136,7 +133,7 @@ def spans(events: Iterable[Event], seen: float = 0.0) -> list[Span]:
     found: list[Span] = []
     open_stages: dict[tuple[str, str], float] = {}
     latest = 0.0
-    for event in map(with_fields, events):
+    for event in events:
         place, kind = (event["folder"], _shown(event["kind"])), event["event"]
         if kind == "start":
             if place[1] not in BESIDE:  # the driver runs one stage at a time, so an open one was lost
@@ -197,7 +194,7 @@ def lost_work(events: list[Event]) -> dict[str, int]:
 
 def stage_seconds(events: list[Event]) -> dict[str, dict[str, float]]:
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for event in map(with_fields, events):
+    for event in events:
         if event["event"] in ("commit", "failure", "lost") and "seconds" in event:
             seconds[event["folder"]][_shown(event["kind"])] += event["seconds"]
     return {folder: dict(stages) for folder, stages in seconds.items()}

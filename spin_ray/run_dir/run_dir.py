@@ -25,7 +25,7 @@ from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, 
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.storage import ATTEMPTS, Storage
-from spin_ray.run_dir.trained import refuse_other_values, trained_with, with_trained
+from spin_ray.run_dir.trained import refuse_other_values, trained_with
 
 logger = logging.getLogger(__name__)
 
@@ -158,14 +158,13 @@ class RunDir:
         """Writes run.json, or checks that the folder holds this run.
 
         A setting or input with which nothing has been made yet may differ. If only rows have been made, they are
-        removed where they would differ. ``train.precision: auto`` means the precision that the run began with.
+        removed where they would differ.
 
         Raises:
             OtherRunError: the folder holds another run.
             RunDirError: the folder holds other files, or finished iterations were made with other values.
         """
         if self.storage.exists("run.json"):
-            config = config.settle_auto("precision", self.config())
             if differing := self.differing(config, facts):
                 accept(self.storage, differing)
             refuse_other_values(self.storage.root, self.trained(), config)
@@ -185,49 +184,46 @@ class RunDir:
     def differing(self, config: SpinConfig, facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns the settings and inputs that differ from run.json's, then and now. Inputs may have moved."""
         stored = self.description()
-        then = self.config().settle_auto("precision", config).identity() | stored["inputs"]
+        then = self.config().identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
-        return without_moved({key: pair for key, pair in each.items() if pair[0] != pair[1]}, stored["inputs"])
+        # A mapping that was empty, or is now, is told by the keys of the other.
+        differing = {key: pair for key, pair in each.items() if pair[0] != pair[1] and {} not in pair}
+        return without_moved(differing, stored["inputs"])
 
     def config(self) -> SpinConfig:
-        """Returns the config in run.json, whose combinations the version that wrote it has checked.
+        """Returns the config in run.json.
 
         Raises:
             ConfigError: this version does not know a key or value.
             RunDirError: run.json is missing or damaged.
         """
-        source = f"{self.storage.root}/run.json"
-        return parse_config(self.description()["config"], source, overlooks=lambda _: True)
+        return parse_config(self.description()["config"], source=f"{self.storage.root}/run.json")
 
     def trained(self) -> dict[str, dict[str, Any]]:
         """Returns the settings that committed models were trained with, by folder; a damaged manifest tells none."""
         named = ["sft", "reviser", *(name for name in self.storage.entries() if is_iterate_name(name))]
-        outside = ":" in self.description()["config"].get("algorithm", "")  # its objective may have a β of its own
+        outside = ":" in self.description()["config"]["algorithm"]  # its objective may have a β of its own
         found = {}
         for name in dict.fromkeys(named):
             iterate = iterate_number(name) if is_iterate_name(name) else None
             model = self.artefact("reviser/model") if iterate is None else self.model(iterate)
             settings = model.readable_settings()
             if settings is not None:
-                beta = None if settings.get("loss") is None or outside else settings.get("beta")
+                beta = None if settings["loss"] is None or outside else settings["beta"]
                 if beta is None and iterate:
                     beta = (self.evaluation(iterate) or {}).get("beta")
                 found[name] = trained_with(name, settings, beta)
         return found
-
-    def config_as_made(self) -> SpinConfig:
-        """Returns the config in run.json with the values that finished iterations were trained with."""
-        return with_trained(self.config(), self.trained())
 
     def _versions(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Returns ``versions``, with which the run began, and ``versions_since``, by the first iterate of later ones.
 
         Versions that change in the middle of an iteration count for all of it.
         """
-        stored, now = self.description(), facts.get("versions")
+        stored, now = self.description(), facts["versions"]
         newest = next(number for number in count() if not self.model(number + 1).is_committed)
-        if "versions" not in stored or now is None or not (newest or self.model(0).is_committed):
+        if not (newest or self.model(0).is_committed):
             return {}
         next_one = iterate_name(newest + 1)
         since = {name: it for name, it in stored.get("versions_since", {}).items() if iterate_number(name) <= newest}
@@ -240,7 +236,7 @@ class RunDir:
         description = self.description()
         since = description.get("versions_since", {})
         mine = [it for name, it in since.items() if iterate_number(name) <= iterate]
-        return [description.get("versions", {}), *mine][-1]
+        return [description["versions"], *mine][-1]
 
     def description(self) -> dict[str, Any]:
         """Returns the content of run.json.
@@ -256,12 +252,10 @@ class RunDir:
             raise RunDirError(f"{self.storage.root}/run.json: is damaged; restore it") from error
 
     def date(self) -> datetime:
-        """Returns when the run began, the only date for chat templates; now if run.json has none.
-
-        Older versions' runs get one when they go on.
-        """
-        stored = self.description().get("date") if self.storage.exists("run.json") else None
-        return datetime.fromisoformat(stored) if stored else datetime.now().replace(microsecond=0)
+        """Returns when the run began, the only date for chat templates; now if it has not begun."""
+        if not self.storage.exists("run.json"):
+            return datetime.now().replace(microsecond=0)
+        return datetime.fromisoformat(self.description()["date"])
 
     def template_variables(self, config: SpinConfig) -> dict[str, Any]:
         """Returns what a chat template reads beside the messages."""

@@ -21,7 +21,7 @@ PROMPT_SCHEMA = pa.schema(
 """One SFT row, tokenised once.
 
 ``real_ids`` is the human response with its end-of-turn token, empty for an unlabelled question. ``rejected_ids`` is the
-worse response of a preference pair. ``answer`` is a number. ``answer_text`` is any answer, missing in older runs.
+worse response of a preference pair. ``answer`` is a number. ``answer_text`` is any answer.
 """
 
 GENERATION_SCHEMA = pa.schema(

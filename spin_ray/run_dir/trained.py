@@ -30,12 +30,9 @@ def trained_with(folder: str, settings: Mapping[str, Any], beta: float | None) -
     """
     found: dict[str, Any] = {}
     if is_iterate_name(folder) and folder != "sft":
-        found = {key: settings[name] for key, name in _LISTS.items() if name in settings and name != "beta"}
-        found |= {"train.schedule_epochs": settings.get("schedule_epochs")} | ({} if beta is None else {_BETA: beta})
-    optimizer, section = settings.get("optimizer"), _section_of(folder)
-    if isinstance(optimizer, dict):
-        found |= {f"{section}.optimizer.{name}": optimizer.get(name) for name in _OPTIMIZER}
-    return found
+        found = {key: settings[name] for key, name in _LISTS.items() if key != _BETA}
+        found |= {} if beta is None else {_BETA: beta}
+    return found | {f"{_section_of(folder)}.optimizer.{name}": settings["optimizer"][name] for name in _OPTIMIZER}
 
 
 def refuse_other_values(root: object, trained: Trained, config: SpinConfig) -> None:
@@ -69,26 +66,6 @@ def refuse_other_values(root: object, trained: Trained, config: SpinConfig) -> N
     )
 
 
-def with_trained(config: SpinConfig, trained: Trained) -> SpinConfig:
-    """Returns a copy, unchecked, that gives each finished iteration the values that it was trained with."""
-    done = max((iterate_number(folder) for folder in trained if is_iterate_name(folder)), default=0)
-    sections: dict[str, dict[str, Any]] = {"objective": {}, "train": {}}
-    iterations = max(config.iterations, done)
-    for key in _LISTS:
-        section, _, name = key.partition(".")
-        values = [_value(trained, config, key, number) for number in range(iterations)]
-        one = all(value == values[0] for value in values)
-        sections[section][name] = values[0] if one else tuple(values)
-    for section in ("train", "sft", "reviser"):
-        then = next((found for folder, found in trained.items() if _section_of(folder) == section), {})
-        own, prefix = getattr(config, section), f"{section}.optimizer."
-        changes = {key.removeprefix(prefix): _tuple(it) for key, it in then.items() if key.startswith(prefix)}
-        if own and changes:
-            sections.setdefault(section, {})["optimizer"] = own.optimizer.model_copy(update=changes)
-    copies = {name: getattr(config, name).model_copy(update=changes) for name, changes in sections.items()}
-    return config.model_copy(update=copies | {"iterations": iterations})
-
-
 def _values(config: SpinConfig, folder: str) -> dict[str, Any]:
     """Returns the recipe's values of the settings that ``trained_with`` returns."""
     section = _section_of(folder)
@@ -120,7 +97,3 @@ def _lists_for(trained: Trained, config: SpinConfig, done: int, keys: list[str])
     values = {key: [_value(trained, config, key, number) for number in range(iterations)] for key in keys}
     lists = [f"{key}: {each!r}" for key, each in values.items() if None not in each]
     return ", ".join([f"iterations: {iterations}"] * (bool(lists) and iterations > config.iterations) + lists)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

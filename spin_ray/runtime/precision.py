@@ -50,7 +50,7 @@ def with_precision(config: SpinConfig, begun: SpinConfig | None = None) -> SpinC
         begun: recipe of a run that goes on, whose precision stays.
     """
     if begun:
-        config = config.settle_auto("precision", begun)
+        config = config.settle_precision(begun)
     if config.train.precision != "auto":
         return config
     precision = faster_precision(config.train.resources)

@@ -25,7 +25,7 @@ NOTE = (
 async def compare(engines: Engines, body: CompareBody, config: SpinConfig, run: RunDir | None = None) -> dict[str, Any]:
     """Returns the answers of ``body.models``; with ``logprobs``, also log p of each answer under each model.
 
-    ``run`` tells the β that an iterate was trained with. Without it the recipe's counts.
+    ``run`` tells the β of iterates that are newer than this server. Without it that of ``config`` counts.
 
     Raises:
         UnknownModel: a model does not serve.
@@ -48,15 +48,15 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig, run: 
     compared = [_shown(*each) for each in zip(body.models, iterates, digests, answers, strict=True)]
     result: dict[str, Any] = {"object": "comparison", "seed": seed, "answers": compared}
     if body.logprobs:
-        made = await asyncio.to_thread(_as_made, run, config)
-        result |= {"engine_margins": margins(iterates, answers, made), "note": NOTE}
+        now = await asyncio.to_thread(_recipe_now, run, config)
+        result |= {"engine_margins": margins(iterates, answers, now), "note": NOTE}
     return result
 
 
-def _as_made(run: RunDir | None, config: SpinConfig) -> SpinConfig:
-    """Returns the run's recipe as its iterates were made; ``config`` if the run cannot be read here."""
+def _recipe_now(run: RunDir | None, config: SpinConfig) -> SpinConfig:
+    """Returns the run's recipe, which may have got further iterations; ``config`` if the run cannot be read here."""
     with suppress(UserError, StageError, OSError):
-        return run.config_as_made() if run else config
+        return run.config() if run else config
     return config
 
 

@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         "train": {"precision": "fp32", "pack_length": 256},
     }
     run = RunDir(Storage(tmp_path_factory.mktemp("lm-eval") / "run"))
-    run.begin(SpinConfig.model_validate(sections), {"inputs": {}, "start_model": model})
+    run.begin(SpinConfig.model_validate(sections), {"inputs": {}, "start_model": model, "versions": {}})
     return run
 
 

@@ -2,10 +2,8 @@
 
 import json
 import re
-import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -103,28 +101,6 @@ def test_a_vote_needs_both_answers(votes, missing):
     with pytest.raises(Refusal, match=f"Answer {missing} has not") as refused:
         votes.vote(battle.id, "tie")
     assert refused.value.status == 409
-
-
-def test_votes_of_a_version_that_kept_the_request_with_each_answer_are_read(votes, tmp_path, clock):
-    """Its comparisons that wait for a vote cannot be voted on: their two requests may differ."""
-    old, file = answered(votes), f"sqlite:///{tmp_path}/old.sqlite"
-    votes.vote(old.id, "a")
-    (before,) = votes.export()
-    waiting = answered(votes)
-    with closing(sqlite3.connect(tmp_path / "votes.sqlite")) as database:
-        for side in ("a", "b"):
-            database.execute(f"UPDATE battles SET answer_{side} = json_patch(answer_{side}, request)")
-        database.execute("ALTER TABLE battles DROP COLUMN request")
-        database.commit()
-        database.execute(f"VACUUM INTO '{tmp_path}/old.sqlite'")
-    reopened = VoteStore(file, clock)
-    (after,) = reopened.export()
-    assert after == before
-    with pytest.raises(Refusal, match="too old") as refused:
-        reopened.vote(waiting.id, "a")
-    assert refused.value.status == 410
-    assert reopened.vote(answered(reopened).id, "b").verdict == "b"
-    reopened.close()
 
 
 def test_the_first_whole_answer_of_a_side_counts(votes):
@@ -229,7 +205,7 @@ def test_a_database_that_cannot_be_used_is_an_error_for_the_user(url, says):
 
 
 def test_votes_are_for_their_owner_alone(tmp_path: Path) -> None:
-    """Also the write-ahead log beside the file, and a file that an older version left open to others."""
+    """Also the write-ahead log beside the file, and a file that was there before and open to others."""
     file = tmp_path / "votes.sqlite"
     file.touch(0o644)
     store = VoteStore(f"sqlite:///{file}")
@@ -242,7 +218,7 @@ def test_votes_are_for_their_owner_alone(tmp_path: Path) -> None:
 
 def test_the_command_writes_a_runs_votes_in_the_form_of_another_trainer(call, tmp_path):
     run = RunDir(Storage(tmp_path / "run"))
-    run.begin(config_of(), {"inputs": {}, "start_model": "m"})
+    run.begin(config_of(), {"inputs": {}, "start_model": "m", "versions": {}})
     to = ("--what", "votes", "--form", "sharegpt", "--to", tmp_path / "votes.jsonl")
     code, _, error = call("export", run.storage.root, *to)
     file = run.storage.path("votes.sqlite")
@@ -266,7 +242,7 @@ def test_votes_of_a_run_in_a_store_are_read_where_its_server_keeps_them(call, tm
     monkeypatch.setenv("SPIN_RAY_CACHE", str(tmp_path))
     monkeypatch.setattr(ObjectStorage, "_store", MemoryStore())
     run = RunDir(ObjectStorage("s3://bucket/run"))
-    run.begin(config_of(), {"inputs": {}, "start_model": "m"})
+    run.begin(config_of(), {"inputs": {}, "start_model": "m", "versions": {}})
     given = f"sqlite:///{tmp_path}/given.sqlite"
     for url, verdict in ((votes_url("s3://bucket/run", config_of()), "a"), (given, "b")):
         store = VoteStore(url)

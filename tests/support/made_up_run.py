@@ -10,10 +10,12 @@ import pyarrow as pa
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.report.margins import SCORE_SCHEMA
+from spin_ray.report.uncertainty import ROW_SCHEMA
+from spin_ray.run_dir.events import fields_of
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA
-from spin_ray.run_dir.storage import Storage, table_to_bytes
+from spin_ray.run_dir.storage import Storage, bytes_digest, table_to_bytes
 from tests.support.fakes import config_of, generation_rows, write_rows
 
 TINY = resolve("embedded:tiny-llama")
@@ -61,15 +63,19 @@ def _write_iterate(run: RunDir, iterate: int) -> None:
         for number, prompt in enumerate(MARGINS)
     ]
     write_rows(run.heldout_samples(iterate), GENERATION_SCHEMA, generation_rows(answers), part_rows=9)
+    content = table_to_bytes(ROW_SCHEMA.empty_table())
+    run.storage.replace(run.heldout_rows_path(iterate), content)
     evaluation: dict[str, Any] = {
-        "iterate": name, "rows": 3, "real_length": 5.0, "generated_length": 9.0 - iterate, "length_auc": 0.4,
+        "iterate": name, "heldout_rows": bytes_digest(content).sha256, "rows": 3,
+        "real_length": 5.0, "generated_length": 9.0 - iterate, "length_auc": 0.4,
         "truncation_rate": 0.0, "identical_share": 0.0, "answer_accuracy": 0.25 + iterate / 10, "answers_graded": 3,
         "standard_errors": {"answer_accuracy": 0.02},
     }  # fmt: skip
     if iterate:
         against = {"loss": 0.6 - iterate / 20, "margin": 0.4, "accuracy": 0.7, "generated_logp_drift": -0.5}
         evaluation |= {
-            "opponent": iterate_name(iterate - 1), "beta": 0.5, "real_logp_drift": 0.1, "against_opponent": against,
+            "opponent": iterate_name(iterate - 1), "beta": 0.5, "length_normalised": False, "real_logp_drift": 0.1,
+            "against_opponent": against,
             "against_self": against | {"generated_logp_drift": 0.3}, "jsd_lower_bound": (math.log(2) - 0.6) / 2,
             "kl_to_base": 0.3 * iterate,
         }  # fmt: skip
@@ -109,8 +115,8 @@ def _write_events(run: RunDir, done: int) -> None:
         stages += [f"{iterate_name(iterate)}/heldout_samples", f"{iterate_name(iterate)}/evaluation"]
     for number, stage in enumerate(stages):
         seconds = 10.0 + number
-        commit = {"event": "commit", "stage": stage, "seconds": seconds, "rows": 3, "tokens": 50}
-        lines = [{"time": clock, "event": "start", "stage": stage}, {"time": clock + seconds} | commit]
+        commit = {"event": "commit", "seconds": seconds, "rows": 3, "tokens": 50} | fields_of(stage)
+        lines = [{"time": clock, "event": "start"} | fields_of(stage), {"time": clock + seconds} | commit]
         for line in lines:
             run.storage.append("events.jsonl", json.dumps(line) + "\n")
         clock += seconds + 1

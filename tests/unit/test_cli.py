@@ -11,6 +11,7 @@ import pytest
 import ray
 import yaml
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError, UserError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.run_dir.run_dir import RunDir
@@ -256,8 +257,8 @@ def test_a_bug_is_not_hidden_behind_one_line(call, monkeypatch, recipe):
 
 def test_status_shows_a_run_and_refuses_what_is_none(call, tmp_path):
     run = RunDir(Storage(tmp_path / "run"))
-    content = {"config": RECIPE, "inputs": {}, "start_model": resolve("embedded:tiny-llama")}
-    run.storage.create("run.json", json.dumps(content).encode())
+    facts = {"inputs": {}, "start_model": resolve("embedded:tiny-llama"), "versions": {}}
+    run.begin(SpinConfig.model_validate(RECIPE), facts)
     run.publish(0)
     code, out, error = call("status", tmp_path / "run")
     assert (code, error) == (0, "")

@@ -115,13 +115,9 @@ class Algorithm(ABC):
 
 
 def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str) -> None:
-    """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by.
-
-    A run of an older version may have no column of answers; then nothing is checked.
-    """
-    columns = [table["answer_text"].to_pylist() for table in prompts.tables() if "answer_text" in table.column_names]
-    if columns:
-        refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
+    """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by."""
+    columns = (table["answer_text"].to_pylist() for table in prompts.tables())
+    refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
 
 
 def shortest_rows(prompts: Artefact) -> pa.Table:
@@ -155,8 +151,7 @@ def check_patterns(setting: str, run: RunDir) -> None:
     graded = {"evaluation": run.heldout, "scorer": run.prompts, "self_filter": run.questions}
     prompts = graded[setting.partition(".")[0]]
     if prompts.is_committed:
-        tables = (table for table in prompts.tables() if "answer_text" in table.column_names)
-        rows = (row for table in tables for row in table.select(["messages", "answer_text"]).to_pylist())
+        rows = (row for table in prompts.tables() for row in table.select(["messages", "answer_text"]).to_pylist())
         refuse_no_pattern(setting, ((_asked(row["messages"]), row["answer_text"]) for row in rows))
 
 
@@ -168,20 +163,6 @@ def _asked(messages: str) -> str:
 
 _SHOWN = 80
 """Most characters of a question in an error."""
-
-
-def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
-    """Returns a job of one response per prompt."""
-    return Job(prompts, target, model, samples=samples_of(target, 1))
-
-
-def samples_of(target: Artefact, wanted: int) -> int:
-    """Returns the number of responses per prompt: ``wanted``, or as many as an older version began with."""
-    if target.is_committed:
-        return target.manifest().settings.get("samples_per_prompt", wanted)
-    if begun := next((found for name in target.part_names() if (found := target.open_sealed(name))), None):
-        return 1 + pc.max(begun[0]["sample"]).as_py()
-    return wanted
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:

@@ -11,8 +11,9 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SelfFilterConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once, refuse_no_answers
+from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers
 from spin_ray.loop.stages import pairs
+from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
@@ -47,7 +48,7 @@ class SelfReinforcement(Algorithm):
     def make_pairs(self, turn: Turn) -> None:
         run, config, start = turn.run, turn.config, turn.start.model
         base_answers = run.artefact("start/answers")
-        turn.play(start, [answered_once(run.questions, base_answers, start)])
+        turn.play(start, [Job(run.questions, base_answers, start, samples=1)])
         generations = run.generations(turn.iteration)
         inputs = digests(run.questions, generations, base_answers)
         chosen = config.self_filter

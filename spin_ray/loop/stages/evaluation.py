@@ -169,7 +169,7 @@ def _changes(run_dir: RunDir, iterate: int, rows: pa.Table) -> dict[str, Any]:
 def _grades(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, list[float]]:
     extractor, grade = config.evaluation.answer_extractor, config.evaluation.grade
     column = "answer" if grade == "number" else "answer_text"
-    if (grade == "number" and extractor == "none") or column not in heldout.column_names:
+    if grade == "number" and extractor == "none":
         return {}
     tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
     texts = tokenizer.batch_decode(answers["token_ids"].to_pylist(), skip_special_tokens=True)

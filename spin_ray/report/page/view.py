@@ -140,7 +140,7 @@ class RunView:
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     """Reads what the page shows; ``only_prompts`` picks examples."""
-    config = run.config_as_made()
+    config = run.config()
     events = run.events()
     description = run.description()
     evaluations = read_evaluations(run, config)
@@ -191,7 +191,7 @@ def _versions(description: dict[str, Any], config: SpinConfig) -> list[tuple[str
     """Leaves out those of calls that found nothing left to make."""
     since = description.get("versions_since", {}).items()
     later = [(name, versions) for name, versions in since if iterate_number(name) <= config.iterations]
-    return [("", description.get("versions", {})), *later]
+    return [("", description["versions"]), *later]
 
 
 def _not_evaluated(run: RunDir, config: SpinConfig) -> Iterator[str]:
@@ -277,7 +277,7 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     """Compares the newest iterates of two runs in a sentence."""
     if not first.evaluations or not other.evaluations:
         return f"{first_name} and {other_name} cannot be compared yet: not both have been evaluated."
-    if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
+    if first.description["inputs"]["heldout"] != other.description["inputs"]["heldout"]:
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
     names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 from sqlalchemy import (
-    DDL,
     JSON,
     URL,
     Column,
@@ -51,7 +50,7 @@ _battles = Table(
     Column("seed", Integer, nullable=False),
     Column("model_a", String(64), nullable=False),
     Column("model_b", String(64), nullable=False),
-    Column("request", JSON(none_as_null=True)),
+    Column("request", JSON, nullable=False),
     Column("answer_a", JSON(none_as_null=True)),
     Column("answer_b", JSON(none_as_null=True)),
     Column("digest_a", String(128)),
@@ -87,7 +86,6 @@ class VoteStore:
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_battles, if_not_exists=True))
-                _add_requests(connection)
                 known = {index["name"] for index in inspect(connection).get_indexes(_battles.name)}
                 for index in (_by_time, _by_vote):
                     if index.name not in known:
@@ -150,7 +148,7 @@ class VoteStore:
         return Vote(battle, row.model_a, row.model_b, row.digest_a, row.digest_b, verdict)
 
     def _check_votable(self, row: Row) -> None:
-        if row.created < self._clock() - BATTLE_TTL_S or row.request is None:  # None: an older version began it
+        if row.created < self._clock() - BATTLE_TTL_S:
             raise Refusal(410, "This comparison is too old; start a new one")
         missing = [side for side in get_args(Side) if row._mapping[f"answer_{side}"] is None]
         if missing:
@@ -199,22 +197,16 @@ class VoteStore:
 
 
 def _pair(row: Row) -> dict[str, Any]:
-    request = row.request or row.answer_a  # in votes of older versions each answer holds the request
-    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": request["sampling"]}
+    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": row.request["sampling"]}
     for role, side in zip(("chosen", "rejected"), "ab" if row.verdict == "a" else "ba", strict=True):
         answer = row._mapping[f"answer_{side}"]
         pair |= {
-            role: [*request["messages"], {"role": "assistant", "content": answer["text"]}],
+            role: [*row.request["messages"], {"role": "assistant", "content": answer["text"]}],
             f"{role}_model": row._mapping[f"model_{side}"],
             f"{role}_digest": row._mapping[f"digest_{side}"],
             f"{role}_finish_reason": answer["finish_reason"],
         }
     return pair
-
-
-def _add_requests(connection: Connection) -> None:
-    if "request" not in {column["name"] for column in inspect(connection).get_columns(_battles.name)}:
-        connection.execute(DDL("ALTER TABLE battles ADD COLUMN request JSON"))
 
 
 def _creation(index: Index, dialect: Dialect) -> CreateIndex:

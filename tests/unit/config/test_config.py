@@ -252,13 +252,10 @@ def test_addresses_without_a_password_are_taken():
     parse(serving={"votes": "sqlite:////data/votes.sqlite"}, tracking={"mlflow": {"uri": "databricks://profile"}})
 
 
-def test_settings_that_a_run_has_already_may_be_wrong_and_others_may_not():
-    """An older version allowed them; ``serve`` changes other settings."""
-    sections = {"generation": {"replicas": 2, "resources": {"gpus": 0.5}}, "serving": {"votes": "mysql://me:pw@h/v"}}
-    old = parse_config(MINIMAL | sections, source="run.json", overlooks=lambda _: True)
-    assert override(old, {"serving.port": "1"}).serving.votes == "mysql://me:pw@h/v"
+def test_settings_given_to_a_run_are_checked():
+    assert override(parse(), {"serving.port": "1"}).serving.port == 1
     with pytest.raises(ConfigError, match=r"^the settings given: generation.sampling.temperature: 3: vLLM refuses"):
-        override(old, {"generation.sampling.temperature": "3"})
+        override(parse(), {"generation.sampling.temperature": "3"})
 
 
 @pytest.mark.parametrize(
@@ -369,8 +366,8 @@ def test_the_precision_is_left_to_the_machine_unless_it_is_named():
 def test_a_recipe_that_names_no_precision_takes_the_one_a_run_began_with():
     named = {name: parse(train={"precision": name}) for name in ("auto", "bf16", "fp32")}
     for name, other in named.items():
-        assert named["auto"].settle_auto("precision", other) == other
-        assert named["fp32"].settle_auto("precision", other) == named["fp32"], name
+        assert named["auto"].settle_precision(other) == other
+        assert named["fp32"].settle_precision(other) == named["fp32"], name
 
 
 @pytest.mark.parametrize(
@@ -399,6 +396,14 @@ def test_sizes_that_a_recipe_leaves_open_follow_from_the_device():
     assert sizes(config_of(generation=on_gpu | named).settle_sizes()) == (512, 256)
 
 
+def test_settled_sizes_are_ones_that_a_recipe_may_have():
+    """vLLM's batch has a token of each response at least; what is settled is read from run.json."""
+    engine = {"extra": {"max_num_batched_tokens": 300}}
+    settled = config_of(generation={"resources": {"gpus": 1}, "engine": engine}).settle_sizes()
+    assert sizes(settled) == (4096, 300)
+    assert override(settled, {}) == settled
+
+
 @pytest.mark.parametrize(
     ("generation", "rows", "expected"),
     [
@@ -413,17 +418,8 @@ def test_every_engine_gets_equally_many_shards_of_equal_length(generation, rows,
     assert sizes(config.settle_sizes(rows=rows))[0] == expected
 
 
-def test_a_run_keeps_the_checkpointing_of_activations_that_it_began_with():
-    """Recipes of older versions said true or false, which belongs to a run's identity."""
-    for value in (True, False, "auto"):
-        begun = config_of(train={"gradient_checkpointing": value})
-        assert config_of().settle_auto("gradient_checkpointing", begun).identity() == begun.identity()
-        other = config_of(train={"gradient_checkpointing": True})
-        assert other.settle_auto("gradient_checkpointing", begun) is other
-
-
 def test_a_run_keeps_the_sizes_that_it_began_with():
-    """One of an older version began with 512 and 256 on GPUs; another number in the recipe is not overruled."""
+    """Its recipe may have named them, and its data may have grown; a number in the recipe is not overruled."""
     begun = config_of(generation={"resources": {"gpus": 1}, "shard_rows": 512, "engine": {"max_num_seqs": 256}})
     again = config_of(generation={"resources": {"gpus": 1}}).settle_sizes(begun)
     assert again.identity() == begun.identity()

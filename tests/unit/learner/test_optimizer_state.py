@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError
@@ -75,20 +74,6 @@ def test_an_optimizer_with_modes_exports_its_weights_to_use_and_trains_on(model:
     optimizer.train()
     assert (exported[name] - whole(shard)).abs().max() > 1e-5
     train(backend, rows, 1)
-
-
-def test_a_checkpoint_without_groups_of_an_older_version_is_read(tmp_path: Path) -> None:
-    weights = {"a": nn.Parameter(torch.ones(2))}
-    older = {
-        "weights": {"a": torch.zeros(2)},
-        "optimizer": {"a": {"last": torch.ones(2)}},
-        "steps_done": torch.tensor(5),
-    }
-    dcp.save(older, storage_writer=FileSystemWriter(tmp_path))
-    optimizer = own_optimizers.CountsInGroups(weights.values(), 0.1)
-    assert load_checkpoint(tmp_path, weights, optimizer, f"{HERE}:CountsInGroups") == 5
-    assert weights["a"].tolist() == [0, 0]
-    assert optimizer.state[weights["a"]]["last"].tolist() == [1, 1]
 
 
 def test_a_checkpoint_of_more_groups_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Turn, answered_once
+from spin_ray.loop.algorithms.base import Turn
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.algorithms.self_reinforcement import commonest
 from spin_ray.loop.algorithms.sppo import preferences
@@ -27,14 +27,13 @@ from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_tab
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.training import stage as training
-from spin_ray.run_dir.artefact import Artefact, seal
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import (
     END_OF_TURN,
     config_of,
-    generation_rows,
     rows_of,
     write_answers,
     write_prompts,
@@ -271,17 +270,6 @@ def test_self_reinforcement_may_learn_from_the_sample_with_the_best_grade(run):
     with pytest.raises(ConfigError, match=r"self_filter.min_agreement: self_filter.grade chooses in its place"):
         check_algorithm(config_for("self_reinforcement", sft={}, data={"train": "d", "questions": "q"},
                                    self_filter={"grade": "exact", "min_agreement": 0.5}))  # fmt: skip
-
-
-@pytest.mark.parametrize("committed", [False, True])
-def test_answers_that_an_older_version_sampled_more_often_are_kept(run, committed):
-    target = run.artefact("start/answers")
-    rows = [row | {"sample": sample} for row in generation_rows([("q0", 0, [3, 2])]) for sample in range(3)]
-    entry = target.write_part("part-00000.parquet", seal(pa.Table.from_pylist(rows, GENERATION_SCHEMA), "inputs"))
-    if committed:
-        target.commit({"part-00000.parquet": entry}, {}, {"samples_per_prompt": 3})
-    assert answered_once(run.questions, target, THETA).samples == 3
-    assert answered_once(run.questions, run.artefact("other"), THETA).samples == 1
 
 
 def test_without_a_filter_every_question_is_learnt_from(run):

@@ -106,7 +106,7 @@ def test_a_damaged_file_is_named(backend, tmp_path, logps):
 
 
 def test_nothing_is_said_where_the_engine_told_nothing(backend, tmp_path):
-    """An algorithm without an opponent, a run of an older version (it is warned of), an engine that knows no log p."""
+    """An algorithm without an opponent, a removed file (it is warned of), an engine that knows no log p."""
     assert audit_engine(Job(Storage(tmp_path), audit=None), backend) == {}
     assert audit_engine(Job(Storage(tmp_path)), backend) == {}
     job = Job(Storage(tmp_path))

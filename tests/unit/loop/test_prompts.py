@@ -343,18 +343,6 @@ def test_rows_that_are_held_out_and_not_measured_are_not_trained_on_either(files
     assert numbers_of(files.prepared(config).prompts) == [4, 5, 6, 7]
 
 
-def test_a_folder_of_an_older_version_goes_on_with_the_held_out_rows_that_it_has(files):
-    """It has no ids of the others: finished rows are opened, and those still to be made leave out what is there."""
-    config = files.config(
-        files.source("train", *range(8))["path"], files.source("held", 0, 1)["path"], evaluation={"max_rows": 1}
-    )
-    run = files.prepared(config)
-    run.storage.delete("heldout/ids")
-    assert numbers_of(files.prepared(config).prompts) == list(range(2, 8))
-    run.storage.delete("prompts")
-    assert numbers_of(files.prepared(config).prompts) == list(range(1, 8))
-
-
 def test_ids_of_an_attempt_that_was_never_committed_are_replaced(files):
     config = files.config(
         files.source("train", *range(8))["path"], files.source("held", 0, 1)["path"], evaluation={"max_rows": 1}

@@ -30,12 +30,18 @@ def test_the_papers_preset_has_its_numbers_of_examples():
     assert [benchmark.shots for benchmark in PRESETS["paper"]] == [25, 0, 5, 5, 10, 5]
 
 
+ALIKE = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False}
+"""Conditions of every result."""
+
+
 def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
     """Six values 0.1 … 0.6, standard errors 0.03: 0.35 ± 0.03 / √6. A group has no number of examples of its own."""
 
     def result(benchmark: Benchmark, value: float) -> dict:
         metrics = {benchmark.metric: {"value": value, "standard_error": 0.03}, "other": {"value": 9.0}}
-        return {"metrics": metrics, "shots": None if benchmark.task == "mmlu" else benchmark.shots, "limit": None}
+        return ALIKE | {
+            "metrics": metrics, "shots": None if benchmark.task == "mmlu" else benchmark.shots, "limit": None
+        }  # fmt: skip
 
     results = {it.task: result(it, (place + 1) / 10) for place, it in enumerate(PRESETS["paper"])}
     [mean] = averages(results)["mean of paper"]["metrics"].values()
@@ -55,16 +61,16 @@ def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
     ],
 )
 def test_a_later_result_of_other_conditions_takes_the_mean_away(tmp_path, monkeypatch, others, why):
-    run, alike = made_up_run(tmp_path / "run"), {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False}
+    run = made_up_run(tmp_path / "run")
     results = {
-        it.task: alike | {"metrics": {it.metric: {"value": 0.5, "standard_error": 0.01}}, "shots": it.shots,
+        it.task: ALIKE | {"metrics": {it.metric: {"value": 0.5, "standard_error": 0.01}}, "shots": it.shots,
                           "rows": 9, "limit": None, "task_version": 1}
         for it in PRESETS["paper"]
     }  # fmt: skip
     request = request_for(run.config(), 1, "/m", benchmarks=())
     monkeypatch.setattr(benchmarks, "_measure_on_ray", lambda *_: iter([results]))
     mean = benchmarks.run(run, run.config(), 1, request)["mean of paper"]
-    assert mean.items() >= alike.items() and mean["metrics"]["mean"]["value"] == 0.5
+    assert mean.items() >= ALIKE.items() and mean["metrics"]["mean"]["value"] == 0.5
     monkeypatch.setattr(benchmarks, "_measure_on_ray", lambda *_: iter([{"gsm8k": results["gsm8k"] | others}]))
     found = benchmarks.run(run, run.config(), 1, request)
     assert "mean of paper" not in found and run.evaluation(1)["benchmarks"] == found

@@ -141,7 +141,8 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     with_config(run, data={"train": files})
     metrics = {"acc_norm": {"value": 0.3125, "standard_error": 0.01}}
     evaluation = json.loads(run.storage.read(run.eval_path(2)))
-    arc = {"metrics": metrics, "shots": 25, "task_version": 1.0}
+    conditions = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
+    arc = conditions | {"metrics": metrics, "shots": 25, "task_version": 1.0}
     evaluation["benchmarks"] = {"arc_challenge": arc, "gsm8k": arc | {"backend": "vllm", "limit": 100}}
     evaluation["benchmarks"]["empty"] = arc | {"metrics": {"acc": {"value": math.nan, "standard_error": None}}}
     run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
@@ -151,8 +152,8 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     assert metadata["model-index"][0]["results"][1]["metrics"] == [
         {"type": "acc_norm", "name": "acc_norm", "value": 0.3125}
     ]
-    assert "| arc_challenge | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
-    assert "| gsm8k, vllm, first 100 rows | 25 |" in text
+    assert "| arc_challenge, hf, float32 | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
+    assert "| gsm8k, vllm, float32, first 100 rows | 25 |" in text
     assert len(metadata["model-index"][0]["results"]) == 2, "neither a trial nor NaN is a result for the hub"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from spin_ray.report.forecast import forecast, turn_of
-from spin_ray.run_dir.events import duration, exact_duration, with_fields
+from spin_ray.run_dir.events import duration, exact_duration, fields_of
 from tests.support.fakes import config_of
 
 CONFIG = config_of(
@@ -17,9 +17,9 @@ def events_of(*stages: tuple[str, float, dict[str, Any]]) -> list[dict[str, Any]
     """Committed stages one after another from time 0: (name, seconds, what they counted)."""
     clock, found = 0.0, []
     for name, seconds, counted in stages:
-        found.append({"time": clock, "event": "start", "stage": name})
+        found.append({"time": clock, "event": "start", **fields_of(name)})
         clock += seconds
-        found.append({"time": clock, "event": "commit", "stage": name, "seconds": seconds, **counted})
+        found.append({"time": clock, "event": "commit", **fields_of(name), "seconds": seconds, **counted})
     return found
 
 
@@ -42,7 +42,7 @@ FIRST_TURN = [
     ],
 )  # fmt: skip
 def test_what_an_iterate_does_is_its_turn_and_what_makes_it_the_one_before(stage, turn):
-    assert turn_of(with_fields({"stage": stage})) == turn
+    assert turn_of(fields_of(stage)) == turn
 
 
 def test_before_anything_has_started_nothing_is_foretold():
@@ -51,20 +51,27 @@ def test_before_anything_has_started_nothing_is_foretold():
 
 def test_kinds_that_no_turn_has_shown_come_on_top():
     """Training has just begun, and says itself that 70 s are left; the iteration ends with it."""
-    events = [*events_of(*PREPARED, *FIRST_TURN[:3]), {"time": 99.0, "event": "start", "stage": "iter_000/training"}]
+    events = [
+        *events_of(*PREPARED, *FIRST_TURN[:3]),
+        {"time": 99.0, "event": "start", **fields_of("iter_000/training")},
+    ]
     found = forecast(CONFIG, events, 110.0, 70.0)
     assert (found.turn, found.iteration.seconds, found.iteration.is_all) == (0, 70.0, True)
     # Turn 1: sampling 60, pairs 2. Turn 2: sampling 20 of 120 rows, 10. Training is not known, nor is evaluation.
     assert (found.run.seconds, found.run.is_all) == (70 + 60 + 2 + 10, False)
     assert str(found.run) == "over 2 min left"
-    first = forecast(CONFIG, [{"time": 0.0, "event": "start", "stage": "prompts"}], 1.0, None)
+    first = forecast(CONFIG, [{"time": 0.0, "event": "start", **fields_of("prompts")}], 1.0, None)
     assert str(first.run) == "time left not known yet"
 
 
 def test_a_turn_with_twice_the_pairs_trains_twice_as_long():
     """10 s of 60 into the sampling of turn 1: 50 + 2 + 200 for the iteration, evaluation not known yet."""
     stages = events_of(*PREPARED, *FIRST_TURN)
-    start = {"time": stages[-1]["time"], "event": "start", "stage": "iter_000/heldout_samples + iter_001/generations"}
+    start = {
+        "time": stages[-1]["time"],
+        "event": "start",
+        **fields_of("iter_000/heldout_samples + iter_001/generations"),
+    }
     found = forecast(CONFIG, [*stages, start], start["time"] + 10, None)
     assert (found.turn, found.iteration.seconds, found.iteration.is_all) == (1, pytest.approx(252), False)
 
@@ -80,7 +87,7 @@ def test_once_each_kind_was_seen_the_whole_run_is_foretold():
 
 def test_attempts_that_failed_count_as_time_that_the_stage_takes():
     """40 s were lost in a failure, then 100: the next training, of twice the pairs, is expected to take 280."""
-    failed = {"time": 139.0, "event": "failure", "stage": "iter_000/training", "seconds": 40.0}
+    failed = {"time": 139.0, "event": "failure", **fields_of("iter_000/training"), "seconds": 40.0}
     stages = events_of(*PREPARED, *FIRST_TURN)
     events = [*stages[:-2], failed, *stages[-2:]]
     found = forecast(CONFIG, events, stages[-1]["time"], None)
@@ -94,7 +101,7 @@ def test_attempts_that_failed_count_as_time_that_the_stage_takes():
 def test_work_of_a_killed_driver_is_part_of_the_price_or_there_is_no_price(told, expected, is_all):
     """It trained for 7,200 s, and the next one ended the training in 720. Turn 1 has twice the pairs."""
     stages = events_of(*PREPARED, *FIRST_TURN[:3])
-    training = {"stage": "iter_000/training"}
+    training = fields_of("iter_000/training")
     resumed = [
         {"time": 112.0, "event": "start"}, *told, {"time": 7400.0, "event": "start"},
         {"time": 8120.0, "event": "commit", "seconds": 720.0},
@@ -106,7 +113,7 @@ def test_work_of_a_killed_driver_is_part_of_the_price_or_there_is_no_price(told,
 
 
 def test_a_benchmark_beside_the_run_is_no_stage_of_it():
-    start = {"time": 300.0, "event": "start", "stage": "sft/benchmarks"}
+    start = {"time": 300.0, "event": "start", **fields_of("sft/benchmarks")}
     events = events_of(*PREPARED, *FIRST_TURN)
     assert forecast(CONFIG, [*events, start], 300.0, None) == forecast(CONFIG, events, 300.0, None)
 
@@ -121,7 +128,7 @@ def test_stages_that_other_algorithms_add_are_learned_from_their_first_turn():
 
 def test_a_stage_that_belongs_to_no_iterate_is_no_surprise():
     """SEFT trains its reviser in the middle of turn 0."""
-    start = {"time": 97.0, "event": "start", "stage": "reviser/training"}
+    start = {"time": 97.0, "event": "start", **fields_of("reviser/training")}
     found = forecast(CONFIG, [*events_of(*PREPARED, *FIRST_TURN[:2]), start], 98.0, None)
     assert not found.run.is_all
 

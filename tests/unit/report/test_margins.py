@@ -36,6 +36,7 @@ def test_margins_by_hand():
     loss = (math.log1p(math.exp(-3)) + math.log1p(math.exp(1))) / 2
     assert found == {
         "beta": 0.5,
+        "length_normalised": False,
         "real_logp_drift": pytest.approx(0.5),
         "against_opponent": {
             "loss": pytest.approx(loss), "margin": pytest.approx(1.0), "accuracy": 0.5,
@@ -70,7 +71,7 @@ def test_margins_per_token_are_those_of_the_length_normalised_objective():
     assert found["against_opponent"]["margin"] == pytest.approx((35 + 10) / 2)
     assert found["real_logp_drift"] == pytest.approx(2.0), "drifts stay sums"
     assert found["length_normalised"] is True
-    assert "length_normalised" not in margin_measures(scores, "iter_000", "sft", "sft", beta=10.0)
+    assert margin_measures(scores, "iter_000", "sft", "sft", beta=10.0)["length_normalised"] is False
 
 
 def test_a_model_equal_to_its_opponent_has_loss_ln_2_and_is_no_distance_away():

@@ -15,7 +15,7 @@ from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_ch
 from spin_ray.report.page.view import compare, read_view
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.uncertainty import ROW_SCHEMA, common_means
-from spin_ray.run_dir.events import spans
+from spin_ray.run_dir.events import fields_of, spans
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_to_bytes
 from tests.support.made_up_run import made_up_run
@@ -85,13 +85,14 @@ def test_the_recipe_holds_what_is_not_a_default(finished):
 
 def test_two_runs_show_what_differs(finished, tmp_path):
     other = made_up_run(tmp_path / "other", iterations=3)
+    other.storage.delete(other.heldout_rows_path(2))
     page = write_report([finished, other], tmp_path / "page.html").read_text()
     differing = page.partition('id="differing"')[2].partition("</table>")[0]
     assert "<code>iterations</code>" in differing
     assert "<code>seed</code>" not in differing
     assert "finished: iter_001" in page
     assert "other: iter_001" in page
-    # The same rows, 0.45 ± 0.02 each.
+    # 0.45 ± 0.02 each, as if of different rows, since those of one run are missing.
     compared = page.partition('id="comparison-1">')[2].partition("</p>")[0]
     assert "iter_001 of other against iter_001 of finished: 45.0% of the held-out questions right" in compared
     assert "+0.0% (± 5.5%), no more than chance may give" in compared
@@ -180,19 +181,20 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     """± is 1.96 · 0.01."""
     run = made_up_run(tmp_path / "run")
     metrics = {"acc": {"value": 0.3125, "standard_error": 0.01}}
-    result = {"gsm8k": {"metrics": metrics, "shots": 5, "task_version": 3.0}}
+    conditions = {"backend": "vllm", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
+    result = {"gsm8k": conditions | {"metrics": metrics, "shots": 5, "task_version": 3.0}}
     evaluation = json.loads(run.storage.read("iter_000/eval.json"))
     run.storage.replace("iter_000/eval.json", json.dumps(evaluation | {"benchmarks": result}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
     table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
-    assert "gsm8k, 5 examples, version 3.0" in table
+    assert "gsm8k, vllm, float32, 5 examples, version 3.0" in table
     assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
     evaluation = json.loads(run.storage.read("iter_001/eval.json"))
     trial = {"gsm8k": result["gsm8k"] | {"backend": "hf", "chat": True, "limit": 10}}
     run.storage.replace("iter_001/eval.json", json.dumps(evaluation | {"benchmarks": trial}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
     table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
-    assert "gsm8k, hf, chat, first 10 rows, 5 examples, version 3.0" in table
+    assert "gsm8k, hf, float32, chat, first 10 rows, 5 examples, version 3.0" in table
     assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
 
 
@@ -211,12 +213,13 @@ def test_examples_come_in_the_order_of_margins_with_both_extremes(finished):
 
 
 def test_an_attempt_whose_driver_died_is_lost_and_a_last_one_may_still_run():
-    events = [
-        {"time": 0.0, "event": "start", "stage": "iter_000/training"},
-        {"time": 50.0, "event": "start", "stage": "iter_000/training"},
-        {"time": 60.0, "event": "failure", "stage": "iter_000/training", "seconds": 10.0},
-        {"time": 70.0, "event": "start", "stage": "iter_000/training"},
+    lines = [
+        {"time": 0.0, "event": "start"},
+        {"time": 50.0, "event": "start"},
+        {"time": 60.0, "event": "failure", "seconds": 10.0},
+        {"time": 70.0, "event": "start"},
     ]
+    events = [line | fields_of("iter_000/training") for line in lines]
     found = [(span.outcome, span.start, span.end, span.is_end_known) for span in spans(events, seen=85.0)]
     assert found == [("lost", 0.0, 0.0, False), ("failure", 50.0, 60.0, True), ("running", 70.0, 85.0, False)]
 
@@ -230,7 +233,7 @@ def test_the_length_of_an_attempt_is_said_as_far_as_it_is_known(tmp_path):
         {"time": start, "event": "start"}, {"time": start + 1000, "event": "start"},
         {"time": start + 2000, "event": "lost", "seconds": 700.0}, {"time": start + 2000, "event": "start"},
     ):  # fmt: skip
-        run.storage.append("events.jsonl", json.dumps({"stage": "iter_002/training"} | line) + "\n")
+        run.storage.append("events.jsonl", json.dumps(fields_of("iter_002/training") | line) + "\n")
     run.storage.replace("progress.json", json.dumps({"time": start + 2090, "line": ""}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
     lost = "lost when its driver died"

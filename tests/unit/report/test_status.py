@@ -36,7 +36,7 @@ EVALUATION = {
 @pytest.fixture
 def run(tmp_path):
     run = RunDir(Storage(tmp_path / "[old]" / "run"))
-    run.begin(CONFIG, {"inputs": {}, "start_model": TINY})
+    run.begin(CONFIG, {"inputs": {}, "start_model": TINY, "versions": {}})
     return run
 
 
@@ -230,7 +230,7 @@ def test_answers_for_people_are_shown_with_their_temperature_cut_where_they_are_
         config_of(
             iterations=1, data={"train": "d", "heldout": "h"}, evaluation={"examples": 2, "examples_temperature": 0.5}
         ),
-        {"inputs": {}, "start_model": TINY},
+        {"inputs": {}, "start_model": TINY, "versions": {}},
     )
     write_evaluation(run, 0)
     write_example(run, "q", "word " * 200, {0: ["measured"], 1: ["measured"]}, read={0: "read", 1: "later"})

@@ -203,17 +203,6 @@ def test_another_run_is_refused_and_every_difference_named_with_both_values(run)
     assert run.storage.read("run.json") == before
 
 
-@pytest.mark.parametrize(
-    ("began", "named", "goes_on"),
-    [("bf16", "auto", "bf16"), ("fp32", "auto", "fp32"), ("auto", "fp32", "fp32"), ("auto", "auto", "auto")],
-)
-def test_a_precision_that_is_left_to_the_machine_is_the_one_that_the_run_began_with(run, began, named, goes_on):
-    """Before ``auto`` was the default, run.json of a recipe that names no precision said bf16."""
-    run.begin(with_values(train={"precision": began}), FACTS)
-    run.begin(with_values(train={"precision": named}), FACTS)
-    assert run.config() == with_values(train={"precision": goes_on})
-
-
 def test_a_precision_that_is_named_must_be_the_one_that_the_run_began_with(run):
     run.begin(with_values(train={"precision": "bf16"}), FACTS)
     make(run, "sft/checkpoints/0/step-1/seal.json")
@@ -293,6 +282,13 @@ def test_data_and_models_may_move_as_long_as_their_bytes_are_the_same(run, diges
     else:
         with pytest.raises(RunDirError, match=r"data \(was '22', now '44'\); data\.train"):
             run.begin(moved, facts)
+
+
+def test_a_mapping_that_was_empty_is_told_by_its_new_keys(run):
+    run.begin(CONFIG, FACTS)
+    make(run, f"iter_000/model/{MANIFEST}")
+    with pytest.raises(RunDirError, match=r"another run: data\.columns\.prompt \(was None, now 'q'\); restore"):
+        run.begin(with_values(data={"train": "d", "columns": {"prompt": "q"}}), FACTS)
 
 
 def test_a_change_before_anything_was_made_with_it_is_told_with_both_values(run, caplog):
@@ -455,21 +451,3 @@ def test_a_run_keeps_the_date_that_it_began_with(run):
     run.begin(CONFIG, FACTS)
     assert run.date().isoformat() == "2024-07-26T23:59:00" == run.description()["date"]
     assert stored["date"] == began.isoformat()
-
-
-def test_a_run_of_an_older_version_gets_a_date_when_it_goes_on(run):
-    run.begin(CONFIG, FACTS)
-    old = {key: value for key, value in run.description().items() if key != "date"}
-    run.storage.replace("run.json", json.dumps(old).encode())
-    run.begin(CONFIG, FACTS)
-    assert run.description()["date"] == run.date().isoformat()
-
-
-def test_a_run_whose_recipe_an_older_version_allowed_goes_on_once_the_recipe_is_mended(run):
-    run.begin(CONFIG, FACTS)
-    stored = run.description()
-    stored["config"]["train"]["optimizer"]["betas"] = [0.9, 1.0]
-    run.storage.replace("run.json", json.dumps(stored).encode())
-    assert run.config().train.optimizer.betas == (0.9, 1.0)
-    run.begin(CONFIG, FACTS)
-    assert run.config() == CONFIG

@@ -27,7 +27,7 @@ from tests.support.fakes import MINIMAL, config_of
 from tests.support.paths import RECIPES, ROOT
 from tests.support.planning_cases import SPIN
 
-FACTS: dict[str, Any] = {"inputs": {}, "start_model": "m"}
+FACTS: dict[str, Any] = {"inputs": {}, "start_model": "m", "versions": {}}
 CPU, GPU = ResourcesConfig(), ResourcesConfig(gpus=1)
 
 
@@ -128,7 +128,6 @@ def test_what_the_recipe_says_is_not_measured(machine):
 
 @pytest.mark.parametrize(("began", "here"), [("bf16", "fp32"), ("fp32", "bf16")])
 def test_a_run_goes_on_in_the_precision_it_began_with_on_another_machine(machine, tmp_path, began, here):
-    """Also a run of the versions whose default was bf16: their run.json says so."""
     run = RunDir(Storage(tmp_path / "run"))
     run.begin(config_of(train={"precision": began}), FACTS)
     run.storage.create("sft/train_log.jsonl", b"")

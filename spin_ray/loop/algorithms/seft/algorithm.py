@@ -6,7 +6,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, open_renderer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once, refuse_no_room, shortest_rows
+from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_room, shortest_rows
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
@@ -40,7 +40,7 @@ class Seft(Algorithm):
         asked = run.artefact(f"{iteration_name(iteration)}/revision_prompts")
         revisions = run.artefact(f"{iteration_name(iteration)}/revisions")
         revision.revision_prompts(run, config, renderer, prompts, answers, asked)
-        turn.play(reviser, [answered_once(asked, revisions, reviser)])
+        turn.play(reviser, [Job(asked, revisions, reviser, samples=1)])
         longest, dropped = config.model.max_length, Counter[str]()
         rows = revision.revised_rows(renderer, asked, revisions, iteration, longest, dropped)
         inputs = digests(asked, revisions)

@@ -67,12 +67,14 @@ def _check(job: TrainJob, difference: float, responses: int) -> None:
 
 
 def _read(job: TrainJob) -> pa.Table | None:
-    """Returns AUDIT_SCHEMA rows, an empty table if nothing was audited, or None for a damaged file."""
+    """Returns AUDIT_SCHEMA rows, or None for a damaged file.
+
+    The table is empty if nothing was audited, or if a damaged file was removed.
+    """
     data = job.storage.find(job.audit) if job.audit else None
     if data is None:
         if job.audit and dist.get_rank() == 0:
-            where = job.storage.where(job.audit)
-            logger.warning("%s: is missing, as in runs of older versions; the engine is not audited", where)
+            logger.warning("%s: is missing; the engine is not audited", job.storage.where(job.audit))
         return AUDIT_SCHEMA.empty_table()
     try:
         return table_from_bytes(data)

@@ -1,6 +1,6 @@
 """The description of a training."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -66,14 +66,13 @@ class TrainJob:
     def settings(self) -> dict[str, Any]:
         optimizer = self.backend.optimizer
         return {
-            "loss": self.objective.loss, "beta": self.objective.beta, "sft_weight": self.objective.sft_weight,
-            "length_normalised": self.objective.length_normalised, "reference_alpha": self.reference_alpha,
-            "epochs": self.epochs, "learning_rate": self.backend.learning_rate, "seed": self.seed,
+            **asdict(self.objective), "reference_alpha": self.reference_alpha,
+            "epochs": self.epochs, "schedule_epochs": self.schedule_epochs,
+            "learning_rate": self.backend.learning_rate, "seed": self.seed,
             "pack_length": self.shape.pack_length, "global_batch_pairs": self.shape.global_batch_pairs,
             "precision": self.backend.precision, "attention": self.backend.attention,
-            "optimizer": optimizer.model_dump(mode="json", exclude_none=True) if optimizer else None,
-            **self.objective.parameters(),
-        } | ({"schedule_epochs": self.schedule_epochs} if self.schedule_epochs else {})  # fmt: skip
+            "optimizer": optimizer.model_dump(mode="json") if optimizer else None,
+        }  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         return {**self.inputs(), **self.settings()}
