@@ -15,16 +15,16 @@ from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.history import (
     evaluation_of,
     is_evaluated,
+    read_all_rows,
     read_benchmarks,
     read_evaluations,
-    read_rows,
     read_train_logs,
 )
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.report.uncertainty import Change, changes_by_row, common_means
+from spin_ray.report.uncertainty import Change, change_of, changes_by_row, common_means
 from spin_ray.run_dir.events import Span, spans
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
@@ -57,8 +57,8 @@ class RunView:
     versions: list[tuple[str, dict[str, str]]]
     """Versions of packages, first those that the run began with; each with the first iterate that they made."""
     evaluations: list[Evaluation]
-    rows: pa.Table | None
-    """The newest evaluation's measures by held-out row; None if it has none."""
+    rows: dict[str, pa.Table]
+    """Measures by held-out row, by iterate."""
     train_logs: dict[str, list[dict[str, Any]]]
     benchmarks: dict[str, dict[str, Any]]
     spans: list[Span]
@@ -135,7 +135,9 @@ class RunView:
             else:
                 first = "Nothing has been evaluated yet."
             return first, f"The run is {self.state}."
-        return _worth(self.evaluations), _caution(self.evaluations, self.warnings)
+        return _worth(self.evaluations, self.rows) + _rank(self.evaluations, self.rows), _caution(
+            self.evaluations, self.warnings
+        )
 
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
@@ -144,6 +146,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     events = run.events()
     description = run.description()
     evaluations = read_evaluations(run, config)
+    rows = read_all_rows(run, evaluations)
     examples, no_examples = _examples(run, config, only_prompts)
     state, failure = _state(run, config, events)
     unreadable = list(_not_evaluated(run, config))
@@ -153,7 +156,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         description=hide(description),
         versions=_versions(description, config),
         evaluations=evaluations,
-        rows=read_rows(run, iterate_number(evaluations[-1]["iterate"])) if evaluations else None,
+        rows=rows,
         train_logs=read_train_logs(run, config),
         benchmarks=read_benchmarks(run, config),
         spans=spans(events, read_progress(run).get("time", 0.0)),
@@ -163,7 +166,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         pairs=_pairs(run, config, unreadable),
         state=state,
         failure=failure,
-        warnings=all_warnings(evaluations),
+        warnings=all_warnings(evaluations, rows, config.generation.sampling.max_tokens),
         unreadable=unreadable,
     )
 
@@ -232,12 +235,12 @@ def _pairs(run: RunDir, config: SpinConfig, unreadable: list[str]) -> list[tuple
     return found
 
 
-def _worth(evaluations: list[Evaluation]) -> str:
+def _worth(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
     first, last = evaluation_of(evaluations, 0), evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first or {})
     if now is not None and before is not None and first is not None and first is not last:
-        changed = _judged(Change.of("answer_accuracy", first, last), ".1%")
+        changed = _judged(change_of("answer_accuracy", first, last, rows), ".1%")
         return (
             f"{name} answers {now:.1%} of {last['answers_graded']} held-out questions right, {first['iterate']} "
             f"{before:.1%}: a change of {changed}."
@@ -256,6 +259,39 @@ def _worth(evaluations: list[Evaluation]) -> str:
         f"{name} cannot be shown to tell held-out human responses from those of {last['opponent']} "
         f"(loss {shown}; guessing gives {GUESSING:.3f})."
     )
+
+
+def _rank(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
+    """Compares the newest iterate with the one before it, and names an earlier one that answers better.
+
+    Returns nothing for θ_0 and θ_1 alone, which ``_worth`` compares.
+    """
+    *earlier, last = evaluations
+    if len(earlier) < 2:
+        return ""
+    accuracy = BY_KEY["answer_accuracy"]
+    graded = [it for it in earlier if None not in (accuracy.of(it), accuracy.of(last))]
+
+    def change(key: str, before: Evaluation, digits: str, unit: str = "") -> str:
+        return f"{before[key]:{digits}}{unit}, a change of {_judged(change_of(key, before, last, rows), digits)}"
+
+    before = earlier[-1]
+    if before in graded:
+        said = f" {before['iterate']}, the iterate before, answered {change('answer_accuracy', before, '.1%')}."
+    else:
+        numbers = change("generated_length", before, ".1f", " tokens")
+        said = f" Responses of {before['iterate']}, the iterate before, have {numbers}."
+    better = [it for it in graded if _is_fall(change_of("answer_accuracy", it, last, rows))]
+    if not better:
+        return said
+    best = max(better, key=lambda it: it["answer_accuracy"])
+    known = best is before or best is evaluation_of(evaluations, 0)
+    numbers = "" if known else f" ({change('answer_accuracy', best, '.1%')})"
+    return f"{said} The best is {best['iterate']}{numbers}: use {best['iterate']}, not {last['iterate']}."
+
+
+def _is_fall(change: Change) -> bool:
+    return change.half is not None and change.value < -change.half
 
 
 def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
@@ -280,21 +316,22 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
+    rows = [view.rows.get(view.evaluations[-1]["iterate"]) for view in (first, other)]
     names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
     for key, say in (("answer_accuracy", _say_accuracy), ("generated_length", _say_length)):
         if None in (BY_KEY[key].of(one), BY_KEY[key].of(two)):
             continue
         otherwise = _other_conditions(first, other, key)
-        if first.rows is None or other.rows is None:
+        if rows[0] is None or rows[1] is None:
             change = Change.of(key, one, two, {})
             return f"{names}: {say((one[key], two[key]), '', change, one['real_length'])}{otherwise}"
-        means = common_means(key, first.rows, other.rows)
+        means = common_means(key, rows[0], rows[1])
         if means is None:
             continue
-        before, now, rows = means
-        change = Change.of(key, one, two, changes_by_row(first.rows, other.rows))
-        human = one["real_length"] if rows == one["rows"] == two["rows"] else None
-        return f"{names}: {say((before, now), f'{rows} ', change, human)}{otherwise}"
+        before, now, count = means
+        change = Change.of(key, one, two, changes_by_row(rows[0], rows[1]))
+        human = one["real_length"] if count == one["rows"] == two["rows"] else None
+        return f"{names}: {say((before, now), f'{count} ', change, human)}{otherwise}"
     return f"{first_name} and {other_name} have no measure or no held-out rows in common, so they cannot be compared."
 
 

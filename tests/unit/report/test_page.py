@@ -36,6 +36,56 @@ def test_the_verdict_weighs_a_change_of_accuracy_against_chance(finished):
     assert caution.startswith("No sign of collapse: responses went from 9.0 to 7.0 tokens (human: 5.0)")
 
 
+def with_accuracies(folder: Path, *accuracies: float, rows: int = 200) -> RunDir:
+    """Returns a run whose iterates answer the first ``accuracies`` of the rows right."""
+    run = made_up_run(folder, iterations=len(accuracies) - 1, done=len(accuracies) - 1)
+    for iterate, accuracy in enumerate(accuracies):
+        evaluation = json.loads(run.storage.read(run.eval_path(iterate)))
+        more = {"answer_accuracy": accuracy, "answers_graded": rows, "standard_errors": {"answer_accuracy": 0.2}}
+        run.storage.replace(run.eval_path(iterate), json.dumps(evaluation | more).encode())
+        each = [
+            {"prompt_id": f"p{number}", "conversation": number, "answer_accuracy": float(number < rows * accuracy),
+             "truncation_rate": 0.0, "generated_length": 9.0 - iterate}
+            for number in range(rows)
+        ]  # fmt: skip
+        content = table_to_bytes(pa.Table.from_pylist(each, ROW_SCHEMA))
+        run.storage.replace(run.heldout_rows_path(iterate), content)
+    return run
+
+
+def test_a_newest_iterate_that_is_worse_than_the_one_before_it_is_not_recommended(tmp_path):
+    """A fifth of 200 rows changed: ±1.96 · 0.4 / √200 = ±5.5 %, and a bit more with the added rows."""
+    view = read_view(with_accuracies(tmp_path / "run", 0.25, 0.6, 0.4))
+    worth, _ = view.verdict()
+    assert "iter_000, the iterate before, answered 60.0%, a change of -20.0% (± 5.7%), more than chance." in worth
+    assert worth.endswith("The best is iter_000: use iter_000, not iter_001.")
+    assert [iterate for iterate, text in view.warnings if "60.0% at iter_000" in text] == ["iter_001"]
+
+
+def test_an_earlier_iterate_that_is_better_than_the_newest_is_named_with_its_numbers(tmp_path):
+    worth = read_view(with_accuracies(tmp_path / "run", 0.25, 0.6, 0.4, 0.4)).verdict()[0]
+    assert "iter_001, the iterate before, answered 40.0%, a change of +0.0%" in worth
+    assert "The best is iter_000 (60.0%, a change of -20.0% (± 5.7%), more than chance): use iter_000" in worth
+
+
+def test_nothing_is_recommended_within_chance_or_beside_one_iterate(tmp_path):
+    assert "The best is" not in read_view(with_accuracies(tmp_path / "run", 0.25, 0.41, 0.4)).verdict()[0]
+    assert "iterate before" not in read_view(with_accuracies(tmp_path / "one", 0.6, 0.25)).verdict()[0]
+
+
+def test_without_answers_to_grade_the_lengths_of_the_iterate_before_are_compared(tmp_path):
+    run = with_accuracies(tmp_path / "run", 0.25, 0.6, 0.4)
+    for iterate in range(3):
+        evaluation = json.loads(run.storage.read(run.eval_path(iterate)))
+        del evaluation["answer_accuracy"]
+        run.storage.replace(run.eval_path(iterate), json.dumps(evaluation).encode())
+    worth = read_view(run).verdict()[0]
+    assert (
+        "Responses of iter_000, the iterate before, have 8.0 tokens, a change of -1.0 (± 0.0), more than chance"
+        in worth
+    )
+
+
 def test_a_warning_takes_the_place_of_the_all_clear(tmp_path):
     run = made_up_run(tmp_path / "run")
     evaluation = json.loads(run.storage.read(run.eval_path(2))) | {"identical_share": 0.8}
