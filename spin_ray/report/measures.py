@@ -32,6 +32,11 @@ class Measure:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    @property
+    def is_of_own_opponent(self) -> bool:
+        """Tells whether each iterate is measured against another model, the iterate before it."""
+        return self.key.startswith(("against_", "jsd_")) or self.key == "real_logp_drift"
+
     def interval(self, evaluation: Evaluation) -> tuple[float, float] | None:
         """Returns the 95 % interval; None without a standard error."""
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
@@ -48,7 +53,8 @@ MEASURES = (
     Measure(
         "against_opponent.loss", "held-out loss",
         "logistic loss on held-out rows, with y′ of the opponent, which is the iterate before",
-        "At or above ln 2 = 0.693: it learned nothing that carries over. Near 0: different, not yet better.", 4,
+        "At or above ln 2 = 0.693: nothing carries over, or this model cannot tell the opponent from the humans. Near "
+        "0: different, not yet better; a rise from one iterate to the next can mean a closer opponent.", 4,
     ),
     Measure(
         "against_opponent.objective", "held-out objective",
@@ -78,7 +84,8 @@ MEASURES = (
         "jsd_lower_bound", "distance of the opponent",
         "(ln 2 − held-out loss) / 2, in nats: a lower bound, up to sampling error, of the Jensen-Shannon divergence "
         "between human responses and the opponent's",
-        "No longer falling: further iterations bring nothing that this model can see.", 4,
+        "Near 0, as the loss is near ln 2: this model sees nothing left to learn. A fall can mean a closer opponent, "
+        "or a model that learned less.", 4,
     ),
     Measure(
         "real_logp_drift", "drift of log p(y)",

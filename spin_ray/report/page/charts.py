@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -28,7 +28,8 @@ class Series:
     colour: int
     intervals: Sequence[tuple[float, float] | None] = ()
     """(low, high) of each point."""
-    dashed: bool = False
+    joined: bool = True
+    """False draws points without a line between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +126,9 @@ def gantt(bars: Sequence[Bar]) -> Markup:
 
 
 def _draw(svg: ElementTree.Element, line: Series, x_at: Place, y_at: Place, x_names: Sequence[str] | None) -> None:
-    kind = f"s{line.colour % COLOURS}" + (" dashed" if line.dashed else "")
+    kind = f"s{line.colour % COLOURS}"
     path = " ".join(f"{'L' if i else 'M'}{x_at(x):.1f},{y_at(y):.1f}" for i, (x, y) in enumerate(line.points))
-    if path:
+    if path and line.joined:
         _title(_add(svg, "path", f"line {kind}", d=path), line.name)
     for (x, _), interval in zip(line.points, line.intervals, strict=False):
         if interval:
@@ -141,11 +142,11 @@ def _draw(svg: ElementTree.Element, line: Series, x_at: Place, y_at: Place, x_na
 def _thinned(line: Series) -> Series:
     points = [(x, y) for x, y in line.points if math.isfinite(y)]
     if len(points) <= MOST_POINTS:
-        return line if len(points) == len(line.points) else Series(line.name, points, line.colour, (), line.dashed)
+        return line if len(points) == len(line.points) else replace(line, points=points, intervals=())
     size = math.ceil(len(points) / MOST_POINTS)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in bins]
-    return Series(line.name, means, line.colour, (), line.dashed)
+    return replace(line, points=means, intervals=())
 
 
 def _spoken(line: Series) -> str:

@@ -305,6 +305,54 @@ def test_the_title_of_a_mark_is_escaped(finished):
     assert gantt([]) == ""
 
 
+def charts_of(page: str) -> dict[str, str]:
+    """Returns the figures of a page by their titles."""
+    return dict(re.findall(r"<figure><figcaption>(.*?)</figcaption>(.*?)</figure>", page, re.DOTALL))
+
+
+def test_what_is_measured_against_another_opponent_each_time_is_not_joined(finished, tmp_path):
+    charts = charts_of(write_report([finished], tmp_path / "page.html").read_text())
+    for title, joined in (
+        ("Answer accuracy", 1), ("Held-out loss and loss on own samples", 0), ("Distance of the opponent", 0),
+        ("KL to the base and KL to the opponent", 1),
+    ):  # fmt: skip
+        svg, _, said = charts[title].partition("</svg>")
+        assert svg.count('class="line') == joined, title
+        assert ("do not rank iterates by them" in said) is (title != "Answer accuracy")
+        assert svg.count('class="dot') >= 2
+    assert "closer opponent" in charts["Held-out loss and loss on own samples"]
+    assert "closer opponent" in charts["Distance of the opponent"]
+
+
+def test_a_chart_of_several_runs_has_the_title_of_the_one_measure_that_it_shows(finished, tmp_path):
+    other = made_up_run(tmp_path / "other", iterations=3)
+    charts = charts_of(write_report([finished, other], tmp_path / "page.html").read_text())
+    assert {"Held-out loss", "Margin", "KL to the base", "Length of y′", "Cut at max_tokens"} <= charts.keys()
+
+
+def test_of_more_lines_than_colours_the_first_and_the_last_are_drawn(tmp_path):
+    charts = charts_of(write_report([made_up_run(tmp_path / "run", iterations=8, done=8)], tmp_path / "p").read_text())
+    drawn = charts["Margin accuracy"]
+    assert re.findall(r"</svg>(iter_\d+)</li>", drawn) == ["iter_000", *(f"iter_{n:03d}" for n in range(3, 8))]
+    legend = drawn.partition('class="legend"')[2]
+    assert re.findall(r'class="line (s\d)"', legend) == [f"s{colour}" for colour in range(6)]
+    assert "Of 8 trainings the first and the last 5 are drawn." in drawn
+
+
+def test_charts_of_training_say_what_a_point_is_and_show_the_drift_of_log_p(finished, tmp_path):
+    run = made_up_run(tmp_path / "run")
+    log = [
+        json.loads(line) | {"real_logp_drift": -0.5}
+        for line in run.storage.read("iter_001/train_log.jsonl").splitlines()
+    ]
+    run.storage.replace("iter_001/train_log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+    charts = charts_of(write_report([run], tmp_path / "page.html").read_text())
+    assert "Each point is one batch of 64 pairs. Clipped at 1." in charts["Gradient norm before clipping"]
+    assert "In nats times beta." in charts["Margin"]
+    assert "nats per response" in charts["Drift of log p(y)"]
+    assert "Drift of log p(y)" not in charts_of(write_report([finished], tmp_path / "page.html").read_text())
+
+
 # Secrets
 
 

@@ -65,7 +65,7 @@ def assert_drawn(page, at_least):
     assert figures.count() >= at_least
     for index in range(figures.count()):
         figure = figures.nth(index)
-        assert figure.locator("path.line").count() > 0
+        assert figure.locator("path.line, circle.dot").count() > 0
         assert figure.get_attribute("aria-label")
         drawn = figure.bounding_box()
         assert drawn["width"] > 200 and drawn["height"] > 100
