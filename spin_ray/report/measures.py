@@ -105,7 +105,7 @@ MEASURES = (
     ),
     Measure(
         "kl_to_base", "KL to the base",
-        "log p of the iterate's own samples under the iterate minus that under θ_0, mean in nats per response",
+        "log p of the iterate's own samples under the iterate minus that under sft (θ_0), mean in nats per response",
         "Growing by many nats with each iteration: it drifts away from the model that was aligned and tested; a larger "
         "beta, fewer iterations or objective.reference_alpha hold it back.",
     ),
@@ -128,7 +128,7 @@ MEASURES = (
     ),
     Measure(
         "truncation_rate", "cut at max_tokens", "fraction of y′ that reach the limit before they end",
-        "Rising: the model no longer ends its turns.", 2,
+        "Rising: more answers reach the limit before they end.", 2,
     ),
     Measure(
         "identical_share", "y = y′", "fraction of y′ equal to y",

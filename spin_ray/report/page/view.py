@@ -1,7 +1,7 @@
 """The content of a run's page, without HTML."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,12 +20,14 @@ from spin_ray.report.history import (
     read_evaluations,
     read_train_logs,
 )
+from spin_ray.report.judged import Judged, read_judged
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
+from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
 from spin_ray.report.uncertainty import Change, change_of, changes_by_row, common_means
-from spin_ray.run_dir.events import Span, spans
+from spin_ray.run_dir.events import BESIDE, Event, Span, exact_duration, spans
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, table_from_bytes
@@ -70,9 +72,17 @@ class RunView:
     pairs: list[tuple[str, dict[str, int]]]
     """(iteration, counts of its pairs stage)."""
     state: str
-    failure: str
+    reason: str
+    """Failure that ended the run, or the rule that stopped it; empty if neither did."""
+    closest: str
+    """Iterate that ``stop_when`` names as the closest to human responses, or empty."""
+    last_event: str
+    probe: str
+    """Verdict of the run's probe, or empty."""
+    judged: list[Judged]
+    rows_read: bool
     warnings: list[tuple[str, str]]
-    """(iterate, sentence)."""
+    """(iterate, sentence), the newest iterate's first."""
     unreadable: list[str]
     """Sentences on parts of the run that the page leaves out, because their files are missing or damaged."""
 
@@ -87,6 +97,53 @@ class RunView:
     @property
     def wall_seconds(self) -> float:
         return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns names and values of what the numbers rest on."""
+        config, iterations = self.config, range(self.config.iterations)
+        sampling = config.generation.sampling
+        return [
+            ("Started", self.started),
+            ("Last event", self.last_event),
+            ("Time in stages", exact_duration(self.busy_seconds)),
+            ("Evaluated", ", ".join(_ends(self.iterates)) or "nothing yet"),
+            *([("Closest to human responses", self.closest)] if self.closest else []),
+            ("Held-out rows", self._heldout_rows()),
+            ("Pairs and steps", self._pairs_and_steps()),
+            ("β", _each(config.at(iteration).beta for iteration in iterations)),
+            ("Learning rate", _each(config.at(iteration).learning_rate for iteration in iterations)),
+            ("Temperature", f"{sampling.temperature:g}"),
+            ("max_tokens", f"{sampling.max_tokens:,}"),
+        ]
+
+    def key(self) -> str:
+        """Returns a sentence on the names of iterates and responses."""
+        later = [f"{name} is θ_{iterate_number(name)}" for name in self.iterates if name != iterate_name(0)]
+        iterates = ", ".join([f"{iterate_name(0)} is θ_0 and the base", *_ends(later)])
+        return (
+            f"{iterates}; the opponent of an iterate is the one before it, in tables to its left; y is the data's "
+            "response, y′ the model's."
+        )
+
+    def _heldout_rows(self) -> str:
+        if not self.evaluations:
+            return "–"
+        newest = self.evaluations[-1]
+        rows = self.rows.get(newest["iterate"])
+        conversations = newest["rows"] if rows is None else len(rows["conversation"].unique())
+        of = f" of {conversations:,} conversations" if conversations < newest["rows"] else ""
+        return f"{newest['rows']:,}{of}"
+
+    def _pairs_and_steps(self) -> str:
+        pairs = {name: counts.get("rows", 0) for name, counts in self.pairs}
+        found = {}
+        for name in [it for it in dict.fromkeys([*pairs, *self.train_logs]) if it != iterate_name(0)]:
+            words = [f"{pairs[name]:,} pair{'s' if pairs[name] != 1 else ''}"] if name in pairs else []
+            log = self.train_logs.get(name)
+            found[name] = ", ".join([*words, *([f"{log[-1].get('of', len(log)):,} steps"] if log else [])])
+        if len(set(found.values())) == 1:
+            return f"{next(iter(found.values()))} an iteration"
+        return "; ".join(_ends([f"{name}: {words}" for name, words in found.items()])) or "–"
 
     @property
     def busy_seconds(self) -> float:
@@ -140,6 +197,17 @@ class RunView:
         )
 
 
+def _ends(words: list[str]) -> list[str]:
+    """Shortens a long list to its first and last word."""
+    return words if len(words) <= 4 else [words[0], "…", words[-1]]
+
+
+def _each(values: Iterable[float]) -> str:
+    """Lists the values of all iterations, or the one that they share."""
+    found = [f"{value:g}" for value in values]
+    return ", ".join(found if len(set(found)) > 1 else found[:1])
+
+
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     """Reads what the page shows; ``only_prompts`` picks examples."""
     config = run.config_as_made()
@@ -148,8 +216,9 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     evaluations = read_evaluations(run, config)
     rows = read_all_rows(run, evaluations)
     examples, no_examples = _examples(run, config, only_prompts)
-    state, failure = _state(run, config, events)
+    state, reason, closest = _state(run, config, events)
     unreadable = list(_not_evaluated(run, config))
+    probe = read_probe(run)
     return RunView(
         name=run.storage.name,
         config=config,
@@ -165,8 +234,16 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         quarantine=_quarantine(run, unreadable),
         pairs=_pairs(run, config, unreadable),
         state=state,
-        failure=failure,
-        warnings=all_warnings(evaluations, rows, config.generation.sampling.max_tokens),
+        reason=reason,
+        closest=closest,
+        last_event=_utc(events[-1]["time"]) if events else "none",
+        probe=" ".join(probe["sentences"]) if probe else "",
+        judged=read_judged(run, unreadable),
+        rows_read=run.prompts.is_committed or run.heldout.is_committed,
+        warnings=sorted(
+            all_warnings(evaluations, rows, config.generation.sampling.max_tokens),
+            key=lambda warning: -iterate_number(warning[0]),
+        ),
         unreadable=unreadable,
     )
 
@@ -179,15 +256,23 @@ def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[
     return found, "" if found else "No held-out prompt has been answered yet."
 
 
-def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tuple[str, str]:
-    last = events[-1] if events else None
-    if run.latest() == iterate_name(config.iterations):
-        return "finished", ""
-    if any(event["event"] == "stop" and event["folder"] == run.latest() for event in events):
-        return "stopped by its rule", ""
-    if last and last["event"] == "failure":
-        return "failed", hide_in_text(f"{last['stage']}: {last.get('error', '')}")
-    return "unfinished", ""
+def _state(run: RunDir, config: SpinConfig, events: list[Event]) -> tuple[str, str, str]:
+    """Returns the state, its reason and the closest iterate. Events of other commands tell nothing of the run."""
+    latest = run.latest()
+    if latest == iterate_name(config.iterations):
+        return "finished", "", ""
+    own = [event for event in events if event["kind"] not in BESIDE]
+    stops = [event for event in own if event["event"] == "stop" and event["folder"] == latest]
+    if stops:
+        return "stopped by its rule", stops[-1].get("reason", ""), stops[-1].get("closest", "")
+    if latest is None and should_stop(config, read_probe(run)):
+        return "stopped by its probe", "", ""
+    if not own or own[-1]["event"] != "failure":
+        return "unfinished", "", ""
+    error, stage = own[-1].get("error", ""), own[-1]["stage"]
+    if error.startswith(("KeyboardInterrupt", "SystemExit")):
+        return "interrupted", f"during {stage}; the same command goes on", ""
+    return "failed", hide_in_text(f"{stage}: {error}"), ""
 
 
 def _versions(description: dict[str, Any], config: SpinConfig) -> list[tuple[str, dict[str, str]]]:
@@ -297,10 +382,12 @@ def _is_fall(change: Change) -> bool:
 def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
     first, last = evaluation_of(evaluations, 0), evaluations[-1]
     if mine := [text for iterate, text in found if iterate == last["iterate"]]:
-        more = f" (and {len(mine) - 1} more below)" if len(mine) > 1 else ""
-        return f"Beware: {mine[0].rstrip('.')}{more}."
+        which = "warning" if len(mine) == 1 else f"{len(mine)} warnings"
+        return f"Beware: see the {which} on {last['iterate']} below."
     rest = f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
     now, human = f"{last['generated_length']:.1f} tokens", f"(human: {last['real_length']:.1f})"
+    if first is last:
+        return f"Its responses have {now} {human}, {rest}"
     if first is None:
         return (
             f"Whether {last['iterate']} collapses cannot be told, as {iterate_name(0)} has no evaluation to compare it "

@@ -85,6 +85,7 @@ def report_page(runs: Sequence[RunDir]) -> str:
         comparisons=[compare(views[0], view, names[0], name) for view, name in zip(views[1:], names[1:], strict=True)],
         measures=_table(views),
         benchmarks=_benchmarks(views),
+        judged=[(name, it) for view, name in zip(views, names, strict=True) for it in view.judged],
         eval_charts=list(_eval_charts(views, names)),
         train_charts=list(_train_charts(views, names)),
         first_level=_first_level(views),

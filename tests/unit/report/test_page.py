@@ -18,6 +18,8 @@ from spin_ray.report.uncertainty import ROW_SCHEMA, common_means
 from spin_ray.run_dir.events import spans
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_to_bytes
+from spin_ray.serving.arena.battles import Answer, Question
+from spin_ray.serving.arena.votes import VoteStore
 from tests.support.made_up_run import made_up_run
 
 
@@ -90,7 +92,107 @@ def test_a_warning_takes_the_place_of_the_all_clear(tmp_path):
     run = made_up_run(tmp_path / "run")
     evaluation = json.loads(run.storage.read(run.eval_path(2))) | {"identical_share": 0.8}
     run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
-    assert read_view(run).verdict()[1].startswith("Beware: 80% of y′ equal y")
+    view = read_view(run)
+    assert view.verdict()[1] == "Beware: see the warning on iter_001 below."
+    [(iterate, text)] = view.warnings
+    assert iterate == "iter_001" and text.startswith("80% of y′ equal y")
+
+
+def test_nothing_is_said_of_a_change_when_only_sft_was_measured(tmp_path):
+    caution = read_view(made_up_run(tmp_path / "run", iterations=2, done=0)).verdict()[1]
+    assert caution.startswith("Its responses have 9.0 tokens (human: 5.0)")
+    assert "collapse" not in caution
+
+
+def test_the_names_and_the_settings_behind_the_numbers_are_told(tmp_path):
+    """Three held-out rows of two conversations."""
+    sampling = {"temperature": 0.7, "max_tokens": 1500}
+    run = made_up_run(tmp_path / "run", generation={"sampling": sampling}, train={"learning_rate": [1e-6, 5e-7]})
+    rows = [
+        {"prompt_id": f"p{number}", "conversation": number // 2, "generated_length": 7.0, "truncation_rate": 0.0}
+        for number in range(3)
+    ]
+    run.storage.replace(run.heldout_rows_path(2), table_to_bytes(pa.Table.from_pylist(rows, ROW_SCHEMA)))
+    view = read_view(run)
+    assert view.key().startswith(
+        "sft is θ_0 and the base, iter_000 is θ_1, iter_001 is θ_2; the opponent of an iterate"
+    )
+    facts = dict(view.facts())
+    assert facts["Held-out rows"] == "3 of 2 conversations"
+    assert facts["Pairs and steps"] == "1 pair, 5 steps an iteration"
+    assert (facts["β"], facts["Learning rate"]) == ("0.5", "1e-06, 5e-07")
+    assert (facts["Temperature"], facts["max_tokens"]) == ("0.7", "1,500")
+
+
+@pytest.mark.parametrize(
+    ("last", "state", "reason"),
+    [
+        ([("failure", "iter_001/training", "OSError: x")], "failed", "iter_001/training: OSError: x"),
+        (
+            [("failure", "iter_001/training", "OSError: x"), ("commit", "sft/benchmarks", "")],
+            "failed", "iter_001/training: OSError: x",
+        ),
+        ([("failure", "sft/benchmarks", "OSError: x")], "unfinished", ""),
+        ([("failure", "iter_001/training", "KeyboardInterrupt: ")], "interrupted", "during iter_001/training"),
+        ([("failure", "iter_001/training", "SystemExit: 15")], "interrupted", "during iter_001/training"),
+        ([("failure", "sft/evaluation", "OSError: x"), ("start", "sft/evaluation", "")], "unfinished", ""),
+    ],
+)  # fmt: skip
+def test_the_state_follows_the_events_of_the_run_alone(tmp_path, last, state, reason):
+    run = made_up_run(tmp_path / "run", iterations=2, done=1)
+    for event, stage, error in last:
+        run.event(event, stage, seconds=1.0, **({"error": error} if error else {}))
+    view = read_view(run)
+    assert view.state == state and view.reason.startswith(reason) and bool(view.reason) is bool(reason)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert page.find(f"</strong> {reason}") < page.find('<p class="verdict">')
+    assert dict(view.facts())["Last event"].startswith("20")
+
+
+def test_a_stopped_run_gives_its_rule_s_reason_and_the_closest_iterate(tmp_path):
+    run = made_up_run(tmp_path / "run", iterations=4, done=2)
+    run.event("stop", "iter_001", reason="the held-out distance has not fallen", closest="iter_000")
+    view = read_view(run)
+    assert (view.state, view.reason) == ("stopped by its rule", "the held-out distance has not fallen")
+    assert dict(view.facts())["Closest to human responses"] == "iter_000"
+
+
+def test_the_verdict_of_the_probe_is_on_the_page(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    run.storage.replace(
+        "probe.json", json.dumps({"verdict": "spin", "sentences": ["Verdict: spin.", "Run it."]}).encode()
+    )
+    assert "Probe: Verdict: spin. Run it." in write_report([run], tmp_path / "page.html").read_text()
+
+
+def test_what_a_judge_and_voters_said_is_a_table(tmp_path):
+    """Of four votes iter_001 won two, one was a tie."""
+    run = made_up_run(tmp_path / "run")
+    said = {"one": "iter_001", "other": "sft", "wins": 9, "ties": 1, "losses": 0, "win_rate": 0.95}
+    summary = said | {"standard_error": 0.05, "judge": "big-model"}
+    run.storage.replace("judgements/iter_001-sft.json", json.dumps(summary).encode())
+    run.storage.replace("judgements/broken.json", b"{}")
+    votes = VoteStore(f"sqlite:///{tmp_path / 'run' / 'votes.sqlite'}")
+    for verdict in ("a", "a", "tie", "b"):
+        battle = votes.start("iter-1", "sft", Question([{"role": "user", "content": "x"}], {"seed": 0}))
+        for side in ("a", "b"):
+            votes.record(battle.id, side, Answer("x", "stop", "d"))
+        votes.vote(battle.id, verdict)
+    votes.close()
+    view = read_view(run)
+    found = [(it.one, it.other, it.win_rate, it.number, it.by) for it in view.judged]
+    assert found == [("iter_001", "sft", 0.95, 10, "big-model"), ("iter_001", "sft", 0.625, 4, "votes of the arena")]
+    assert view.judged[0].interval == (pytest.approx(0.852), 1.0)
+    assert view.unreadable == ["judgements/broken.json cannot be read ('wins')."]
+    assert "0.85 to 1.00" in write_report([run], tmp_path / "page.html").read_text()
+
+
+def test_no_row_is_called_usable_before_one_was_read(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    empty = RunDir(Storage(tmp_path / "empty"))
+    empty.begin(run.config(), {name: run.description()[name] for name in ("inputs", "start_model", "versions")})
+    page = write_report([empty], tmp_path / "page.html").read_text()
+    assert "No row has been read yet." in page and "Every row was usable." not in page
 
 
 def test_a_run_that_goes_on_says_so_and_shows_what_is_there(tmp_path):
