@@ -38,9 +38,22 @@ class Measure:
         return self.key.startswith(("against_", "jsd_")) or self.key == "real_logp_drift"
 
     def interval(self, evaluation: Evaluation) -> tuple[float, float] | None:
-        """Returns the 95 % interval; None without a standard error."""
+        """Returns the 95 % interval, of a fraction within 0 and 1; None without a standard error."""
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
-        return None if value is None or error is None else (value - CONFIDENCE * error, value + CONFIDENCE * error)
+        if value is None or error is None:
+            return None
+        low, high = value - CONFIDENCE * error, value + CONFIDENCE * error
+        return (max(low, 0.0), min(high, 1.0)) if self.key in _FRACTIONS else (low, high)
+
+    def spread(self, evaluation: Evaluation) -> str:
+        """Returns ``± 0.05``, or ``0.00 to 0.06`` where the interval ends at 0 or 1; empty without one."""
+        value, interval = self.of(evaluation), self.interval(evaluation)
+        if value is None or interval is None:
+            return ""
+        below, above = value - interval[0], interval[1] - value
+        if math.isclose(below, above, abs_tol=1e-9):
+            return f"± {below:,.{self.digits}f}"
+        return f"{interval[0]:.{self.digits}f} to {interval[1]:.{self.digits}f}"
 
 
 MEASURES = (
@@ -151,6 +164,10 @@ MEASURES = (
         "No measure of the model: compare distinct-2 with it, which falls with length.", 2,
     ),
 )  # fmt: skip
+_FRACTIONS = {
+    "answer_accuracy", "against_opponent.accuracy", "against_opponent.margin_concentration", "length_auc",
+    "truncation_rate", "identical_share", "duplicate_share", "real_duplicate_share", "distinct_2", "real_distinct_2",
+}  # fmt: skip
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 

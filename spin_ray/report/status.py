@@ -194,7 +194,7 @@ def _measures(evaluations: list[Evaluation]) -> Table:
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:
-    return "–" if bounds is None else f"{max(bounds[0], 0):.3f}–{min(bounds[1], 1):.3f}"
+    return "–" if bounds is None else f"{bounds[0]:.3f}–{bounds[1]:.3f}"
 
 
 def _seconds(seconds: dict[str, dict[str, float]]) -> Table:

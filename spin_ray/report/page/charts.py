@@ -10,6 +10,8 @@ from markupsafe import Markup
 COLOURS = 6
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 34
+SHIFT = 5
+"""Distance of points of several lines at one iterate, so that their whiskers do not lie on each other."""
 LANE = 24
 GANTT_WIDTH, GANTT_LEFT = 960, 170
 MOST_NAMES = 9
@@ -86,8 +88,9 @@ def line_chart(
     if baseline and low <= baseline[0] <= high:
         _add(svg, "line", "baseline", x1=LEFT, x2=WIDTH - RIGHT, y1=y_at(baseline[0]), y2=y_at(baseline[0]))
         _text(svg, WIDTH - RIGHT, y_at(baseline[0]) - 4, baseline[1], "end")
-    for line in series:
-        _draw(svg, line, x_at, y_at, x_names)
+    for place, line in enumerate(series):
+        aside = SHIFT * (place - (len(series) - 1) / 2) if x_names else 0.0
+        _draw(svg, line, lambda x, aside=aside: x_at(x) + aside, y_at, x_names)
     return _markup(svg)
 
 
@@ -153,7 +156,10 @@ def _spoken(line: Series) -> str:
     """Describes a line for screen readers."""
     if not line.points:
         return f"{line.name} empty"
-    return f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
+    ys = [y for _, y in line.points]
+    said = f"{line.name} from {ys[0]:.3g} to {ys[-1]:.3g}"
+    said += f", lowest {min(ys):.3g}" if min(ys) < min(ys[0], ys[-1]) else ""
+    return said + (f", highest {max(ys):.3g}" if max(ys) > max(ys[0], ys[-1]) else "")
 
 
 def _spread(ys: Sequence[float]) -> float:

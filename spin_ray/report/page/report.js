@@ -1,5 +1,6 @@
 "use strict";
 (() => {
+  for (const table of document.querySelectorAll(".newest")) table.scrollLeft = table.scrollWidth;
   const list = document.getElementById("list");
   if (!list) return;
   const search = document.getElementById("search");

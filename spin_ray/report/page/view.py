@@ -10,6 +10,7 @@ import pyarrow as pa
 import yaml
 
 from spin_ray.config.recipe import SpinConfig, flatten
+from spin_ray.config.sections import name_of
 from spin_ray.errors import UserError, first_line
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.history import (
@@ -47,6 +48,8 @@ class StageTotal:
     """Fraction of the run's wall time."""
     rows: int
     tokens: int
+    speed: float | None
+    """Tokens per second of the attempts that ended well; None without tokens."""
     useful: float | None
     """Fraction of useful work; None if not measured."""
 
@@ -161,6 +164,10 @@ class RunView:
         return flatten(hide(self.config.model_dump(mode="json")))
 
     @property
+    def data(self) -> str:
+        return hide_in_text(name_of(self.config.data.train))
+
+    @property
     def changed_settings(self) -> set[str]:
         return set(flatten(self.config.model_dump(mode="json", exclude_defaults=True)))
 
@@ -171,6 +178,8 @@ class RunView:
             measured = [span for span in mine if "useful" in span.counted]
             useful = sum(span.counted["useful"] * span.seconds for span in measured)
             seconds = sum(span.seconds for span in mine)
+            done = [span for span in mine if span.outcome == "commit" and span.counted.get("tokens")]
+            tokens = sum(span.counted["tokens"] for span in done)
             totals.append(
                 StageTotal(
                     stage=stage,
@@ -178,7 +187,8 @@ class RunView:
                     seconds=seconds,
                     share=seconds / max(self.wall_seconds, 1e-9),
                     rows=sum(span.counted.get("rows", 0) for span in mine),
-                    tokens=sum(span.counted.get("tokens", 0) for span in mine),
+                    tokens=tokens,
+                    speed=tokens / max(sum(span.seconds for span in done), 1e-3) if done else None,
                     useful=useful / max(sum(span.seconds for span in measured), 1e-9) if measured else None,
                 )
             )

@@ -1,12 +1,14 @@
 """The HTML page, from views of runs."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from spin_ray.errors import writing
 from spin_ray.report.conditions import in_words
@@ -78,7 +80,7 @@ def report_page(runs: Sequence[RunDir]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": exact_duration, "number": _number}
+    environment.filters |= {"duration": exact_duration, "number": _number, "code": _code}
     return environment.get_template("report.html").render(
         views=views,
         names=names,
@@ -104,18 +106,13 @@ def _distinct_names(views: Sequence[RunView]) -> list[str]:
 
 
 def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]]]]:
-    """Returns rows (measure, [(value, half its interval) per iterate]) with any value."""
+    """Returns rows (measure, [(value, its interval) per iterate]) with any value."""
     evaluations = [evaluation for view in views for evaluation in view.evaluations]
-    rows = []
-    for measure in MEASURES:
-        cells = []
-        for evaluation in evaluations:
-            value, interval = measure.of(evaluation), measure.interval(evaluation)
-            half = _number((interval[1] - interval[0]) / 2, measure.digits) if interval else ""
-            cells.append((_number(value, measure.digits), half))
-        if any(measure.of(evaluation) is not None for evaluation in evaluations):
-            rows.append((measure, cells))
-    return rows
+    return [
+        (measure, [(_number(measure.of(it), measure.digits), measure.spread(it)) for it in evaluations])
+        for measure in MEASURES
+        if any(measure.of(it) is not None for it in evaluations)
+    ]
 
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -125,7 +122,7 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
     for title, metric in dict.fromkeys(row for column in columns for row in column):
         values = [column.get((title, metric), {}) for column in columns]
         cells = [
-            (_number(it.get("value"), 4), _number(CONFIDENCE * error, 4) if (error := it.get("standard_error")) else "")
+            (_number(it.get("value"), 4), f"± {CONFIDENCE * error:,.4f}" if (error := it.get("standard_error")) else "")
             for it in values
         ]
         found.append((title, metric, cells))
@@ -258,7 +255,7 @@ def _bars(view: RunView) -> list[Bar]:
 
 
 def _span_title(span: Span) -> str:
-    counted = [f"{span.counted[key]:,} {key}" for key in ("rows", "steps", "tokens") if span.counted.get(key)]
+    counted = [f"{span.counted[key]:,.0f} {key}" for key in ("rows", "steps", "tokens") if span.counted.get(key)]
     if span.counted.get("tokens"):
         counted.append(f"{span.counted['tokens'] / max(span.seconds, 1e-9):,.0f} tokens/s")
     if "useful" in span.counted:
@@ -282,7 +279,7 @@ def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, 
         for name, one in same:
             for iterate, text in one.answers.items():
                 label = f"{name}: {iterate}" if len(views) > 1 else iterate
-                answers.append((label, text, one.margins.get(iterate)))
+                answers.append((label, text, one.margins.get(iterate), iterate in one.cut))
         newest = list(example.margins.values())[-1:] or [None]
         found.append(
             {
@@ -305,3 +302,8 @@ def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _code(text: str) -> Markup:
+    """Sets the words between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))

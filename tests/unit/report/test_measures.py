@@ -42,6 +42,17 @@ def test_an_interval_is_wide_as_its_standard_error_and_missing_without_one():
     assert BY_KEY["answer_accuracy"].of(HEALTHY) is None
 
 
+def test_the_interval_of_a_fraction_ends_at_0_and_1():
+    """0.01 ± 1.96 · 0.02; a loss has no such ends."""
+    errors = {"standard_errors": {"truncation_rate": 0.02, "against_opponent.loss": 0.02}}
+    evaluation = {"truncation_rate": 0.01, "against_opponent": {"loss": 0.01}} | errors
+    assert BY_KEY["truncation_rate"].interval(evaluation) == pytest.approx((0.0, 0.0492))
+    assert BY_KEY["truncation_rate"].spread(evaluation) == "0.00 to 0.05"
+    assert BY_KEY["against_opponent.loss"].interval(evaluation) == pytest.approx((-0.0292, 0.0492))
+    assert BY_KEY["against_opponent.loss"].spread(evaluation) == "± 0.0392"
+    assert BY_KEY["length_auc"].spread(evaluation) == ""
+
+
 def test_every_measure_has_one_sentence_on_what_is_bad():
     assert len(BY_KEY) == len(MEASURES)
     for measure in MEASURES:

@@ -17,10 +17,12 @@ from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.uncertainty import ROW_SCHEMA, common_means
 from spin_ray.run_dir.events import spans
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
 from spin_ray.serving.arena.battles import Answer, Question
 from spin_ray.serving.arena.votes import VoteStore
-from tests.support.made_up_run import made_up_run
+from tests.support.fakes import generation_rows, write_rows
+from tests.support.made_up_run import TOKENIZER, made_up_run
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +231,29 @@ def test_useful_work_is_weighed_by_time_over_the_attempts_that_measured_it(finis
     assert total.useful == pytest.approx((0.5 * seconds[0] + 0.8 * seconds[1]) / (seconds[0] + seconds[1]))
 
 
+def test_tokens_a_second_are_those_of_the_attempts_that_ended_well(finished):
+    """50 tokens in 10 s; a failed attempt took 90 s."""
+    events = [
+        {"time": 0.0, "event": "start", "stage": "iter_000/training"},
+        {"time": 90.0, "event": "failure", "stage": "iter_000/training", "seconds": 90.0},
+        {"time": 100.0, "event": "commit", "stage": "iter_000/training", "seconds": 10.0, "tokens": 50.0},
+    ]
+    [total] = replace(read_view(finished), spans=spans(events)).stage_totals()
+    assert (total.tokens, total.speed, total.seconds) == (50, 5.0, 100.0)
+
+
+def test_sources_are_named_and_no_code_is_left_in_words(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    recorded = run.description()
+    recorded["config"]["data"]["train"] = [{"path": "a.jsonl", "weight": 3}, {"path": "s3://me:SECRET@b/c.jsonl"}]
+    run.storage.replace("run.json", json.dumps(recorded).encode())
+    run.event("commit", "iter_001/training", seconds=10.0, tokens=12576.0)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "on a.jsonl, s3://[hidden]@b/c.jsonl," in page
+    assert "12,576 tokens," in page and "12,576.0" not in page
+    assert "<code>evaluation.samples</code>" in page and "`" not in page.partition("<script>")[0]
+
+
 def test_the_recipe_holds_what_is_not_a_default(finished):
     recipe = read_view(finished).recipe
     assert "beta: 0.5" in recipe
@@ -359,6 +384,27 @@ def test_examples_come_in_the_order_of_margins_with_both_extremes(finished):
     assert found[1].answers == {name: f"answer 1 of {name}" for name in ("sft", "iter_000", "iter_001")}
 
 
+def test_answers_that_were_cut_are_marked(tmp_path):
+    run = made_up_run(tmp_path / "run", done=1)
+    without_an_end = TOKENIZER.encode("without an end", add_special_tokens=False)
+    answers = [("p0", 0, without_an_end), ("p1", 0, [*without_an_end, 2])]
+    write_rows(run.heldout_samples(2), GENERATION_SCHEMA, generation_rows(answers), part_rows=9)
+    assert [example.cut for example in read_view(run).examples] == [{"iter_001"}, set(), set()]
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert page.count('<span class="m">cut</span>') == 1
+    assert 'aria-label="Example 1: Do you like tea?"' in page
+    assert page.count('<p dir="auto">') == 3 + 3 + 3 + 3 + 2
+    assert "Far below 0" not in page and "<details><summary dir" not in page
+
+
+def test_long_prompts_are_folded(finished, tmp_path, monkeypatch):
+    [example, *_] = read_view(finished).examples
+    long = replace(example, messages=[{"role": "user", "content": "word " * 400}])
+    monkeypatch.setattr("spin_ray.report.page.view.read_examples", lambda *_, **__: [long])
+    page = write_report([finished], tmp_path / "page.html").read_text()
+    assert '<details><summary dir="auto"><b>user</b> word word' in page
+
+
 # Stages in time
 
 
@@ -399,6 +445,24 @@ def test_a_chart_leaves_out_what_is_no_number_and_averages_what_is_too_much():
     assert "nan" not in svg
     assert svg.count(" L") + 1 <= MOST_POINTS
     assert 'aria-label="Loss: a from 1 to 1"' in svg
+
+
+def test_whiskers_at_one_iterate_do_not_lie_on_each_other():
+    lines = [Series(name, [(0, 1), (1, 2)], n, [(0.5, 1.5), (1.5, 2.5)]) for n, name in enumerate("ab")]
+    svg = line_chart("x", lines, x_label="iterate", x_names=["sft", "iter_000"])
+    places = re.findall(r'class="whisker s\d" x1="([0-9.]+)"', svg)
+    assert len(set(places)) == 4
+
+
+def test_the_spoken_label_of_a_line_names_extremes_that_are_not_its_ends():
+    def spoken(*ys: float) -> str:
+        return re.findall('aria-label="x: (.*?)"', line_chart("x", [Series("a", list(enumerate(ys)), 0)], x_label="s"))[
+            0
+        ]
+
+    assert spoken(1, 2) == "a from 1 to 2"
+    assert spoken(1, 5, 2) == "a from 1 to 2, highest 5"
+    assert spoken(1, 0, 5, 2) == "a from 1 to 2, lowest 0, highest 5"
 
 
 def test_the_title_of_a_mark_is_escaped(finished):
