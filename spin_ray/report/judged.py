@@ -50,9 +50,9 @@ def _judgements(run: RunDir, unreadable: list[str]) -> list[Judged]:
             continue
         try:
             it = json.loads(run.storage.read(f"judgements/{name}"))
-            number, by = it["wins"] + it["ties"] + it["losses"], hide_in_text(it["judge"])
+            number, by = it["wins"] + it["ties"] + it["losses"], hide_in_text(it.get("judge", "a judge"))
             found.append(Judged(it["one"], it["other"], it["win_rate"], it.get("standard_error"), number, by))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             unreadable.append(f"judgements/{name} cannot be read ({hide_in_text(first_line(error))}).")
     return found
 

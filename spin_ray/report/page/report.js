@@ -1,6 +1,9 @@
 "use strict";
 (() => {
-  for (const table of document.querySelectorAll(".newest")) table.scrollLeft = table.scrollWidth;
+  const showNewest = new ResizeObserver((found) => {
+    for (const { target } of found) target.scrollLeft = target.scrollWidth;
+  });
+  for (const table of document.querySelectorAll(".newest")) showNewest.observe(table);
   const list = document.getElementById("list");
   if (!list) return;
   const search = document.getElementById("search");

@@ -44,8 +44,7 @@ _EVAL_CHARTS: tuple[tuple[str, ...], ...] = (
 )
 """Measures of each chart. Where runs are compared, a chart shows the first alone."""
 _OWN_OPPONENT = (
-    " Points that no line joins are each against the iterate's own opponent, the iterate before it: do not rank "
-    "iterates by them."
+    " A point without a line is against the iterate's own opponent, the iterate before it: do not rank iterates by it."
 )
 Chart = dict[str, Any]
 
@@ -148,7 +147,9 @@ def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Cha
     compared = len(views) > 1
     shown = _few(list(zip(views, names, strict=True)))
     for keys in _EVAL_CHARTS:
-        drawn = [BY_KEY[key] for key in (keys[:1] if compared else keys)]
+        evaluations = [evaluation for view, _ in shown for evaluation in view.evaluations]
+        measures = [BY_KEY[key] for key in (keys[:1] if compared else keys)]
+        drawn = [measure for measure in measures if any(measure.of(it) is not None for it in evaluations)]
         lines = [
             _line(view, measure, name if compared else measure.title, run + n)
             for run, (view, name) in enumerate(shown)

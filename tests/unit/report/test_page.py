@@ -484,8 +484,9 @@ def test_what_is_measured_against_another_opponent_each_time_is_not_joined(finis
     ):  # fmt: skip
         svg, _, said = charts[title].partition("</svg>")
         assert svg.count('class="line') == joined, title
-        assert ("do not rank iterates by them" in said) is (title != "Answer accuracy")
+        assert ("do not rank iterates by it" in said) is (title != "Answer accuracy")
         assert svg.count('class="dot') >= 2
+    assert "Cut at max_tokens and y = y′" in charts, "duplicates were not measured"
     assert "closer opponent" in charts["Held-out loss and loss on own samples"]
     assert "closer opponent" in charts["Distance of the opponent"]
 

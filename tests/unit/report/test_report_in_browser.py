@@ -97,6 +97,19 @@ def test_nothing_is_wider_than_a_phone(browser, page_file):
     page.close()
 
 
+def test_on_a_phone_the_newest_column_stands_beside_the_names(browser, tmp_path):
+    file = write_report([made_up_run(tmp_path / "run", iterations=5, done=5)], tmp_path / "page.html")
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto(file.as_uri())
+    page.wait_for_function("document.querySelector('.newest').scrollLeft > 0")
+    name, newest = (page.locator(f".measures tbody tr:first-child > :{place}-child") for place in ("first", "last"))
+    left, right = name.bounding_box(), newest.bounding_box()
+    assert 0 <= left["x"] < left["x"] + left["width"] <= right["x"] + 1
+    assert right["x"] + right["width"] <= 400
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    page.close()
+
+
 def test_text_can_be_read_in_dark_and_in_light(browser, page_file):
     """Contrast of text, soft text and links against page and card: at least 4.5 : 1 (WCAG AA)."""
     for scheme in ("light", "dark"):
