@@ -51,9 +51,9 @@ class Measure:
         if value is None or interval is None:
             return ""
         below, above = value - interval[0], interval[1] - value
-        if math.isclose(below, above, abs_tol=1e-9):
-            return f"± {below:,.{self.digits}f}"
-        return f"{interval[0]:.{self.digits}f} to {interval[1]:.{self.digits}f}"
+        if self.key in _FRACTIONS and not math.isclose(below, above, abs_tol=1e-9):
+            return f"{interval[0]:.{self.digits}f} to {interval[1]:.{self.digits}f}"
+        return f"± {below:,.{self.digits}f}"
 
 
 MEASURES = (

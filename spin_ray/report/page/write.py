@@ -84,6 +84,7 @@ def report_page(runs: Sequence[RunDir]) -> str:
         views=views,
         names=names,
         comparisons=[compare(views[0], view, names[0], name) for view, name in zip(views[1:], names[1:], strict=True)],
+        key=max(views, key=lambda view: len(view.evaluations)).key(),
         measures=_table(views),
         benchmarks=_benchmarks(views),
         judged=[(name, it) for view, name in zip(views, names, strict=True) for it in view.judged],
