@@ -40,7 +40,7 @@ class Measure:
     def interval(self, evaluation: Evaluation) -> tuple[float, float] | None:
         """Returns the 95 % interval, of a fraction within 0 and 1; None without a standard error."""
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
-        if value is None or error is None:
+        if value is None or error is None or not math.isfinite(value + error):
             return None
         low, high = value - CONFIDENCE * error, value + CONFIDENCE * error
         return (max(low, 0.0), min(high, 1.0)) if self.key in _FRACTIONS else (low, high)

@@ -205,13 +205,13 @@ def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Ch
     clips = {view.config.train.optimizer.max_grad_norm for view in views}
     for title, key, note in _TRAIN_CHARTS:
         if key == "grad_norm" and len(clips) == 1:
-            note = f"Clipped at {clips.copy().pop():g}."
+            note = f"Clipped at {min(clips):g}."
         level = _first_level(views) if key == "loss" else None
         yield from _chart(title, logs, key, f"{_batches(pairs, 'pairs')} {note}".strip(), level)
 
 
 def _batches(sizes: set[int], what: str) -> str:
-    size = f"{sizes.copy().pop():,} " if len(sizes) == 1 else ""
+    size = f"{min(sizes):,} " if len(sizes) == 1 else ""
     return f"Each point is one batch of {size}{what}."
 
 
@@ -230,13 +230,13 @@ def _chart(
     level: tuple[float, str] | None = None,
 ) -> Iterator[Chart]:
     """Yields the chart of a key of train_log.jsonl, if a log has it."""
-    found = [(label, points) for label, log in logs if (points := _points(log, key))]
-    lines = [Series(label, points, colour) for colour, (label, points) in enumerate(_few(found))]
+    lines = [Series(label, _points(log, key), colour) for colour, (label, log) in enumerate(_few(logs))]
+    lines = [line for line in lines if line.points]
     if lines:
         svg = line_chart(title, lines, x_label="step", baseline=level)
         if any(len(line.points) > MOST_POINTS for line in lines):
             note = note.replace("is one batch", "is the mean of several batches, each")
-        note += _left_out(len(found), "trainings")
+        note += _left_out(len(logs), "trainings")
         yield {"title": title, "svg": svg, "legend": lines if len(lines) > 1 else [], "note": note}
 
 

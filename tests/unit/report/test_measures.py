@@ -51,6 +51,8 @@ def test_the_interval_of_a_fraction_ends_at_0_and_1():
     assert BY_KEY["against_opponent.loss"].interval(evaluation) == pytest.approx((-0.0292, 0.0492))
     assert BY_KEY["against_opponent.loss"].spread(evaluation) == "± 0.0392"
     assert BY_KEY["length_auc"].spread(evaluation) == ""
+    unknown = {"truncation_rate": 0.01, "standard_errors": {"truncation_rate": math.nan}}
+    assert BY_KEY["truncation_rate"].interval(unknown) is None
 
 
 def test_every_measure_has_one_sentence_on_what_is_bad():

@@ -516,7 +516,8 @@ def test_charts_of_training_say_what_a_point_is_and_show_the_drift_of_log_p(fini
     charts = charts_of(write_report([run], tmp_path / "page.html").read_text())
     assert "Each point is one batch of 64 pairs. Clipped at 1." in charts["Gradient norm before clipping"]
     assert "In nats times beta." in charts["Margin"]
-    assert "nats per response" in charts["Drift of log p(y)"]
+    drift = charts["Drift of log p(y)"]
+    assert "nats per response" in drift and 'class="line s1"' in drift, "the colour of iter_001 in every chart"
     assert "Drift of log p(y)" not in charts_of(write_report([finished], tmp_path / "page.html").read_text())
 
 
