@@ -27,6 +27,8 @@ class Example:
     """Responses by iterate, ``sft`` first."""
     margins: dict[str, float] = field(default_factory=dict)
     """Margins of own samples by iterate, where scored."""
+    cut: set[str] = field(default_factory=set)
+    """Iterates whose response reached the limit before it ended."""
 
 
 def read_examples(
@@ -64,9 +66,11 @@ def read_examples(
         rows = rows.take(pa.array(picked, pa.int64()))
     tokenizer = _tokenizer(run, config)
     prompt_ids = rows["prompt_id"].to_pylist()
-    texts = {}
+    texts, cut = {}, {}
     for name, table in samples.items():
         ids = dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
+        reasons = zip(table["prompt_id"].to_pylist(), table["finish_reason"].to_pylist(), strict=True)
+        cut[name] = {prompt_id for prompt_id, reason in reasons if reason == "length"}
         answered = [prompt_id for prompt_id in prompt_ids if prompt_id in ids]
         decoded = tokenizer.decode_batch([ids[prompt_id] for prompt_id in answered], skip_special_tokens=True)
         texts[name] = dict(zip(answered, decoded, strict=True))
@@ -77,6 +81,7 @@ def read_examples(
             human=messages[-1]["content"],
             answers={name: by_prompt[prompt_id] for name, by_prompt in texts.items() if prompt_id in by_prompt},
             margins={name: by_prompt[prompt_id] for name, by_prompt in margins.items() if prompt_id in by_prompt},
+            cut={name for name, prompts in cut.items() if prompt_id in prompts},
         )
         for prompt_id, messages in zip(prompt_ids, map(json.loads, rows["messages"].to_pylist()), strict=True)
     ]

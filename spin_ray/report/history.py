@@ -10,7 +10,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.start_model import start_folder
 from spin_ray.report.measures import Evaluation, stop_evidence
-from spin_ray.run_dir.names import iterate_name, read_iterate
+from spin_ray.run_dir.names import iterate_name, iterate_number, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import bytes_digest, table_from_bytes
 
@@ -27,6 +27,12 @@ def read_rows(run: RunDir, iterate: int) -> pa.Table | None:
         return table_from_bytes(content) if content else None
     except (pa.ArrowException, OSError):
         return None
+
+
+def read_all_rows(run: RunDir, evaluations: list[Evaluation]) -> dict[str, pa.Table]:
+    """Returns the measures by held-out row of each evaluated iterate that has them."""
+    found = {it["iterate"]: read_rows(run, iterate_number(it["iterate"])) for it in evaluations}
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def is_evaluated(run: RunDir, iterate: int) -> bool:

@@ -32,10 +32,28 @@ class Measure:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    @property
+    def is_of_own_opponent(self) -> bool:
+        """Tells whether each iterate is measured against another model, the iterate before it."""
+        return self.key.startswith(("against_", "jsd_")) or self.key == "real_logp_drift"
+
     def interval(self, evaluation: Evaluation) -> tuple[float, float] | None:
-        """Returns the 95 % interval; None without a standard error."""
+        """Returns the 95 % interval, of a fraction within 0 and 1; None without a standard error."""
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
-        return None if value is None or error is None else (value - CONFIDENCE * error, value + CONFIDENCE * error)
+        if value is None or error is None or not math.isfinite(value + error):
+            return None
+        low, high = value - CONFIDENCE * error, value + CONFIDENCE * error
+        return (max(low, 0.0), min(high, 1.0)) if self.key in _FRACTIONS else (low, high)
+
+    def spread(self, evaluation: Evaluation) -> str:
+        """Returns ``± 0.05``, or ``0.00 to 0.06`` where the interval ends at 0 or 1; empty without one."""
+        value, interval = self.of(evaluation), self.interval(evaluation)
+        if value is None or interval is None:
+            return ""
+        below, above = value - interval[0], interval[1] - value
+        if self.key in _FRACTIONS and not math.isclose(below, above, abs_tol=1e-9):
+            return f"{interval[0]:.{self.digits}f} to {interval[1]:.{self.digits}f}"
+        return f"± {below:,.{self.digits}f}"
 
 
 MEASURES = (
@@ -48,7 +66,8 @@ MEASURES = (
     Measure(
         "against_opponent.loss", "held-out loss",
         "logistic loss on held-out rows, with y′ of the opponent, which is the iterate before",
-        "At or above ln 2 = 0.693: it learned nothing that carries over. Near 0: different, not yet better.", 4,
+        "At or above ln 2 = 0.693: nothing carries over, or this model cannot tell the opponent from the humans. Near "
+        "0: different, not yet better; a rise from one iterate to the next can mean a closer opponent.", 4,
     ),
     Measure(
         "against_opponent.objective", "held-out objective",
@@ -78,7 +97,8 @@ MEASURES = (
         "jsd_lower_bound", "distance of the opponent",
         "(ln 2 − held-out loss) / 2, in nats: a lower bound, up to sampling error, of the Jensen-Shannon divergence "
         "between human responses and the opponent's",
-        "No longer falling: further iterations bring nothing that this model can see.", 4,
+        "Near 0, as the loss is near ln 2: this model sees nothing left to learn. A fall can mean a closer opponent, "
+        "or a model that learned less.", 4,
     ),
     Measure(
         "real_logp_drift", "drift of log p(y)",
@@ -98,7 +118,7 @@ MEASURES = (
     ),
     Measure(
         "kl_to_base", "KL to the base",
-        "log p of the iterate's own samples under the iterate minus that under θ_0, mean in nats per response",
+        "log p of the iterate's own samples under the iterate minus that under sft (θ_0), mean in nats per response",
         "Growing by many nats with each iteration: it drifts away from the model that was aligned and tested; a larger "
         "beta, fewer iterations or objective.reference_alpha hold it back.",
     ),
@@ -121,7 +141,7 @@ MEASURES = (
     ),
     Measure(
         "truncation_rate", "cut at max_tokens", "fraction of y′ that reach the limit before they end",
-        "Rising: the model no longer ends its turns.", 2,
+        "Rising: more answers reach the limit before they end.", 2,
     ),
     Measure(
         "identical_share", "y = y′", "fraction of y′ equal to y",
@@ -144,6 +164,10 @@ MEASURES = (
         "No measure of the model: compare distinct-2 with it, which falls with length.", 2,
     ),
 )  # fmt: skip
+_FRACTIONS = {
+    "answer_accuracy", "against_opponent.accuracy", "against_opponent.margin_concentration", "length_auc",
+    "truncation_rate", "identical_share", "duplicate_share", "real_duplicate_share", "distinct_2", "real_distinct_2",
+}  # fmt: skip
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 

@@ -124,7 +124,6 @@ def _results(evaluation: dict[str, Any], results: list[Any]) -> str:
         "|---|---|---|",
     ]
     for measure, value in results:
-        interval = measure.interval(evaluation)
-        half = f" ± {(interval[1] - interval[0]) / 2:.{measure.digits}f}" if interval else ""
-        lines.append(f"| {measure.title} | {value:.{measure.digits}f}{half} | {measure.meaning} |")
+        shown = f"{value:.{measure.digits}f} {measure.spread(evaluation)}".strip()
+        lines.append(f"| {measure.title} | {shown} | {measure.meaning} |")
     return "\n".join(lines)

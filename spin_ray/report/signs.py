@@ -1,33 +1,42 @@
 """Warnings of collapse or of misleading measures: a rule each, with its threshold."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from spin_ray.report.history import evaluation_of
+import pyarrow as pa
+
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
-from spin_ray.report.uncertainty import Change
+from spin_ray.report.uncertainty import Change, change_of
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """An iterate's evaluation beside θ_0's."""
+    """An iterate's evaluation beside that of an earlier one."""
 
     evaluation: Evaluation
-    start: Evaluation | None
+    earlier: Evaluation | None
+    rows: Mapping[str, pa.Table] = field(default_factory=dict)
+    """Measures by held-out row, by iterate."""
+    limit: int | None = None
+    """The recipe's ``max_tokens``; None: unknown."""
 
     def now(self, key: str) -> float | None:
         return BY_KEY[key].of(self.evaluation)
 
     def before(self, key: str) -> float | None:
-        return BY_KEY[key].of(self.start) if self.start else None
+        return BY_KEY[key].of(self.earlier) if self.earlier else None
 
     def change(self, key: str) -> Change | None:
-        """Returns the change since θ_0; None within chance."""
+        """Returns the change since the earlier iterate; None within chance."""
         if self.now(key) is None or self.before(key) is None:
             return None
-        found = Change.of(key, self.start or {}, self.evaluation)
+        found = change_of(key, self.earlier or {}, self.evaluation, self.rows)
         return None if abs(found.value) <= (found.half or 0.0) else found
+
+    @property
+    def since(self) -> str:
+        return self.earlier["iterate"] if self.earlier else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +104,10 @@ def _fewer_right(it: Compared) -> float | None:
 
 RULES = (
     Rule(
-        "answers", "fall of answer_accuracy since θ_0, over half the 95 % interval of the change", 1.0, _fewer_right,
+        "answers", "fall of answer_accuracy since an earlier iterate, over half the 95 % interval of the change", 1.0,
+        _fewer_right,
         lambda it: f"{it.now('answer_accuracy'):.1%} of the answers are right ({it.before('answer_accuracy'):.1%} at "
-        "θ_0), more of a fall than chance gives: the model gets worse at the task.",
+        f"{it.since}), more of a fall than chance gives: the model gets worse at the task.",
     ),
     Rule(
         "held-out loss", "against_opponent.loss", GUESSING, lambda it: it.now("against_opponent.loss"),
@@ -123,15 +133,17 @@ RULES = (
         lambda it: f"{it.now('identical_share'):.0%} of y′ equal y: little is left to learn, and more SPIN does harm.",
     ),
     Rule(
-        "cut", "rise of truncation_rate since θ_0, if beyond chance", 0.05, _more_cut,
+        "cut", "rise of truncation_rate since an earlier iterate, if beyond chance", 0.05, _more_cut,
         lambda it: f"{it.now('truncation_rate'):.0%} of y′ are cut at max_tokens ({it.before('truncation_rate'):.0%} "
-        "at θ_0): turns no longer end.",
+        f"at {it.since}): more answers reach the limit{f' of {it.limit} tokens' if it.limit else ''}.",
     ),
     Rule(
-        "length", "factor between the lengths of y′ now and at θ_0, if beyond chance and away from the length of y",
+        "length",
+        "factor between the lengths of y′ now and at an earlier iterate, if beyond chance and away from the length of "
+        "y",
         1.25, _away_from_y,
-        lambda it: f"y′ went from {it.before('generated_length'):.1f} to {it.now('generated_length'):.1f} tokens, away "
-        f"from the {it.now('real_length'):.1f} of y.",
+        lambda it: f"y′ went from {it.before('generated_length'):.1f} tokens at {it.since} to "
+        f"{it.now('generated_length'):.1f}, away from the {it.now('real_length'):.1f} of y.",
     ),
     Rule(
         "duplicates", "duplicate_share − real_duplicate_share", 0.15, _more_duplicates,
@@ -139,9 +151,9 @@ RULES = (
         f"{it.now('real_duplicate_share'):.0%}): the answers collapse onto a few.",
     ),
     Rule(
-        "wording", "fall of distinct_2 since θ_0, as a fraction", 0.4, _poorer,
-        lambda it: f"distinct-2 fell to {it.now('distinct_2'):.2f} from {it.before('distinct_2'):.2f} at θ_0: the "
-        "wording gets poorer.",
+        "wording", "fall of distinct_2 since an earlier iterate, as a fraction", 0.4, _poorer,
+        lambda it: f"distinct-2 fell to {it.now('distinct_2'):.2f} from {it.before('distinct_2'):.2f} at {it.since}: "
+        "the wording gets poorer.",
     ),
     Rule(
         "length alone", "distance of length_auc from 0.5, if against_opponent.accuracy is above 0.95", 0.4,
@@ -161,26 +173,35 @@ def _kl_sentence(it: Compared) -> str:
     )
 
 
-def all_warnings(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    """Returns each iterate's name with a warning. Without θ_0's evaluation nothing is compared with it."""
-    start = evaluation_of(evaluations, 0)
+def all_warnings(
+    evaluations: list[Evaluation], rows: Mapping[str, pa.Table], limit: int | None
+) -> list[tuple[str, str]]:
+    """Returns each iterate's name with a warning."""
     return [
         (evaluation["iterate"], text)
-        for evaluation in evaluations
-        for text in warnings(evaluation, None if evaluation is start else start)
+        for place, evaluation in enumerate(evaluations)
+        for text in warnings(evaluation, evaluations[:place], rows, limit)
     ]
 
 
-def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:
+def warnings(
+    evaluation: Evaluation,
+    earlier: Sequence[Evaluation] = (),
+    rows: Mapping[str, pa.Table] | None = None,
+    limit: int | None = None,
+) -> list[str]:
     """Returns the sentences of the rules that apply, the worst first.
 
     Args:
-        start: θ_0's evaluation; None for θ_0 itself.
+        earlier: evaluations of earlier iterates. A rule names the one against which its number is the worst.
+        rows: measures by held-out row, by iterate, for changes on the same rows.
+        limit: the recipe's ``max_tokens``.
     """
-    compared = Compared(evaluation, start)
-    found = [(rule.severity(compared), rule) for rule in RULES]
+    pairs = [Compared(evaluation, each, rows or {}, limit) for each in earlier or [None]]
+    worst = [(rule, max(pairs, key=rule.severity)) for rule in RULES]
+    found = [(rule.severity(compared), rule.sentence, compared) for rule, compared in worst]
     found.sort(key=lambda each: -each[0])
-    return [rule.sentence(compared) for severity, rule in found if severity >= 1]
+    return [sentence(compared) for severity, sentence, compared in found if severity >= 1]
 
 
 def as_markdown() -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import OtherRunError
 from spin_ray.report.examples import read_examples
-from spin_ray.report.history import read_evaluations
+from spin_ray.report.history import read_all_rows, read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.signs import all_warnings
@@ -66,7 +66,7 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
         "latest": run.latest(),
         "iterations": config.iterations,
         "evaluations": evaluations,
-        "warnings": [{"iterate": iterate, "text": text} for iterate, text in all_warnings(evaluations)],
+        "warnings": [{"iterate": iterate, "text": text} for iterate, text in _warnings(run, evaluations)],
         "seconds": stage_seconds(events),
         "lost": lost_work(events),
         "running": is_running(run),
@@ -81,7 +81,7 @@ def print_status(run: RunDir, console: Console) -> None:
     evaluations = read_evaluations(run, config)
     if evaluations:
         console.print(_measures(evaluations))
-    for iterate, text in all_warnings(evaluations):
+    for iterate, text in _warnings(run, evaluations):
         console.print(f"[yellow]Warning[/] {iterate}:", end=" ")
         console.print(text, markup=False)
     console.print(_seconds(stage_seconds(events)))
@@ -93,6 +93,11 @@ def print_status(run: RunDir, console: Console) -> None:
         line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
         console.print(line, markup=False)
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
+
+
+def _warnings(run: RunDir, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
+    limit = run.config().generation.sampling.max_tokens
+    return all_warnings(evaluations, read_all_rows(run, evaluations), limit)
 
 
 def show_status(run: RunDir, console: Console, as_json: bool) -> None:
@@ -189,7 +194,7 @@ def _measures(evaluations: list[Evaluation]) -> Table:
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:
-    return "–" if bounds is None else f"{max(bounds[0], 0):.3f}–{min(bounds[1], 1):.3f}"
+    return "–" if bounds is None else f"{bounds[0]:.3f}–{bounds[1]:.3f}"
 
 
 def _seconds(seconds: dict[str, dict[str, float]]) -> Table:

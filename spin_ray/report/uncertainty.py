@@ -130,6 +130,17 @@ def changes_by_row(before: pa.Table, now: pa.Table) -> dict[str, Any]:
     return found
 
 
+def change_of(key: str, before: dict[str, Any], now: dict[str, Any], rows: Mapping[str, pa.Table]) -> Change:
+    """Returns the change between two evaluations of a run, on the same rows where both iterates' rows are there.
+
+    Args:
+        rows: ROW_SCHEMA rows by iterate.
+    """
+    both = [rows.get(it["iterate"]) for it in (before, now)] if key in PAIRED else []
+    tables = [table for table in both if table is not None]
+    return Change.of(key, before, now, changes_by_row(tables[0], tables[1]) if len(tables) == 2 else None)
+
+
 def common_rows(before: pa.Table, now: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Returns the rows of both whose prompt_id the other has, in one order."""
     now = now.filter(pc.is_in(now["prompt_id"], value_set=before["prompt_id"]))

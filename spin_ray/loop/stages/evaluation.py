@@ -24,7 +24,7 @@ from spin_ray.learner.losses import LOSSES, PairValues
 from spin_ray.learner.step import Objective
 from spin_ray.loop import scoring
 from spin_ray.report.grading import grade_all
-from spin_ray.report.history import is_evaluated, read_rows
+from spin_ray.report.history import is_evaluated, read_all_rows, read_evaluations, read_rows
 from spin_ray.report.margins import margin_measures
 from spin_ray.report.responses import row_measures, text_measures
 from spin_ray.report.signs import warnings
@@ -36,7 +36,7 @@ from spin_ray.report.uncertainty import (
     standard_error,
 )
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import heldout_pair_id, iterate_name
+from spin_ray.run_dir.names import heldout_pair_id, iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import pairs_of
 from spin_ray.run_dir.storage import bytes_digest, table_to_bytes
@@ -89,8 +89,9 @@ def run(
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
         run_dir.update_evaluation(iterate, lambda before: result | _benchmarks_of(model, before or {}))
-    start = run_dir.evaluation(0) if iterate else None
-    for text in warnings(result, start):
+    earlier = [it for it in read_evaluations(run_dir, config) if iterate_number(it["iterate"]) < iterate]
+    rows = read_all_rows(run_dir, [*earlier, result])
+    for text in warnings(result, earlier, rows, config.generation.sampling.max_tokens):
         logger.warning("%s: %s", model.name, text)
         run_dir.event("warning", model.name, text=text)
     return result

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -10,6 +10,8 @@ from markupsafe import Markup
 COLOURS = 6
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 34
+SHIFT = 5
+"""Distance of points of several lines at one iterate, so that their whiskers do not lie on each other."""
 LANE = 24
 GANTT_WIDTH, GANTT_LEFT = 960, 170
 MOST_NAMES = 9
@@ -28,7 +30,8 @@ class Series:
     colour: int
     intervals: Sequence[tuple[float, float] | None] = ()
     """(low, high) of each point."""
-    dashed: bool = False
+    joined: bool = True
+    """False draws points without a line between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,9 @@ def line_chart(
     if baseline and low <= baseline[0] <= high:
         _add(svg, "line", "baseline", x1=LEFT, x2=WIDTH - RIGHT, y1=y_at(baseline[0]), y2=y_at(baseline[0]))
         _text(svg, WIDTH - RIGHT, y_at(baseline[0]) - 4, baseline[1], "end")
-    for line in series:
-        _draw(svg, line, x_at, y_at, x_names)
+    for place, line in enumerate(series):
+        aside = SHIFT * (place - (len(series) - 1) / 2) if x_names else 0.0
+        _draw(svg, line, lambda x, aside=aside: x_at(x) + aside, y_at, x_names)
     return _markup(svg)
 
 
@@ -125,9 +129,9 @@ def gantt(bars: Sequence[Bar]) -> Markup:
 
 
 def _draw(svg: ElementTree.Element, line: Series, x_at: Place, y_at: Place, x_names: Sequence[str] | None) -> None:
-    kind = f"s{line.colour % COLOURS}" + (" dashed" if line.dashed else "")
+    kind = f"s{line.colour % COLOURS}"
     path = " ".join(f"{'L' if i else 'M'}{x_at(x):.1f},{y_at(y):.1f}" for i, (x, y) in enumerate(line.points))
-    if path:
+    if path and line.joined:
         _title(_add(svg, "path", f"line {kind}", d=path), line.name)
     for (x, _), interval in zip(line.points, line.intervals, strict=False):
         if interval:
@@ -141,18 +145,21 @@ def _draw(svg: ElementTree.Element, line: Series, x_at: Place, y_at: Place, x_na
 def _thinned(line: Series) -> Series:
     points = [(x, y) for x, y in line.points if math.isfinite(y)]
     if len(points) <= MOST_POINTS:
-        return line if len(points) == len(line.points) else Series(line.name, points, line.colour, (), line.dashed)
+        return line if len(points) == len(line.points) else replace(line, points=points, intervals=())
     size = math.ceil(len(points) / MOST_POINTS)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in bins]
-    return Series(line.name, means, line.colour, (), line.dashed)
+    return replace(line, points=means, intervals=())
 
 
 def _spoken(line: Series) -> str:
     """Describes a line for screen readers."""
     if not line.points:
         return f"{line.name} empty"
-    return f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
+    ys = [y for _, y in line.points]
+    said = f"{line.name} from {ys[0]:.3g} to {ys[-1]:.3g}"
+    said += f", lowest {min(ys):.3g}" if min(ys) < min(ys[0], ys[-1]) else ""
+    return said + (f", highest {max(ys):.3g}" if max(ys) > max(ys[0], ys[-1]) else "")
 
 
 def _spread(ys: Sequence[float]) -> float:

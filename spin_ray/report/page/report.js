@@ -1,5 +1,9 @@
 "use strict";
 (() => {
+  const showNewest = new ResizeObserver((found) => {
+    for (const { target } of found) target.scrollLeft = target.scrollWidth;
+  });
+  for (const table of document.querySelectorAll(".newest")) showNewest.observe(table);
   const list = document.getElementById("list");
   if (!list) return;
   const search = document.getElementById("search");

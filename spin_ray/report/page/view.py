@@ -1,7 +1,7 @@
 """The content of a run's page, without HTML."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -10,22 +10,25 @@ import pyarrow as pa
 import yaml
 
 from spin_ray.config.recipe import SpinConfig, flatten
+from spin_ray.config.sections import name_of
 from spin_ray.errors import UserError, first_line
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.history import (
     evaluation_of,
     is_evaluated,
+    read_all_rows,
     read_benchmarks,
     read_evaluations,
-    read_rows,
     read_train_logs,
 )
+from spin_ray.report.judged import Judged, read_judged
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
+from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.report.uncertainty import Change, changes_by_row, common_means
-from spin_ray.run_dir.events import Span, spans
+from spin_ray.report.uncertainty import Change, change_of, changes_by_row, common_means
+from spin_ray.run_dir.events import BESIDE, Event, Span, exact_duration, spans
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, table_from_bytes
@@ -45,6 +48,8 @@ class StageTotal:
     """Fraction of the run's wall time."""
     rows: int
     tokens: int
+    speed: float | None
+    """Tokens per second of the attempts that ended well; None without tokens."""
     useful: float | None
     """Fraction of useful work; None if not measured."""
 
@@ -57,8 +62,8 @@ class RunView:
     versions: list[tuple[str, dict[str, str]]]
     """Versions of packages, first those that the run began with; each with the first iterate that they made."""
     evaluations: list[Evaluation]
-    rows: pa.Table | None
-    """The newest evaluation's measures by held-out row; None if it has none."""
+    rows: dict[str, pa.Table]
+    """Measures by held-out row, by iterate."""
     train_logs: dict[str, list[dict[str, Any]]]
     benchmarks: dict[str, dict[str, Any]]
     spans: list[Span]
@@ -70,9 +75,17 @@ class RunView:
     pairs: list[tuple[str, dict[str, int]]]
     """(iteration, counts of its pairs stage)."""
     state: str
-    failure: str
+    reason: str
+    """Failure that ended the run, or the rule that stopped it; empty if neither did."""
+    closest: str
+    """Iterate that ``stop_when`` names as the closest to human responses, or empty."""
+    last_event: str
+    probe: str
+    """Verdict of the run's probe, or empty."""
+    judged: list[Judged]
+    rows_read: bool
     warnings: list[tuple[str, str]]
-    """(iterate, sentence)."""
+    """(iterate, sentence), the newest iterate's first."""
     unreadable: list[str]
     """Sentences on parts of the run that the page leaves out, because their files are missing or damaged."""
 
@@ -87,6 +100,53 @@ class RunView:
     @property
     def wall_seconds(self) -> float:
         return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns names and values of what the numbers rest on."""
+        config, iterations = self.config, range(self.config.iterations)
+        sampling = config.generation.sampling
+        return [
+            ("Started", self.started),
+            ("Last event", self.last_event),
+            ("Time in stages", exact_duration(self.busy_seconds)),
+            ("Evaluated", ", ".join(_ends(self.iterates)) or "nothing yet"),
+            *([("Closest to human responses", self.closest)] if self.closest else []),
+            ("Held-out rows", self._heldout_rows()),
+            ("Pairs and steps", self._pairs_and_steps()),
+            ("β", _each(config.at(iteration).beta for iteration in iterations)),
+            ("Learning rate", _each(config.at(iteration).learning_rate for iteration in iterations)),
+            ("Temperature", f"{sampling.temperature:g}"),
+            ("max_tokens", f"{sampling.max_tokens:,}"),
+        ]
+
+    def key(self) -> str:
+        """Returns a sentence on the names of iterates and responses."""
+        later = [f"{name} is θ_{iterate_number(name)}" for name in self.iterates if name != iterate_name(0)]
+        iterates = ", ".join([f"{iterate_name(0)} is θ_0 and the base", *_ends(later)])
+        return (
+            f"{iterates}; the opponent of an iterate is the one before it, in tables to its left; y is the data's "
+            "response, y′ the model's."
+        )
+
+    def _heldout_rows(self) -> str:
+        if not self.evaluations:
+            return "–"
+        newest = self.evaluations[-1]
+        rows = self.rows.get(newest["iterate"])
+        conversations = newest["rows"] if rows is None else len(rows["conversation"].unique())
+        of = f" of {conversations:,} conversations" if conversations < newest["rows"] else ""
+        return f"{newest['rows']:,}{of}"
+
+    def _pairs_and_steps(self) -> str:
+        pairs = {name: counts.get("rows", 0) for name, counts in self.pairs}
+        found = {}
+        for name in [it for it in dict.fromkeys([*pairs, *self.train_logs]) if it != iterate_name(0)]:
+            words = [f"{pairs[name]:,} pair{'s' if pairs[name] != 1 else ''}"] if name in pairs else []
+            log = self.train_logs.get(name)
+            found[name] = ", ".join([*words, *([f"{log[-1].get('of', len(log)):,} steps"] if log else [])])
+        if len(set(found.values())) == 1:
+            return f"{next(iter(found.values()))} an iteration"
+        return "; ".join(_ends([f"{name}: {words}" for name, words in found.items()])) or "–"
 
     @property
     def busy_seconds(self) -> float:
@@ -104,6 +164,10 @@ class RunView:
         return flatten(hide(self.config.model_dump(mode="json")))
 
     @property
+    def data(self) -> str:
+        return hide_in_text(name_of(self.config.data.train))
+
+    @property
     def changed_settings(self) -> set[str]:
         return set(flatten(self.config.model_dump(mode="json", exclude_defaults=True)))
 
@@ -114,6 +178,8 @@ class RunView:
             measured = [span for span in mine if "useful" in span.counted]
             useful = sum(span.counted["useful"] * span.seconds for span in measured)
             seconds = sum(span.seconds for span in mine)
+            done = [span for span in mine if span.outcome == "commit" and span.counted.get("tokens")]
+            tokens = sum(span.counted["tokens"] for span in done)
             totals.append(
                 StageTotal(
                     stage=stage,
@@ -121,7 +187,8 @@ class RunView:
                     seconds=seconds,
                     share=seconds / max(self.wall_seconds, 1e-9),
                     rows=sum(span.counted.get("rows", 0) for span in mine),
-                    tokens=sum(span.counted.get("tokens", 0) for span in mine),
+                    tokens=tokens,
+                    speed=tokens / max(sum(span.seconds for span in done), 1e-3) if done else None,
                     useful=useful / max(sum(span.seconds for span in measured), 1e-9) if measured else None,
                 )
             )
@@ -135,7 +202,20 @@ class RunView:
             else:
                 first = "Nothing has been evaluated yet."
             return first, f"The run is {self.state}."
-        return _worth(self.evaluations), _caution(self.evaluations, self.warnings)
+        return _worth(self.evaluations, self.rows) + _rank(self.evaluations, self.rows), _caution(
+            self.evaluations, self.warnings
+        )
+
+
+def _ends(words: list[str]) -> list[str]:
+    """Shortens a long list to its first and last word."""
+    return words if len(words) <= 4 else [words[0], "…", words[-1]]
+
+
+def _each(values: Iterable[float]) -> str:
+    """Lists the values of all iterations, or the one that they share."""
+    found = [f"{value:g}" for value in values]
+    return ", ".join(found if len(set(found)) > 1 else found[:1])
 
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
@@ -144,16 +224,18 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     events = run.events()
     description = run.description()
     evaluations = read_evaluations(run, config)
+    rows = read_all_rows(run, evaluations)
     examples, no_examples = _examples(run, config, only_prompts)
-    state, failure = _state(run, config, events)
+    state, reason, closest = _state(run, config, events)
     unreadable = list(_not_evaluated(run, config))
+    probe = read_probe(run)
     return RunView(
         name=run.storage.name,
         config=config,
         description=hide(description),
         versions=_versions(description, config),
         evaluations=evaluations,
-        rows=read_rows(run, iterate_number(evaluations[-1]["iterate"])) if evaluations else None,
+        rows=rows,
         train_logs=read_train_logs(run, config),
         benchmarks=read_benchmarks(run, config),
         spans=spans(events, read_progress(run).get("time", 0.0)),
@@ -162,8 +244,16 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         quarantine=_quarantine(run, unreadable),
         pairs=_pairs(run, config, unreadable),
         state=state,
-        failure=failure,
-        warnings=all_warnings(evaluations),
+        reason=reason,
+        closest=closest,
+        last_event=_utc(events[-1]["time"]) if events else "none",
+        probe=" ".join(probe["sentences"]) if probe else "",
+        judged=read_judged(run, unreadable),
+        rows_read=run.prompts.is_committed or run.heldout.is_committed,
+        warnings=sorted(
+            all_warnings(evaluations, rows, config.generation.sampling.max_tokens),
+            key=lambda warning: -iterate_number(warning[0]),
+        ),
         unreadable=unreadable,
     )
 
@@ -176,15 +266,23 @@ def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[
     return found, "" if found else "No held-out prompt has been answered yet."
 
 
-def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tuple[str, str]:
-    last = events[-1] if events else None
-    if run.latest() == iterate_name(config.iterations):
-        return "finished", ""
-    if any(event["event"] == "stop" and event["folder"] == run.latest() for event in events):
-        return "stopped by its rule", ""
-    if last and last["event"] == "failure":
-        return "failed", hide_in_text(f"{last['stage']}: {last.get('error', '')}")
-    return "unfinished", ""
+def _state(run: RunDir, config: SpinConfig, events: list[Event]) -> tuple[str, str, str]:
+    """Returns the state, its reason and the closest iterate. Events of other commands tell nothing of the run."""
+    latest = run.latest()
+    if latest == iterate_name(config.iterations):
+        return "finished", "", ""
+    own = [event for event in events if event["kind"] not in BESIDE]
+    stops = [event for event in own if event["event"] == "stop" and event["folder"] == latest]
+    if stops:
+        return "stopped by its rule", stops[-1].get("reason", ""), stops[-1].get("closest", "")
+    if latest is None and should_stop(config, read_probe(run)):
+        return "stopped by its probe", "", ""
+    if not own or own[-1]["event"] != "failure":
+        return "unfinished", "", ""
+    error, stage = own[-1].get("error", ""), own[-1]["stage"]
+    if error.startswith(("KeyboardInterrupt", "SystemExit")):
+        return "interrupted", f"during {stage}; the same command goes on", ""
+    return "failed", hide_in_text(f"{stage}: {error}"), ""
 
 
 def _versions(description: dict[str, Any], config: SpinConfig) -> list[tuple[str, dict[str, str]]]:
@@ -232,12 +330,12 @@ def _pairs(run: RunDir, config: SpinConfig, unreadable: list[str]) -> list[tuple
     return found
 
 
-def _worth(evaluations: list[Evaluation]) -> str:
+def _worth(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
     first, last = evaluation_of(evaluations, 0), evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first or {})
     if now is not None and before is not None and first is not None and first is not last:
-        changed = _judged(Change.of("answer_accuracy", first, last), ".1%")
+        changed = _judged(change_of("answer_accuracy", first, last, rows), ".1%")
         return (
             f"{name} answers {now:.1%} of {last['answers_graded']} held-out questions right, {first['iterate']} "
             f"{before:.1%}: a change of {changed}."
@@ -258,13 +356,48 @@ def _worth(evaluations: list[Evaluation]) -> str:
     )
 
 
+def _rank(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
+    """Compares the newest iterate with the one before it, and names an earlier one that answers better.
+
+    Returns nothing for θ_0 and θ_1 alone, which ``_worth`` compares.
+    """
+    *earlier, last = evaluations
+    if len(earlier) < 2:
+        return ""
+    accuracy = BY_KEY["answer_accuracy"]
+    graded = [it for it in earlier if None not in (accuracy.of(it), accuracy.of(last))]
+
+    def change(key: str, before: Evaluation, digits: str, unit: str = "") -> str:
+        return f"{before[key]:{digits}}{unit}, a change of {_judged(change_of(key, before, last, rows), digits)}"
+
+    before = earlier[-1]
+    if before in graded:
+        said = f" {before['iterate']}, the iterate before, answered {change('answer_accuracy', before, '.1%')}."
+    else:
+        numbers = change("generated_length", before, ".1f", " tokens")
+        said = f" Responses of {before['iterate']}, the iterate before, have {numbers}."
+    better = [it for it in graded if _is_fall(change_of("answer_accuracy", it, last, rows))]
+    if not better:
+        return said
+    best = max(better, key=lambda it: it["answer_accuracy"])
+    known = best is before or best is evaluation_of(evaluations, 0)
+    numbers = "" if known else f" ({change('answer_accuracy', best, '.1%')})"
+    return f"{said} The best is {best['iterate']}{numbers}: use {best['iterate']}, not {last['iterate']}."
+
+
+def _is_fall(change: Change) -> bool:
+    return change.half is not None and change.value < -change.half
+
+
 def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
     first, last = evaluation_of(evaluations, 0), evaluations[-1]
     if mine := [text for iterate, text in found if iterate == last["iterate"]]:
-        more = f" (and {len(mine) - 1} more below)" if len(mine) > 1 else ""
-        return f"Beware: {mine[0].rstrip('.')}{more}."
+        which = "warning" if len(mine) == 1 else f"{len(mine)} warnings"
+        return f"Beware: see the {which} on {last['iterate']} below."
     rest = f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
     now, human = f"{last['generated_length']:.1f} tokens", f"(human: {last['real_length']:.1f})"
+    if first is last:
+        return f"Its responses have {now} {human}, {rest}"
     if first is None:
         return (
             f"Whether {last['iterate']} collapses cannot be told, as {iterate_name(0)} has no evaluation to compare it "
@@ -280,21 +413,22 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     if first.description["inputs"]["heldout"] != other.description["inputs"]["heldout"]:
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
+    rows = [view.rows.get(view.evaluations[-1]["iterate"]) for view in (first, other)]
     names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
     for key, say in (("answer_accuracy", _say_accuracy), ("generated_length", _say_length)):
         if None in (BY_KEY[key].of(one), BY_KEY[key].of(two)):
             continue
         otherwise = _other_conditions(first, other, key)
-        if first.rows is None or other.rows is None:
+        if rows[0] is None or rows[1] is None:
             change = Change.of(key, one, two, {})
             return f"{names}: {say((one[key], two[key]), '', change, one['real_length'])}{otherwise}"
-        means = common_means(key, first.rows, other.rows)
+        means = common_means(key, rows[0], rows[1])
         if means is None:
             continue
-        before, now, rows = means
-        change = Change.of(key, one, two, changes_by_row(first.rows, other.rows))
-        human = one["real_length"] if rows == one["rows"] == two["rows"] else None
-        return f"{names}: {say((before, now), f'{rows} ', change, human)}{otherwise}"
+        before, now, count = means
+        change = Change.of(key, one, two, changes_by_row(rows[0], rows[1]))
+        human = one["real_length"] if count == one["rows"] == two["rows"] else None
+        return f"{names}: {say((before, now), f'{count} ', change, human)}{otherwise}"
     return f"{first_name} and {other_name} have no measure or no held-out rows in common, so they cannot be compared."
 
 

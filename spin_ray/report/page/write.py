@@ -1,18 +1,20 @@
 """The HTML page, from views of runs."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from spin_ray.errors import writing
 from spin_ray.report.conditions import in_words
 from spin_ray.report.first_loss import first_loss, spelt
 from spin_ray.report.measures import BY_KEY, GUESSING, MEASURES, Measure
-from spin_ray.report.page.charts import Bar, Series, gantt, line_chart
+from spin_ray.report.page.charts import COLOURS, MOST_POINTS, Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import RunView, compare, read_view
 from spin_ray.report.uncertainty import CONFIDENCE
 from spin_ray.run_dir.events import Span, exact_duration
@@ -21,28 +23,29 @@ from spin_ray.run_dir.run_dir import RunDir
 
 _STAGES = ("prompts", "heldout", "sampling", "pairs", "training", "evaluation")
 """Order of colours and lanes."""
-_TRAIN_CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Loss", ("loss",)),
-    ("Margin", ("margin",)),
-    ("Fraction of margins above 0", ("accuracy",)),
-    ("log p(y), and log p(y′) dashed; nats", ("real_logp", "generated_logp")),
-    ("Gradient norm before clipping", ("grad_norm",)),
+_TRAIN_CHARTS = (
+    ("Loss", "loss", ""),
+    ("Margin", "margin", "In nats times beta."),
+    ("Margin accuracy", "accuracy", "Fraction of margins above 0."),
+    ("Drift of log p(y)", "real_logp_drift", "log p(y) minus that at the iteration's start, in nats per response."),
+    ("Gradient norm before clipping", "grad_norm", ""),
 )
-_EVAL_CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Answer accuracy", ("answer_accuracy",)),
-    ("Loss on held-out rows", ("against_opponent.loss", "against_self.loss")),
-    ("Margin", ("against_opponent.margin", "against_self.margin")),
-    ("Distance of the opponent from human responses", ("jsd_lower_bound",)),
-    ("Divergence from the opponent and from the base", ("against_self.generated_logp_drift", "kl_to_base")),
-    ("Drift of log-probabilities", ("real_logp_drift", "against_opponent.generated_logp_drift")),
-    ("Tokens per response", ("generated_length", "real_length")),
-    ("Fractions of the responses", ("truncation_rate", "identical_share", "duplicate_share")),
-    ("Distinct pairs of tokens", ("distinct_2", "real_distinct_2")),
+"""(title, key of train_log.jsonl, note)."""
+_EVAL_CHARTS: tuple[tuple[str, ...], ...] = (
+    ("answer_accuracy",),
+    ("against_opponent.loss", "against_self.loss"),
+    ("against_opponent.margin", "against_self.margin"),
+    ("jsd_lower_bound",),
+    ("kl_to_base", "against_self.generated_logp_drift"),
+    ("real_logp_drift", "against_opponent.generated_logp_drift"),
+    ("generated_length", "real_length"),
+    ("truncation_rate", "identical_share", "duplicate_share"),
+    ("distinct_2", "real_distinct_2"),
 )
-_LINE_NAMES = {
-    "against_self.margin": "with own samples", "against_opponent.margin": "with the opponent's samples",
-    "against_opponent.loss": "with the opponent's samples", "against_self.loss": "with own samples",
-}  # fmt: skip
+"""Measures of each chart. Where runs are compared, a chart shows the first alone."""
+_OWN_OPPONENT = (
+    " A point without a line is against the iterate's own opponent, the iterate before it: do not rank iterates by it."
+)
 Chart = dict[str, Any]
 
 
@@ -76,17 +79,20 @@ def report_page(runs: Sequence[RunDir]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": exact_duration, "number": _number}
+    environment.filters |= {"duration": exact_duration, "number": _number, "code": _code}
     return environment.get_template("report.html").render(
         views=views,
         names=names,
         comparisons=[compare(views[0], view, names[0], name) for view, name in zip(views[1:], names[1:], strict=True)],
+        key=max(views, key=lambda view: len(view.evaluations)).key(),
         measures=_table(views),
         benchmarks=_benchmarks(views),
+        judged=[(name, it) for view, name in zip(views, names, strict=True) for it in view.judged],
         eval_charts=list(_eval_charts(views, names)),
         train_charts=list(_train_charts(views, names)),
         first_level=_first_level(views),
         gantts=[gantt(_bars(view)) for view in views],
+        colours={name: colour for colour, name in enumerate(_few(names))},
         stages=_STAGES,
         examples=_examples(views, names),
         differing=_differing(views),
@@ -100,18 +106,13 @@ def _distinct_names(views: Sequence[RunView]) -> list[str]:
 
 
 def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]]]]:
-    """Returns rows (measure, [(value, half its interval) per iterate]) with any value."""
+    """Returns rows (measure, [(value, its interval) per iterate]) with any value."""
     evaluations = [evaluation for view in views for evaluation in view.evaluations]
-    rows = []
-    for measure in MEASURES:
-        cells = []
-        for evaluation in evaluations:
-            value, interval = measure.of(evaluation), measure.interval(evaluation)
-            half = _number((interval[1] - interval[0]) / 2, measure.digits) if interval else ""
-            cells.append((_number(value, measure.digits), half))
-        if any(measure.of(evaluation) is not None for evaluation in evaluations):
-            rows.append((measure, cells))
-    return rows
+    return [
+        (measure, [(_number(measure.of(it), measure.digits), measure.spread(it)) for it in evaluations])
+        for measure in MEASURES
+        if any(measure.of(it) is not None for it in evaluations)
+    ]
 
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -121,7 +122,7 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
     for title, metric in dict.fromkeys(row for column in columns for row in column):
         values = [column.get((title, metric), {}) for column in columns]
         cells = [
-            (_number(it.get("value"), 4), _number(CONFIDENCE * error, 4) if (error := it.get("standard_error")) else "")
+            (_number(it.get("value"), 4), f"± {CONFIDENCE * error:,.4f}" if (error := it.get("standard_error")) else "")
             for it in values
         ]
         found.append((title, metric, cells))
@@ -145,20 +146,40 @@ def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Cha
     newest = max((iterate_number(name) for view in views for name in view.iterates), default=0)
     x_names = [iterate_name(number) for number in range(newest + 1)]
     compared = len(views) > 1
-    for title, keys in _EVAL_CHARTS:
+    shown = _few(list(zip(views, names, strict=True)))
+    for keys in _EVAL_CHARTS:
+        evaluations = [evaluation for view, _ in shown for evaluation in view.evaluations]
+        measures = [BY_KEY[key] for key in (keys[:1] if compared else keys)]
+        drawn = [measure for measure in measures if any(measure.of(it) is not None for it in evaluations)]
         lines = [
-            _line(
-                view, BY_KEY[key], name if compared else _LINE_NAMES.get(key, BY_KEY[key].title), run if compared else n
-            )
-            for run, (view, name) in enumerate(zip(views, names, strict=True))
-            for n, key in enumerate(keys[:1] if compared else keys)
+            _line(view, measure, name if compared else measure.title, run + n)
+            for run, (view, name) in enumerate(shown)
+            for n, measure in enumerate(drawn)
         ]
         lines = [line for line in lines if line.points]
         if len({x for line in lines for x, _ in line.points}) > 1:
-            level = (GUESSING, "ln 2") if title.startswith("Loss") else (0.0, "") if "Drift" in title else None
+            title = _listed([measure.title for measure in drawn])
+            title = title[0].upper() + title[1:]
+            level = (GUESSING, "ln 2") if "loss" in title else (0.0, "") if "drift" in keys[0] else None
             svg = line_chart(title, lines, x_label="iterate", x_names=x_names, baseline=level)
-            note = f"{BY_KEY[keys[0]].title}: {BY_KEY[keys[0]].meaning}. {BY_KEY[keys[0]].bad}"
+            first = drawn[0]
+            note = f"{first.title}: {first.meaning}. {first.bad}"
+            note += _OWN_OPPONENT if any(measure.is_of_own_opponent for measure in drawn) else ""
+            note += _left_out(len(views), "runs")
             yield {"title": title, "svg": svg, "legend": lines if len(lines) > 1 else [], "note": note}
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+
+
+def _few(drawn: Sequence[Any]) -> list[Any]:
+    """Returns as many as there are colours: the first and the last ones."""
+    return [*drawn] if len(drawn) <= COLOURS else [drawn[0], *drawn[1 - COLOURS :]]
+
+
+def _left_out(number: int, what: str) -> str:
+    return "" if number <= COLOURS else f" Of {number} {what} the first and the last {COLOURS - 1} are drawn."
 
 
 def _line(view: RunView, measure: Measure, name: str, colour: int) -> Series:
@@ -166,7 +187,8 @@ def _line(view: RunView, measure: Measure, name: str, colour: int) -> Series:
     found = [(place, measure.of(it), measure.interval(it)) for place, it in evaluations]
     measured = [(place, value, interval) for place, value, interval in found if value is not None]
     points = [(place, value) for place, value, _ in measured]
-    return Series(name, points, colour, [interval for _, _, interval in measured])
+    intervals = [interval for _, _, interval in measured]
+    return Series(name, points, colour, intervals, joined=not measure.is_of_own_opponent)
 
 
 def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:
@@ -175,16 +197,22 @@ def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Ch
         for view, name in zip(views, names, strict=True)
         for folder, log in view.train_logs.items()
     ]
-    warm_up = [Series(label, _points(log, "loss"), n) for n, (label, folder, log) in enumerate(logs) if folder == "sft"]
-    yield from _chart("SFT warm-up: loss per token", warm_up)
-    logs = [(label, folder, log) for label, folder, log in logs if folder != "sft"]
-    for title, keys in _TRAIN_CHARTS:
-        lines = [
-            Series(label if not n else f"{label}, y′", _points(log, key), colour, dashed=n > 0)
-            for colour, (label, _, log) in enumerate(logs)
-            for n, key in enumerate(keys)
-        ]
-        yield from _chart(title, lines, _first_level(views) if keys == ("loss",) else None)
+    warm_ups = [(label, log) for label, folder, log in logs if folder == "sft"]
+    rows = {view.config.sft.global_batch_rows for view in views if view.config.sft}
+    yield from _chart("SFT warm-up: loss per token", warm_ups, "loss", _batches(rows, "rows"))
+    logs = [(label, log) for label, folder, log in logs if folder != "sft"]
+    pairs = {view.config.train.global_batch_pairs for view in views}
+    clips = {view.config.train.optimizer.max_grad_norm for view in views}
+    for title, key, note in _TRAIN_CHARTS:
+        if key == "grad_norm" and len(clips) == 1:
+            note = f"Clipped at {min(clips):g}."
+        level = _first_level(views) if key == "loss" else None
+        yield from _chart(title, logs, key, f"{_batches(pairs, 'pairs')} {note}".strip(), level)
+
+
+def _batches(sizes: set[int], what: str) -> str:
+    size = f"{min(sizes):,} " if len(sizes) == 1 else ""
+    return f"Each point is one batch of {size}{what}."
 
 
 def _first_level(views: Sequence[RunView]) -> tuple[float, str] | None:
@@ -194,11 +222,22 @@ def _first_level(views: Sequence[RunView]) -> tuple[float, str] | None:
     return None if level is None else (level, spelt(level))
 
 
-def _chart(title: str, lines: list[Series], level: tuple[float, str] | None = None) -> Iterator[Chart]:
+def _chart(
+    title: str,
+    logs: list[tuple[str, list[dict[str, Any]]]],
+    key: str,
+    note: str,
+    level: tuple[float, str] | None = None,
+) -> Iterator[Chart]:
+    """Yields the chart of a key of train_log.jsonl, if a log has it."""
+    lines = [Series(label, _points(log, key), colour) for colour, (label, log) in enumerate(_few(logs))]
+    lines = [line for line in lines if line.points]
     if lines:
         svg = line_chart(title, lines, x_label="step", baseline=level)
-        legend = [line for line in lines if not line.dashed]
-        yield {"title": title, "svg": svg, "legend": legend if len(legend) > 1 else [], "note": ""}
+        if any(len(line.points) > MOST_POINTS for line in lines):
+            note = note.replace("is one batch", "is the mean of several batches, each")
+        note += _left_out(len(logs), "trainings")
+        yield {"title": title, "svg": svg, "legend": lines if len(lines) > 1 else [], "note": note}
 
 
 def _points(log: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -218,7 +257,7 @@ def _bars(view: RunView) -> list[Bar]:
 
 
 def _span_title(span: Span) -> str:
-    counted = [f"{span.counted[key]:,} {key}" for key in ("rows", "steps", "tokens") if span.counted.get(key)]
+    counted = [f"{span.counted[key]:,.0f} {key}" for key in ("rows", "steps", "tokens") if span.counted.get(key)]
     if span.counted.get("tokens"):
         counted.append(f"{span.counted['tokens'] / max(span.seconds, 1e-9):,.0f} tokens/s")
     if "useful" in span.counted:
@@ -242,7 +281,7 @@ def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, 
         for name, one in same:
             for iterate, text in one.answers.items():
                 label = f"{name}: {iterate}" if len(views) > 1 else iterate
-                answers.append((label, text, one.margins.get(iterate)))
+                answers.append((label, text, one.margins.get(iterate), iterate in one.cut))
         newest = list(example.margins.values())[-1:] or [None]
         found.append(
             {
@@ -265,3 +304,8 @@ def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _code(text: str) -> Markup:
+    """Sets the words between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))

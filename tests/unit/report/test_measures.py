@@ -2,6 +2,7 @@
 
 import math
 
+import pyarrow as pa
 import pytest
 
 from spin_ray.report.measures import (
@@ -11,8 +12,10 @@ from spin_ray.report.measures import (
 )
 from spin_ray.report.responses import distinct_ngrams, duplicate_share
 from spin_ray.report.signs import RULES, Compared, warnings
+from spin_ray.report.uncertainty import ROW_SCHEMA
 
 HEALTHY = {
+    "iterate": "sft",
     "against_opponent": {"loss": 0.5, "margin": 1.0, "accuracy": 0.8, "generated_logp_drift": -1.0},
     "against_self": {"loss": 0.6, "margin": 0.5, "generated_logp_drift": 0.5},
     "real_logp_drift": 0.2, "truncation_rate": 0.1, "identical_share": 0.1, "duplicate_share": 0.1,
@@ -39,6 +42,19 @@ def test_an_interval_is_wide_as_its_standard_error_and_missing_without_one():
     assert BY_KEY["answer_accuracy"].of(HEALTHY) is None
 
 
+def test_the_interval_of_a_fraction_ends_at_0_and_1():
+    """0.01 ± 1.96 · 0.02; a loss has no such ends."""
+    errors = {"standard_errors": {"truncation_rate": 0.02, "against_opponent.loss": 0.02}}
+    evaluation = {"truncation_rate": 0.01, "against_opponent": {"loss": 0.01}} | errors
+    assert BY_KEY["truncation_rate"].interval(evaluation) == pytest.approx((0.0, 0.0492))
+    assert BY_KEY["truncation_rate"].spread(evaluation) == "0.00 to 0.05"
+    assert BY_KEY["against_opponent.loss"].interval(evaluation) == pytest.approx((-0.0292, 0.0492))
+    assert BY_KEY["against_opponent.loss"].spread(evaluation) == "± 0.0392"
+    assert BY_KEY["length_auc"].spread(evaluation) == ""
+    unknown = {"truncation_rate": 0.01, "standard_errors": {"truncation_rate": math.nan}}
+    assert BY_KEY["truncation_rate"].interval(unknown) is None
+
+
 def test_every_measure_has_one_sentence_on_what_is_bad():
     assert len(BY_KEY) == len(MEASURES)
     for measure in MEASURES:
@@ -47,7 +63,7 @@ def test_every_measure_has_one_sentence_on_what_is_bad():
 
 
 def test_a_healthy_iterate_gives_no_warning():
-    assert warnings(HEALTHY, HEALTHY) == []
+    assert warnings(HEALTHY, [HEALTHY]) == []
 
 
 @pytest.mark.parametrize(
@@ -58,14 +74,14 @@ def test_a_healthy_iterate_gives_no_warning():
         ({"real_logp_drift": -3.0, "against_opponent": {"generated_logp_drift": -5.0}}, "goes to other responses"),
         ({"against_self": {"generated_logp_drift": -1.0}}, "estimated below 0"),
         ({"identical_share": 0.9}, "90% of y′ equal y"),
-        ({"truncation_rate": 0.4}, "40% of y′ are cut at max_tokens (10% at θ_0)"),
+        ({"truncation_rate": 0.4}, "40% of y′ are cut at max_tokens (10% at sft)"),
         ({"duplicate_share": 0.5}, "50% of y′ repeat another (of y: 10%)"),
         ({"distinct_2": 0.4}, "distinct-2 fell to 0.40 from 0.80"),
         ({"length_auc": 0.03, "against_opponent": {"accuracy": 0.99}}, "length alone"),
     ],
 )
 def test_each_sign_of_collapse_is_named(change, words):
-    [found] = warnings(HEALTHY | change, HEALTHY)
+    [found] = warnings(HEALTHY | change, [HEALTHY])
     assert words in found
 
 
@@ -89,23 +105,65 @@ def test_each_rule_begins_at_its_threshold(rule):
     errors = {"standard_errors": HEALTHY["standard_errors"] | {"answer_accuracy": 0.05}}
     for factor, expected in ((1.001, True), (0.999, False)):
         change, before = CHANGES[rule.name](rule.threshold * factor)
-        compared = Compared(HEALTHY | errors | change, HEALTHY | errors | before)
+        before = HEALTHY | errors | before
+        compared = Compared(HEALTHY | errors | change, before)
         assert (rule.severity(compared) >= 1) is expected
-        assert (rule.sentence(compared) in warnings(compared.evaluation, compared.start)) is expected
+        assert (rule.sentence(compared) in warnings(compared.evaluation, [before])) is expected
 
 
 def test_the_demonstration_that_was_called_no_sign_of_collapse_names_cuts_and_lengths_worst_first():
     """Cuts from 2 % to 15 % are 2.6 times their threshold, lengths from 14.2 to 21.4 are 1.2 times theirs."""
     errors = {"truncation_rate": 0.02, "generated_length": 1.0}
-    start = {"truncation_rate": 0.02, "generated_length": 14.2, "real_length": 13.8, "standard_errors": errors}
-    found = warnings(start | {"truncation_rate": 0.15, "generated_length": 21.4}, start)
-    assert [sentence[:28] for sentence in found] == ["15% of y′ are cut at max_tok", "y′ went from 14.2 to 21.4 to"]
+    start = {
+        "iterate": "sft",
+        "truncation_rate": 0.02,
+        "generated_length": 14.2,
+        "real_length": 13.8,
+        "standard_errors": errors,
+    }
+    found = warnings(start | {"truncation_rate": 0.15, "generated_length": 21.4}, [start])
+    assert [sentence[:28] for sentence in found] == ["15% of y′ are cut at max_tok", "y′ went from 14.2 tokens at "]
 
 
 def test_what_chance_may_give_and_what_comes_nearer_to_y_is_no_sign():
     errors = {"truncation_rate": 0.1, "generated_length": 1.0}
-    start = {"truncation_rate": 0.0, "generated_length": 20.0, "real_length": 10.0, "standard_errors": errors}
-    assert warnings(start | {"truncation_rate": 0.2, "generated_length": 10.0}, start) == []
+    start = {
+        "iterate": "sft",
+        "truncation_rate": 0.0,
+        "generated_length": 20.0,
+        "real_length": 10.0,
+        "standard_errors": errors,
+    }
+    assert warnings(start | {"truncation_rate": 0.2, "generated_length": 10.0}, [start]) == []
+
+
+def test_a_fall_is_told_against_the_earlier_iterate_from_which_it_is_deepest():
+    """25 %, 60 %, 40 %: better than sft, and worse than iter_000, as the same rows tell."""
+    errors = {"standard_errors": {"answer_accuracy": 0.2}}
+    sft, best, now = (
+        {"iterate": name, "answer_accuracy": value} | errors
+        for name, value in (("sft", 0.25), ("iter_000", 0.6), ("iter_001", 0.4))
+    )
+    rows = {"iter_000": rows_with(120), "iter_001": rows_with(80)}
+    assert warnings(now, [sft, best]) == [], "as if of different rows"
+    [found] = warnings(now, [sft, best], rows)
+    assert "40.0% of the answers are right (60.0% at iter_000)" in found
+    assert warnings(best, [sft], rows) == []
+
+
+def rows_with(right: int) -> pa.Table:
+    """Returns 200 rows, the first ``right`` of them answered right."""
+    rows = [
+        {"prompt_id": f"p{number}", "conversation": number, "answer_accuracy": float(number < right),
+         "truncation_rate": 0.0, "generated_length": 9.0}
+        for number in range(200)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, ROW_SCHEMA)
+
+
+def test_the_limit_that_more_answers_reach_is_named():
+    [found] = warnings(HEALTHY | {"truncation_rate": 0.4}, [HEALTHY], limit=512)
+    assert found.endswith("(10% at sft): more answers reach the limit of 512 tokens.")
 
 
 # When to stop

@@ -17,8 +17,12 @@ from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.uncertainty import ROW_SCHEMA, common_means
 from spin_ray.run_dir.events import fields_of, spans
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
-from tests.support.made_up_run import made_up_run
+from spin_ray.serving.arena.battles import Answer, Question
+from spin_ray.serving.arena.votes import VoteStore
+from tests.support.fakes import generation_rows, write_rows
+from tests.support.made_up_run import TOKENIZER, made_up_run
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +40,161 @@ def test_the_verdict_weighs_a_change_of_accuracy_against_chance(finished):
     assert caution.startswith("No sign of collapse: responses went from 9.0 to 7.0 tokens (human: 5.0)")
 
 
+def with_accuracies(folder: Path, *accuracies: float, rows: int = 200) -> RunDir:
+    """Returns a run whose iterates answer the first ``accuracies`` of the rows right."""
+    run = made_up_run(folder, iterations=len(accuracies) - 1, done=len(accuracies) - 1)
+    for iterate, accuracy in enumerate(accuracies):
+        evaluation = json.loads(run.storage.read(run.eval_path(iterate)))
+        more = {"answer_accuracy": accuracy, "answers_graded": rows, "standard_errors": {"answer_accuracy": 0.2}}
+        run.storage.replace(run.eval_path(iterate), json.dumps(evaluation | more).encode())
+        each = [
+            {"prompt_id": f"p{number}", "conversation": number, "answer_accuracy": float(number < rows * accuracy),
+             "truncation_rate": 0.0, "generated_length": 9.0 - iterate}
+            for number in range(rows)
+        ]  # fmt: skip
+        content = table_to_bytes(pa.Table.from_pylist(each, ROW_SCHEMA))
+        run.storage.replace(run.heldout_rows_path(iterate), content)
+    return run
+
+
+def test_a_newest_iterate_that_is_worse_than_the_one_before_it_is_not_recommended(tmp_path):
+    """A fifth of 200 rows changed: ±1.96 · 0.4 / √200 = ±5.5 %, and a bit more with the added rows."""
+    view = read_view(with_accuracies(tmp_path / "run", 0.25, 0.6, 0.4))
+    worth, _ = view.verdict()
+    assert "iter_000, the iterate before, answered 60.0%, a change of -20.0% (± 5.7%), more than chance." in worth
+    assert worth.endswith("The best is iter_000: use iter_000, not iter_001.")
+    assert [iterate for iterate, text in view.warnings if "60.0% at iter_000" in text] == ["iter_001"]
+
+
+def test_an_earlier_iterate_that_is_better_than_the_newest_is_named_with_its_numbers(tmp_path):
+    worth = read_view(with_accuracies(tmp_path / "run", 0.25, 0.6, 0.4, 0.4)).verdict()[0]
+    assert "iter_001, the iterate before, answered 40.0%, a change of +0.0%" in worth
+    assert "The best is iter_000 (60.0%, a change of -20.0% (± 5.7%), more than chance): use iter_000" in worth
+
+
+def test_nothing_is_recommended_within_chance_or_beside_one_iterate(tmp_path):
+    assert "The best is" not in read_view(with_accuracies(tmp_path / "run", 0.25, 0.41, 0.4)).verdict()[0]
+    assert "iterate before" not in read_view(with_accuracies(tmp_path / "one", 0.6, 0.25)).verdict()[0]
+
+
+def test_without_answers_to_grade_the_lengths_of_the_iterate_before_are_compared(tmp_path):
+    run = with_accuracies(tmp_path / "run", 0.25, 0.6, 0.4)
+    for iterate in range(3):
+        evaluation = json.loads(run.storage.read(run.eval_path(iterate)))
+        del evaluation["answer_accuracy"]
+        run.storage.replace(run.eval_path(iterate), json.dumps(evaluation).encode())
+    worth = read_view(run).verdict()[0]
+    assert (
+        "Responses of iter_000, the iterate before, have 8.0 tokens, a change of -1.0 (± 0.0), more than chance"
+        in worth
+    )
+
+
 def test_a_warning_takes_the_place_of_the_all_clear(tmp_path):
     run = made_up_run(tmp_path / "run")
     evaluation = json.loads(run.storage.read(run.eval_path(2))) | {"identical_share": 0.8}
     run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
-    assert read_view(run).verdict()[1].startswith("Beware: 80% of y′ equal y")
+    view = read_view(run)
+    assert view.verdict()[1] == "Beware: see the warning on iter_001 below."
+    [(iterate, text)] = view.warnings
+    assert iterate == "iter_001" and text.startswith("80% of y′ equal y")
+
+
+def test_nothing_is_said_of_a_change_when_only_sft_was_measured(tmp_path):
+    caution = read_view(made_up_run(tmp_path / "run", iterations=2, done=0)).verdict()[1]
+    assert caution.startswith("Its responses have 9.0 tokens (human: 5.0)")
+    assert "collapse" not in caution
+
+
+def test_the_names_and_the_settings_behind_the_numbers_are_told(tmp_path):
+    """Three held-out rows of two conversations."""
+    sampling = {"temperature": 0.7, "max_tokens": 1500}
+    run = made_up_run(tmp_path / "run", generation={"sampling": sampling}, train={"learning_rate": [1e-6, 5e-7]})
+    rows = [
+        {"prompt_id": f"p{number}", "conversation": number // 2, "generated_length": 7.0, "truncation_rate": 0.0}
+        for number in range(3)
+    ]
+    run.storage.replace(run.heldout_rows_path(2), table_to_bytes(pa.Table.from_pylist(rows, ROW_SCHEMA)))
+    view = read_view(run)
+    assert view.key().startswith(
+        "sft is θ_0 and the base, iter_000 is θ_1, iter_001 is θ_2; the opponent of an iterate"
+    )
+    facts = dict(view.facts())
+    assert facts["Held-out rows"] == "3 of 2 conversations"
+    assert facts["Pairs and steps"] == "1 pair, 5 steps an iteration"
+    assert (facts["β"], facts["Learning rate"]) == ("0.5", "1e-06, 5e-07")
+    assert (facts["Temperature"], facts["max_tokens"]) == ("0.7", "1,500")
+
+
+@pytest.mark.parametrize(
+    ("last", "state", "reason"),
+    [
+        ([("failure", "iter_001/training", "OSError: x")], "failed", "iter_001/training: OSError: x"),
+        (
+            [("failure", "iter_001/training", "OSError: x"), ("commit", "sft/benchmarks", "")],
+            "failed", "iter_001/training: OSError: x",
+        ),
+        ([("failure", "sft/benchmarks", "OSError: x")], "unfinished", ""),
+        ([("failure", "iter_001/training", "KeyboardInterrupt: ")], "interrupted", "during iter_001/training"),
+        ([("failure", "iter_001/training", "SystemExit: 15")], "interrupted", "during iter_001/training"),
+        ([("failure", "sft/evaluation", "OSError: x"), ("start", "sft/evaluation", "")], "unfinished", ""),
+    ],
+)  # fmt: skip
+def test_the_state_follows_the_events_of_the_run_alone(tmp_path, last, state, reason):
+    run = made_up_run(tmp_path / "run", iterations=2, done=1)
+    for event, stage, error in last:
+        run.event(event, stage, seconds=1.0, **({"error": error} if error else {}))
+    view = read_view(run)
+    assert view.state == state and view.reason.startswith(reason) and bool(view.reason) is bool(reason)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert page.find(f"</strong> {reason}") < page.find('<p class="verdict">')
+    assert dict(view.facts())["Last event"].startswith("20")
+
+
+def test_a_stopped_run_gives_its_rule_s_reason_and_the_closest_iterate(tmp_path):
+    run = made_up_run(tmp_path / "run", iterations=4, done=2)
+    run.event("stop", "iter_001", reason="the held-out distance has not fallen", closest="iter_000")
+    view = read_view(run)
+    assert (view.state, view.reason) == ("stopped by its rule", "the held-out distance has not fallen")
+    assert dict(view.facts())["Closest to human responses"] == "iter_000"
+
+
+def test_the_verdict_of_the_probe_is_on_the_page(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    run.storage.replace(
+        "probe.json", json.dumps({"verdict": "spin", "sentences": ["Verdict: spin.", "Run it."]}).encode()
+    )
+    assert "Probe: Verdict: spin. Run it." in write_report([run], tmp_path / "page.html").read_text()
+
+
+def test_what_a_judge_and_voters_said_is_a_table(tmp_path):
+    """Of four votes iter_001 won two, one was a tie."""
+    run = made_up_run(tmp_path / "run")
+    said = {"one": "iter_001", "other": "sft", "wins": 9, "ties": 1, "losses": 0, "win_rate": 0.95}
+    summary = said | {"standard_error": 0.05, "judge": "big-model"}
+    run.storage.replace("judgements/iter_001-sft.json", json.dumps(summary).encode())
+    run.storage.replace("judgements/broken.json", b"{}")
+    votes = VoteStore(f"sqlite:///{tmp_path / 'run' / 'votes.sqlite'}")
+    for verdict in ("a", "a", "tie", "b"):
+        battle = votes.start("iter-1", "sft", Question([{"role": "user", "content": "x"}], {"seed": 0}))
+        for side in ("a", "b"):
+            votes.record(battle.id, side, Answer("x", "stop", "d"))
+        votes.vote(battle.id, verdict)
+    votes.close()
+    view = read_view(run)
+    found = [(it.one, it.other, it.win_rate, it.number, it.by) for it in view.judged]
+    assert found == [("iter_001", "sft", 0.95, 10, "big-model"), ("iter_001", "sft", 0.625, 4, "votes of the arena")]
+    assert view.judged[0].interval == (pytest.approx(0.852), 1.0)
+    assert view.unreadable == ["judgements/broken.json cannot be read ('wins')."]
+    assert "0.85 to 1.00" in write_report([run], tmp_path / "page.html").read_text()
+
+
+def test_no_row_is_called_usable_before_one_was_read(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    empty = RunDir(Storage(tmp_path / "empty"))
+    empty.begin(run.config(), {name: run.description()[name] for name in ("inputs", "start_model", "versions")})
+    page = write_report([empty], tmp_path / "page.html").read_text()
+    assert "No row has been read yet." in page and "Every row was usable." not in page
 
 
 def test_a_run_that_goes_on_says_so_and_shows_what_is_there(tmp_path):
@@ -75,6 +229,29 @@ def test_useful_work_is_weighed_by_time_over_the_attempts_that_measured_it(finis
     seconds = [event["seconds"] for event in sampling]
     assert total.seconds == pytest.approx(sum(seconds))
     assert total.useful == pytest.approx((0.5 * seconds[0] + 0.8 * seconds[1]) / (seconds[0] + seconds[1]))
+
+
+def test_tokens_a_second_are_those_of_the_attempts_that_ended_well(finished):
+    """50 tokens in 10 s; a failed attempt took 90 s."""
+    events = [
+        {"time": 0.0, "event": "start", "stage": "iter_000/training"},
+        {"time": 90.0, "event": "failure", "stage": "iter_000/training", "seconds": 90.0},
+        {"time": 100.0, "event": "commit", "stage": "iter_000/training", "seconds": 10.0, "tokens": 50.0},
+    ]
+    [total] = replace(read_view(finished), spans=spans(events)).stage_totals()
+    assert (total.tokens, total.speed, total.seconds) == (50, 5.0, 100.0)
+
+
+def test_sources_are_named_and_no_code_is_left_in_words(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    recorded = run.description()
+    recorded["config"]["data"]["train"] = [{"path": "a.jsonl", "weight": 3}, {"path": "s3://me:SECRET@b/c.jsonl"}]
+    run.storage.replace("run.json", json.dumps(recorded).encode())
+    run.event("commit", "iter_001/training", seconds=10.0, tokens=12576.0)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "on a.jsonl, s3://[hidden]@b/c.jsonl," in page
+    assert "12,576 tokens," in page and "12,576.0" not in page
+    assert "<code>evaluation.samples</code>" in page and "`" not in page.partition("<script>")[0]
 
 
 def test_the_recipe_holds_what_is_not_a_default(finished):
@@ -209,6 +386,27 @@ def test_examples_come_in_the_order_of_margins_with_both_extremes(finished):
     assert found[1].answers == {name: f"answer 1 of {name}" for name in ("sft", "iter_000", "iter_001")}
 
 
+def test_answers_that_were_cut_are_marked(tmp_path):
+    run = made_up_run(tmp_path / "run", done=1)
+    without_an_end = TOKENIZER.encode("without an end", add_special_tokens=False)
+    answers = [("p0", 0, without_an_end), ("p1", 0, [*without_an_end, 2])]
+    write_rows(run.heldout_samples(2), GENERATION_SCHEMA, generation_rows(answers), part_rows=9)
+    assert [example.cut for example in read_view(run).examples] == [{"iter_001"}, set(), set()]
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert page.count('<span class="m">cut</span>') == 1
+    assert 'aria-label="Example 1: Do you like tea?"' in page
+    assert page.count('<p dir="auto">') == 3 + 3 + 3 + 3 + 2
+    assert "Far below 0" not in page and "<details><summary dir" not in page
+
+
+def test_long_prompts_are_folded(finished, tmp_path, monkeypatch):
+    [example, *_] = read_view(finished).examples
+    long = replace(example, messages=[{"role": "user", "content": "word " * 400}])
+    monkeypatch.setattr("spin_ray.report.page.view.read_examples", lambda *_, **__: [long])
+    page = write_report([finished], tmp_path / "page.html").read_text()
+    assert '<details><summary dir="auto"><b>user</b> word word' in page
+
+
 # Stages in time
 
 
@@ -252,10 +450,78 @@ def test_a_chart_leaves_out_what_is_no_number_and_averages_what_is_too_much():
     assert 'aria-label="Loss: a from 1 to 1"' in svg
 
 
+def test_whiskers_at_one_iterate_do_not_lie_on_each_other():
+    lines = [Series(name, [(0, 1), (1, 2)], n, [(0.5, 1.5), (1.5, 2.5)]) for n, name in enumerate("ab")]
+    svg = line_chart("x", lines, x_label="iterate", x_names=["sft", "iter_000"])
+    places = re.findall(r'class="whisker s\d" x1="([0-9.]+)"', svg)
+    assert len(set(places)) == 4
+
+
+def test_the_spoken_label_of_a_line_names_extremes_that_are_not_its_ends():
+    def spoken(*ys: float) -> str:
+        return re.findall('aria-label="x: (.*?)"', line_chart("x", [Series("a", list(enumerate(ys)), 0)], x_label="s"))[
+            0
+        ]
+
+    assert spoken(1, 2) == "a from 1 to 2"
+    assert spoken(1, 5, 2) == "a from 1 to 2, highest 5"
+    assert spoken(1, 0, 5, 2) == "a from 1 to 2, lowest 0, highest 5"
+
+
 def test_the_title_of_a_mark_is_escaped(finished):
     svg = line_chart("x", [Series("<b>&", [(0, 1), (1, 2)], 0)], x_label="step")
     assert "<title>&lt;b&gt;&amp;</title>" in svg
     assert gantt([]) == ""
+
+
+def charts_of(page: str) -> dict[str, str]:
+    """Returns the figures of a page by their titles."""
+    return dict(re.findall(r"<figure><figcaption>(.*?)</figcaption>(.*?)</figure>", page, re.DOTALL))
+
+
+def test_what_is_measured_against_another_opponent_each_time_is_not_joined(finished, tmp_path):
+    charts = charts_of(write_report([finished], tmp_path / "page.html").read_text())
+    for title, joined in (
+        ("Answer accuracy", 1), ("Held-out loss and loss on own samples", 0), ("Distance of the opponent", 0),
+        ("KL to the base and KL to the opponent", 1),
+    ):  # fmt: skip
+        svg, _, said = charts[title].partition("</svg>")
+        assert svg.count('class="line') == joined, title
+        assert ("do not rank iterates by it" in said) is (title != "Answer accuracy")
+        assert svg.count('class="dot') >= 2
+    assert "Cut at max_tokens and y = y′" in charts, "duplicates were not measured"
+    assert "closer opponent" in charts["Held-out loss and loss on own samples"]
+    assert "closer opponent" in charts["Distance of the opponent"]
+
+
+def test_a_chart_of_several_runs_has_the_title_of_the_one_measure_that_it_shows(finished, tmp_path):
+    other = made_up_run(tmp_path / "other", iterations=3)
+    charts = charts_of(write_report([finished, other], tmp_path / "page.html").read_text())
+    assert {"Held-out loss", "Margin", "KL to the base", "Length of y′", "Cut at max_tokens"} <= charts.keys()
+
+
+def test_of_more_lines_than_colours_the_first_and_the_last_are_drawn(tmp_path):
+    charts = charts_of(write_report([made_up_run(tmp_path / "run", iterations=8, done=8)], tmp_path / "p").read_text())
+    drawn = charts["Margin accuracy"]
+    assert re.findall(r"</svg>(iter_\d+)</li>", drawn) == ["iter_000", *(f"iter_{n:03d}" for n in range(3, 8))]
+    legend = drawn.partition('class="legend"')[2]
+    assert re.findall(r'class="line (s\d)"', legend) == [f"s{colour}" for colour in range(6)]
+    assert "Of 8 trainings the first and the last 5 are drawn." in drawn
+
+
+def test_charts_of_training_say_what_a_point_is_and_show_the_drift_of_log_p(finished, tmp_path):
+    run = made_up_run(tmp_path / "run")
+    log = [
+        json.loads(line) | {"real_logp_drift": -0.5}
+        for line in run.storage.read("iter_001/train_log.jsonl").splitlines()
+    ]
+    run.storage.replace("iter_001/train_log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+    charts = charts_of(write_report([run], tmp_path / "page.html").read_text())
+    assert "Each point is one batch of 64 pairs. Clipped at 1." in charts["Gradient norm before clipping"]
+    assert "In nats times beta." in charts["Margin"]
+    drift = charts["Drift of log p(y)"]
+    assert "nats per response" in drift and 'class="line s1"' in drift, "the colour of iter_001 in every chart"
+    assert "Drift of log p(y)" not in charts_of(write_report([finished], tmp_path / "page.html").read_text())
 
 
 # Secrets

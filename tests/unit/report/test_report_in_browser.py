@@ -65,7 +65,7 @@ def assert_drawn(page, at_least):
     assert figures.count() >= at_least
     for index in range(figures.count()):
         figure = figures.nth(index)
-        assert figure.locator("path.line").count() > 0
+        assert figure.locator("path.line, circle.dot").count() > 0
         assert figure.get_attribute("aria-label")
         drawn = figure.bounding_box()
         assert drawn["width"] > 200 and drawn["height"] > 100
@@ -94,6 +94,19 @@ def test_nothing_is_wider_than_a_phone(browser, page_file):
     page = browser.new_page(viewport={"width": 360, "height": 740})
     page.goto(page_file.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.close()
+
+
+def test_on_a_phone_the_newest_column_stands_beside_the_names(browser, tmp_path):
+    file = write_report([made_up_run(tmp_path / "run", iterations=5, done=5)], tmp_path / "page.html")
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto(file.as_uri())
+    page.wait_for_function("document.querySelector('.newest').scrollLeft > 0")
+    name, newest = (page.locator(f".measures tbody tr:first-child > :{place}-child") for place in ("first", "last"))
+    left, right = name.bounding_box(), newest.bounding_box()
+    assert 0 <= left["x"] < left["x"] + left["width"] <= right["x"] + 1
+    assert right["x"] + right["width"] <= 400
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
     page.close()
 
 

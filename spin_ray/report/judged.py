@@ -1,0 +1,88 @@
+"""Comparisons of two iterates by a judge (``spin-ray judge``) and by voters (the arena)."""
+
+import json
+import sqlite3
+from collections import defaultdict
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spin_ray.errors import first_line
+from spin_ray.report.redaction import hide_in_text
+from spin_ray.report.uncertainty import CONFIDENCE, SHARE, standard_error
+from spin_ray.run_dir.names import iterate_name, read_iterate
+from spin_ray.run_dir.run_dir import RunDir
+
+VOTES = "votes.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    one: str
+    other: str
+    win_rate: float | None
+    """Share of ``one``'s wins; a tie counts as half."""
+    standard_error: float | None
+    number: int
+    """Number of prompts judged or votes cast."""
+    by: str
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Returns the 95 % interval; None if unknown."""
+        if self.win_rate is None or self.standard_error is None:
+            return None
+        half = CONFIDENCE * self.standard_error
+        return max(self.win_rate - half, 0.0), min(self.win_rate + half, 1.0)
+
+
+def read_judged(run: RunDir, unreadable: list[str]) -> list[Judged]:
+    """Returns all comparisons, the judge's first; adds a sentence to ``unreadable`` for each damaged file."""
+    return [*_judgements(run, unreadable), *_votes(run, unreadable)]
+
+
+def _judgements(run: RunDir, unreadable: list[str]) -> list[Judged]:
+    found = []
+    for name in run.storage.entries("judgements"):
+        if not name.endswith(".json"):
+            continue
+        try:
+            it = json.loads(run.storage.read(f"judgements/{name}"))
+            number, by = it["wins"] + it["ties"] + it["losses"], hide_in_text(it.get("judge", "a judge"))
+            found.append(Judged(it["one"], it["other"], it["win_rate"], it.get("standard_error"), number, by))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            unreadable.append(f"judgements/{name} cannot be read ({hide_in_text(first_line(error))}).")
+    return found
+
+
+def _votes(run: RunDir, unreadable: list[str]) -> list[Judged]:
+    """Reads the votes in the run's folder; those of another database are not looked for."""
+    file = Path(run.storage.root) / VOTES
+    if not isinstance(run.storage.root, Path) or not file.exists():
+        return []
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
+            votes = connection.execute(
+                "SELECT model_a, model_b, verdict, COUNT(*) FROM battles WHERE verdict IS NOT NULL GROUP BY 1, 2, 3"
+            ).fetchall()
+    except sqlite3.Error as error:
+        unreadable.append(f"{VOTES} cannot be read ({error}).")
+        return []
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for a, b, verdict, count in votes:
+        newer, older = sorted((a, b), key=lambda name: (read_iterate(name) or 0, name), reverse=True)
+        score = 0.5 if verdict not in ("a", "b") else float((a if verdict == "a" else b) == newer)
+        scores[newer, older] += [score] * count
+    return [
+        Judged(_spelt(one), _spelt(other), float(np.mean(each)), standard_error(np.asarray(each), added=SHARE),
+               len(each), "votes of the arena")
+        for (one, other), each in sorted(scores.items())
+    ]  # fmt: skip
+
+
+def _spelt(model: str) -> str:
+    """Returns the name on disk of an iterate of the API; other names unchanged."""
+    number = read_iterate(model)
+    return model if number is None else iterate_name(number)
