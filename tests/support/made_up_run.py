@@ -63,7 +63,7 @@ def _write_iterate(run: RunDir, iterate: int) -> None:
         for number, prompt in enumerate(MARGINS)
     ]
     write_rows(run.heldout_samples(iterate), GENERATION_SCHEMA, generation_rows(answers), part_rows=9)
-    content = table_to_bytes(ROW_SCHEMA.empty_table())
+    content = table_to_bytes(pa.Table.from_pylist(_measures(iterate), ROW_SCHEMA))
     run.storage.replace(run.heldout_rows_path(iterate), content)
     evaluation: dict[str, Any] = {
         "iterate": name, "heldout_rows": bytes_digest(content).sha256, "rows": 3,

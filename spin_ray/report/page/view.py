@@ -14,7 +14,6 @@ from spin_ray.config.sections import name_of
 from spin_ray.errors import UserError, first_line
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.history import (
-    evaluation_of,
     is_evaluated,
     read_all_rows,
     read_benchmarks,
@@ -22,12 +21,12 @@ from spin_ray.report.history import (
     read_train_logs,
 )
 from spin_ray.report.judged import Judged, read_judged
-from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
+from spin_ray.report.measures import Evaluation
+from spin_ray.report.page.verdict import caution, rank, worth
 from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.report.uncertainty import Change, change_of, changes_by_row, common_means
 from spin_ray.run_dir.events import BESIDE, Event, Span, exact_duration, spans
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
@@ -202,7 +201,7 @@ class RunView:
             else:
                 first = "Nothing has been evaluated yet."
             return first, f"The run is {self.state}."
-        return _worth(self.evaluations, self.rows) + _rank(self.evaluations, self.rows), _caution(
+        return worth(self.evaluations, self.rows) + rank(self.evaluations, self.rows), caution(
             self.evaluations, self.warnings
         )
 
@@ -328,144 +327,6 @@ def _pairs(run: RunDir, config: SpinConfig, unreadable: list[str]) -> list[tuple
             continue
         found.append((iterate_name(iteration + 1), {key: int(count) for key, count in counts.items()}))
     return found
-
-
-def _worth(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
-    first, last = evaluation_of(evaluations, 0), evaluations[-1]
-    name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
-    now, before = accuracy.of(last), accuracy.of(first or {})
-    if now is not None and before is not None and first is not None and first is not last:
-        changed = _judged(change_of("answer_accuracy", first, last, rows), ".1%")
-        return (
-            f"{name} answers {now:.1%} of {last['answers_graded']} held-out questions right, {first['iterate']} "
-            f"{before:.1%}: a change of {changed}."
-        )
-    loss = BY_KEY["against_opponent.loss"]
-    if (value := loss.of(last)) is None:
-        return f"{name} has been sampled; no later iterate has been compared with it yet."
-    interval = loss.interval(last)
-    shown = f"{value:.3f}" + (f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else "")
-    if (interval[1] if interval else value) < GUESSING:
-        return (
-            f"{name} tells held-out human responses from those of {last['opponent']} (loss {shown}; guessing gives "
-            f"{GUESSING:.3f}), so what it learned carries over to new prompts; different is not yet better."
-        )
-    return (
-        f"{name} cannot be shown to tell held-out human responses from those of {last['opponent']} "
-        f"(loss {shown}; guessing gives {GUESSING:.3f})."
-    )
-
-
-def _rank(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
-    """Compares the newest iterate with the one before it, and names an earlier one that answers better.
-
-    Returns nothing for θ_0 and θ_1 alone, which ``_worth`` compares.
-    """
-    *earlier, last = evaluations
-    if len(earlier) < 2:
-        return ""
-    accuracy = BY_KEY["answer_accuracy"]
-    graded = [it for it in earlier if None not in (accuracy.of(it), accuracy.of(last))]
-
-    def change(key: str, before: Evaluation, digits: str, unit: str = "") -> str:
-        return f"{before[key]:{digits}}{unit}, a change of {_judged(change_of(key, before, last, rows), digits)}"
-
-    before = earlier[-1]
-    if before in graded:
-        said = f" {before['iterate']}, the iterate before, answered {change('answer_accuracy', before, '.1%')}."
-    else:
-        numbers = change("generated_length", before, ".1f", " tokens")
-        said = f" Responses of {before['iterate']}, the iterate before, have {numbers}."
-    better = [it for it in graded if _is_fall(change_of("answer_accuracy", it, last, rows))]
-    if not better:
-        return said
-    best = max(better, key=lambda it: it["answer_accuracy"])
-    known = best is before or best is evaluation_of(evaluations, 0)
-    numbers = "" if known else f" ({change('answer_accuracy', best, '.1%')})"
-    return f"{said} The best is {best['iterate']}{numbers}: use {best['iterate']}, not {last['iterate']}."
-
-
-def _is_fall(change: Change) -> bool:
-    return change.half is not None and change.value < -change.half
-
-
-def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
-    first, last = evaluation_of(evaluations, 0), evaluations[-1]
-    if mine := [text for iterate, text in found if iterate == last["iterate"]]:
-        which = "warning" if len(mine) == 1 else f"{len(mine)} warnings"
-        return f"Beware: see the {which} on {last['iterate']} below."
-    rest = f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
-    now, human = f"{last['generated_length']:.1f} tokens", f"(human: {last['real_length']:.1f})"
-    if first is last:
-        return f"Its responses have {now} {human}, {rest}"
-    if first is None:
-        return (
-            f"Whether {last['iterate']} collapses cannot be told, as {iterate_name(0)} has no evaluation to compare it "
-            f"with: its responses have {now} {human}, {rest}"
-        )
-    return f"No sign of collapse: responses went from {first['generated_length']:.1f} to {now} {human}, {rest}"
-
-
-def compare(first: RunView, other: RunView, first_name: str, other_name: str) -> str:
-    """Compares the newest iterates of two runs in a sentence."""
-    if not first.evaluations or not other.evaluations:
-        return f"{first_name} and {other_name} cannot be compared yet: not both have been evaluated."
-    if first.description["inputs"]["heldout"] != other.description["inputs"]["heldout"]:
-        return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
-    one, two = first.evaluations[-1], other.evaluations[-1]
-    rows = [view.rows.get(view.evaluations[-1]["iterate"]) for view in (first, other)]
-    names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
-    for key, say in (("answer_accuracy", _say_accuracy), ("generated_length", _say_length)):
-        if None in (BY_KEY[key].of(one), BY_KEY[key].of(two)):
-            continue
-        otherwise = _other_conditions(first, other, key)
-        if rows[0] is None or rows[1] is None:
-            change = Change.of(key, one, two, {})
-            return f"{names}: {say((one[key], two[key]), '', change, one['real_length'])}{otherwise}"
-        means = common_means(key, rows[0], rows[1])
-        if means is None:
-            continue
-        before, now, count = means
-        change = Change.of(key, one, two, changes_by_row(rows[0], rows[1]))
-        human = one["real_length"] if count == one["rows"] == two["rows"] else None
-        return f"{names}: {say((before, now), f'{count} ', change, human)}{otherwise}"
-    return f"{first_name} and {other_name} have no measure or no held-out rows in common, so they cannot be compared."
-
-
-def _say_accuracy(values: tuple[float, float], rows: str, change: Change, human: float | None) -> str:
-    both = " that both answered" if rows else ""
-    return (
-        f"{values[1]:.1%} of the {rows}held-out questions{both} right against {values[0]:.1%}, "
-        f"{_judged(change, '.1%')}; another seed may differ by more."
-    )
-
-
-def _say_length(values: tuple[float, float], rows: str, change: Change, human: float | None) -> str:
-    to = f" to the {rows}prompts that both answered" if rows else ""
-    of_humans = "" if human is None else f" (human: {human:.1f})"
-    return (
-        f"responses{to} of {values[1]:.1f} tokens against {values[0]:.1f}{of_humans}, {_judged(change, '.1f')}; each "
-        "run's losses and margins are against its own opponents, so compare only examples, lengths and benchmarks."
-    )
-
-
-_GRADED_BY = ("evaluation.samples", "evaluation.grade", "evaluation.answer_extractor")
-
-
-def _other_conditions(first: RunView, other: RunView, key: str) -> str:
-    """Returns a sentence on settings of sampling and grading that differ, or nothing."""
-    one, two = first.settings, other.settings
-    names = [name for name in one | two if name.startswith("generation.sampling.")]
-    names += _GRADED_BY if key == "answer_accuracy" else ()
-    told = [f"{name} {two.get(name)} against {one.get(name)}" for name in names if one.get(name) != two.get(name)]
-    return f" Beware: the answers were sampled or graded otherwise ({', '.join(told)})." if told else ""
-
-
-def _judged(change: Change, digits: str) -> str:
-    half = "unknown" if change.half is None else format(change.half, digits)
-    beyond = change.half is not None and abs(change.value) > change.half
-    judged = "more than chance" if beyond else "no more than chance may give"
-    return f"{change.value:+{digits}} (± {half}), {judged}"
 
 
 def _utc(seconds: float) -> str:

