@@ -106,6 +106,16 @@ def _scores(name: str, opponent: str) -> list[dict[str, Any]]:
     ]
 
 
+def _measures(iterate: int) -> list[dict[str, Any]]:
+    """Returns ROW_SCHEMA rows whose means are those of the evaluation."""
+    accuracy = 0.25 + iterate / 10
+    return [
+        {"prompt_id": prompt, "conversation": number, "answer_accuracy": accuracy, "truncation_rate": 0.0,
+         "generated_length": 9.0 - iterate}
+        for number, prompt in enumerate(MARGINS)
+    ]  # fmt: skip
+
+
 def _write_events(run: RunDir, done: int) -> None:
     run.storage.delete("events.jsonl")
     clock = 1_795_000_000.0

@@ -16,7 +16,7 @@ from spin_ray.report.page.comparison import compare
 from spin_ray.report.page.view import read_view
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.uncertainty import ROW_SCHEMA, common_means
-from spin_ray.run_dir.events import fields_of, fields_of, spans
+from spin_ray.run_dir.events import fields_of, spans
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
@@ -34,9 +34,12 @@ def finished(tmp_path_factory):
 # What it says
 
 
-def test_the_verdict_weighs_a_change_of_accuracy_against_chance(finished):
-    """0.25 → 0.45 with standard errors 0.02 each: ±1.96 · √2 · 0.02 = ±0.055."""
-    worth, caution = read_view(finished).verdict()
+def test_the_verdict_weighs_a_change_of_accuracy_against_chance(tmp_path):
+    """Without measures by row. 0.25 → 0.45 with standard errors 0.02 each: ±1.96 · √2 · 0.02 = ±0.055."""
+    run = made_up_run(tmp_path / "run")
+    for iterate in range(3):
+        run.storage.delete(run.heldout_rows_path(iterate))
+    worth, caution = read_view(run).verdict()
     assert "45.0% of 3 held-out questions right, sft 25.0%: a change of +20.0% (± 5.5%), more than chance" in worth
     assert caution.startswith("No sign of collapse: responses went from 9.0 to 7.0 tokens (human: 5.0)")
 
