@@ -257,6 +257,9 @@ def test_the_leaderboard_shows_ratings_and_the_pairs_can_be_downloaded(serve, op
     expect(rows).to_have_count(3)
     expect(rows.first).to_contain_text(re.compile(r"^iter-1\d{4}\d+ to \d{4}8"))
     expect(page.locator("#pairs tbody tr")).to_have_count(3)
+    told = re.compile(r"^iter-1 above \S+ in 9\d\.\d % of draws: (told apart\.|not told apart \(from 97\.5 % on\)\.)$")
+    expect(page.locator("#apart li")).to_have_count(2)
+    expect(page.locator("#apart li").first).to_have_text(told)
     picture(page, "arena-leaderboard")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download votes as pairs").click()

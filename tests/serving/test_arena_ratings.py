@@ -10,9 +10,13 @@ from scipy.optimize import minimize
 from scipy.stats import binom
 
 from spin_ray.serving.arena.battles import Tally
-from spin_ray.serving.arena.ratings import Pairing, pairings, rate
+from spin_ray.serving.arena.ratings import APART, Pairing, Rating, lead
 
 SFT, ZERO, ONE = ("sft", "s"), ("iter-0", "z"), ("iter-1", "o")
+
+
+def rate(tallies: tuple[Tally, ...]) -> list[Rating]:
+    return lead(tallies).ratings
 
 
 def rated(*tallies: Tally) -> dict[str, float]:
@@ -65,7 +69,70 @@ def test_a_checkpoint_that_only_won_has_a_finite_rating_and_a_wide_interval():
     """Plain maximum likelihood has no answer here (evalica gives both the same strength)."""
     best, worst = rate((Tally(SFT, ZERO, "b", 3),))
     assert (best.model, best.wins, worst.losses) == ("iter-0", 3, 3)
-    assert 1100 < best.rating < 1300 and best.high - best.low > 200 and best.low > 1000
+    assert 1100 < best.rating < 1300 and best.high - best.low > 600
+
+
+def width(*tallies: Tally) -> float:
+    best, *_ = rate(tallies)
+    return best.high - best.low
+
+
+@pytest.mark.parametrize("verdict", ["a", "tie", "both_bad"])
+def test_one_vote_tells_nobody_apart(verdict):
+    """Either interval holds the other's rating."""
+    best, worst = rate((Tally(SFT, ZERO, verdict, 1),))
+    assert worst.high > best.rating > worst.low and best.high > worst.rating > best.low
+    assert best.high - best.low > 700
+    assert best.above_next is not None and best.above_next < APART and worst.above_next is None
+
+
+@pytest.mark.parametrize("verdict", ["tie", "both_bad"])
+def test_intervals_of_undecided_votes_shrink_as_those_of_votes_do(verdict):
+    """As 1/√n: four times the votes halve them; the anchor adds to the first."""
+    widths = [width(Tally(SFT, ZERO, verdict, count)) for count in (5, 20, 80, 320)]
+    assert widths[0] > 250
+    ratios = [one / other for one, other in zip(widths, widths[1:], strict=False)]
+    assert ratios == pytest.approx([2, 2, 2], rel=0.25), ratios
+
+
+def shares_apart(players: list[tuple[str, str]], strengths: list[float], votes: int, runs: int) -> float:
+    """Simulates ``runs`` boards of ``votes`` votes; returns the share of pairs that are told apart."""
+    generator, apart, pairs = np.random.default_rng(1), 0, 0
+    meetings = [(i, j) for i in range(len(players)) for j in range(i)]
+    for _ in range(runs):
+        tallies = []
+        for (i, j), count in zip(
+            meetings, generator.multinomial(votes, [1 / len(meetings)] * len(meetings)), strict=True
+        ):
+            wins = int(generator.binomial(count, strengths[i] / (strengths[i] + strengths[j])))
+            tallies += [Tally(players[i], players[j], "a", wins), Tally(players[i], players[j], "b", int(count) - wins)]
+        for pair in lead.__wrapped__(tuple(tally for tally in tallies if tally.count)).pairs:
+            apart += not 1 - APART < pair.a_above < APART
+            pairs += 1
+    return apart / pairs
+
+
+@pytest.mark.parametrize("players", [[SFT, ZERO], [SFT, ZERO, ONE]])
+def test_equal_iterates_are_told_apart_as_seldom_as_promised(players, monkeypatch):
+    """In 5 of 100; the intervals of ratings, which are centred, would tell 26 to 33 apart."""
+    monkeypatch.setattr("spin_ray.serving.arena.ratings.DRAWS", 200)
+    assert 0.02 < shares_apart(players, [1.0] * len(players), 200, 250) < 0.08
+
+
+def test_iterates_that_differ_clearly_are_told_apart(monkeypatch):
+    """75 votes of 100 for the better of two, 90 for the best against the worst of three."""
+    monkeypatch.setattr("spin_ray.serving.arena.ratings.DRAWS", 200)
+    assert shares_apart([SFT, ZERO], [1.0, 3.0], 200, 50) == 1
+    assert shares_apart([SFT, ZERO, ONE], [1.0, 3.0, 9.0], 200, 50) > 0.97
+
+
+def test_a_pair_and_its_neighbours_in_the_ranking_say_the_same():
+    board = lead((Tally(SFT, ZERO, "a", 12), Tally(SFT, ZERO, "b", 4), Tally(ZERO, ONE, "a", 9)))
+    above = {(pair.a, pair.b): pair.a_above for pair in board.pairs}
+    first, second, last = board.ratings
+    assert [first.model, second.model, last.model] == ["sft", "iter-0", "iter-1"]
+    assert first.above_next == pytest.approx(1 - above["iter-0", "sft"])
+    assert second.above_next == pytest.approx(above["iter-0", "iter-1"]) and last.above_next is None
 
 
 def test_groups_that_never_met_are_rated_each_around_the_mean():
@@ -75,9 +142,9 @@ def test_groups_that_never_met_are_rated_each_around_the_mean():
 
 def test_intervals_agree_with_votes_drawn_with_replacement():
     """evalica's own percentile bootstrap of 600 votes; both are random, so to within a tenth of the width."""
-    tallies = (Tally(SFT, ZERO, "a", 180), Tally(SFT, ZERO, "b", 320), Tally(SFT, ZERO, "tie", 100))
+    tallies = (Tally(SFT, ZERO, "a", 230), Tally(SFT, ZERO, "b", 370))
     xs, ys, outcomes = [], [], []
-    for tally, outcome in zip(tallies, (Winner.X, Winner.Y, Winner.Draw), strict=True):
+    for tally, outcome in zip(tallies, (Winner.X, Winner.Y), strict=True):
         xs += ["sft"] * tally.count
         ys += ["iter-0"] * tally.count
         outcomes += [outcome] * tally.count
@@ -107,14 +174,16 @@ def test_an_iterate_trained_anew_is_another_player():
 
 
 def test_no_votes_no_ratings():
-    assert rate(()) == [] and pairings(()) == []
+    assert lead(()) == ([], [])
 
 
 def test_a_pair_is_counted_whichever_side_its_checkpoints_were_on():
-    tallies = [
+    tallies = (
         Tally(SFT, ZERO, "a", 2),
         Tally(ZERO, SFT, "a", 3),
         Tally(ZERO, SFT, "tie", 1),
         Tally(SFT, ZERO, "both_bad", 4),
-    ]
-    assert pairings(tallies) == [Pairing("iter-0", "z", "sft", "s", a_wins=3, b_wins=2, ties=1, both_bad=4)]
+    )
+    (pair,) = lead(tallies).pairs
+    assert 0.5 < pair.a_above < APART
+    assert pair == Pairing("iter-0", "z", "sft", "s", 3, 2, 1, 4, pair.a_above)

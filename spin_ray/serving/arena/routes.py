@@ -19,10 +19,9 @@ from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from spin_ray.config.sections import ServingConfig
-from spin_ray.serving.arena import ratings
 from spin_ray.serving.arena.asking import both_sides
 from spin_ray.serving.arena.battles import Question, Verdict
-from spin_ray.serving.arena.ratings import Pairing, Rating
+from spin_ray.serving.arena.ratings import APART, Pairing, Rating, lead
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import Conversation, Sampling, plain
 from spin_ray.serving.engines import Engines
@@ -85,6 +84,8 @@ class VoteReply(BaseModel):
 
 class Leaderboard(BaseModel):
     votes: int
+    told_apart_from: float
+    """Value of ``above_next`` and ``a_above`` from which on (or up to 1 minus which) two are told apart."""
     ratings: list[Rating]
     pairs: list[Pairing]
 
@@ -161,9 +162,11 @@ def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
     def leaderboard() -> Leaderboard:
         """Rates all checkpoints that were voted on (Bradley-Terry)."""
         tallies = tuple(votes.tallies())
+        leaders = lead(tallies)
         return Leaderboard(
-            votes=sum(tally.count for tally in tallies), ratings=ratings.rate(tallies), pairs=ratings.pairings(tallies)
-        )
+            votes=sum(tally.count for tally in tallies), told_apart_from=APART, ratings=leaders.ratings,
+            pairs=leaders.pairs,
+        )  # fmt: skip
 
     @routes.get("/v1/votes/export", response_class=StreamingResponse)
     def export() -> StreamingResponse:

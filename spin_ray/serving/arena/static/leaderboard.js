@@ -15,6 +15,7 @@ export async function loadLeaderboard() {
   const low = Math.min(...board.ratings.map((row) => row.low));
   const high = Math.max(...board.ratings.map((row) => row.high));
   const names = namer(board.ratings);
+  $("#apart").replaceChildren(...board.ratings.slice(0, -1).map((row, index) => apart(row, board, index + 1, names)));
   fill("#ratings", board.ratings, (row) => [
     iterate(row.model, row.digest, names),
     cell(Math.round(row.rating), "n"),
@@ -32,8 +33,23 @@ export async function loadLeaderboard() {
     iterate(row.b, row.b_digest, names),
     cell(row.ties, "n"),
     cell(row.both_bad, "n"),
+    cell(shareOf(row.a_above), "n"),
   ]);
 }
+
+/** Says how sure it is that an iterate is above the next one of the ranking. */
+function apart(row, board, next, ambiguous) {
+  const called = ({ model, digest }) => (ambiguous(model) ? `${model} (${digest.slice(0, 12)})` : model);
+  const line = document.createElement("li");
+  const sure = row.above_next >= board.told_apart_from;
+  line.textContent =
+    `${called(row)} above ${called(board.ratings[next])} in ${shareOf(row.above_next)} of draws: ` +
+    (sure ? "told apart." : `not told apart (from ${shareOf(board.told_apart_from)} on).`);
+  return line;
+}
+
+/** Rounds down, so that nothing looks told apart that is not. */
+const shareOf = (share) => `${(Math.floor(share * 1000 + 1e-6) / 10).toFixed(1)} %`;
 
 /** Digests are shown where one name stands for two checkpoints. */
 function namer(rows) {
