@@ -123,6 +123,35 @@ def test_a_blind_comparison_and_a_vote_by_keyboard(serve, open_page, votes, name
     expect(side(page, "b", "name")).to_have_text("hidden")
 
 
+def test_a_late_reply_to_a_vote_leaves_the_next_comparison_blind(serve, open_page, votes):
+    page = open_page(serve())
+    page.evaluate(
+        """() => {
+          const real = window.fetch;
+          window.fetch = async (url, ...rest) => {
+            const reply = await real(url, ...rest);
+            if (String(url).endsWith("/v1/votes") && !window.reply) await new Promise((go) => (window.reply = go));
+            return reply;
+          };
+        }"""
+    )
+    compare(page)
+    expect(ballot(page, "a")).to_be_enabled()
+    page.keyboard.press("1")
+    while not page.evaluate("Boolean(window.reply)"):  # the page's policy forbids wait_for_function
+        page.wait_for_timeout(20)
+    page.locator("#again").click()
+    compare(page, "another question")
+    expect(ballot(page, "a")).to_be_enabled()
+    page.evaluate("window.reply()")
+    page.wait_for_timeout(300)
+    for one in "ab":
+        expect(side(page, one, "name")).to_have_text("hidden")
+    page.keyboard.press("4")
+    expect(page.get_by_role("status")).to_contain_text("Your vote: B is better.")
+    assert sum(tally.count for tally in votes.tallies()) == 2
+
+
 def test_two_chosen_iterates_are_compared_openly_with_one_seed_and_no_vote(serve, open_page):
     page = open_page(serve())
     asked = []

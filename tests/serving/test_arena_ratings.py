@@ -1,6 +1,7 @@
 """Bradley-Terry ratings: known answers, an independent solver, and the votes that break plain maximum likelihood."""
 
 import math
+from itertools import pairwise
 
 import evalica
 import numpy as np
@@ -91,7 +92,7 @@ def test_intervals_of_undecided_votes_shrink_as_those_of_votes_do(verdict):
     """As 1/√n: four times the votes halve them; the anchor adds to the first."""
     widths = [width(Tally(SFT, ZERO, verdict, count)) for count in (5, 20, 80, 320)]
     assert widths[0] > 250
-    ratios = [one / other for one, other in zip(widths, widths[1:], strict=False)]
+    ratios = [one / other for one, other in pairwise(widths)]
     assert ratios == pytest.approx([2, 2, 2], rel=0.25), ratios
 
 

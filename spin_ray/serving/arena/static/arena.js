@@ -258,17 +258,19 @@ function allowVotes(allowed) {
 }
 
 async function vote(verdict) {
-  if (!page.battle) return;
+  const battle = page.battle;
+  if (!battle) return;
   allowVotes(false);
   showError(null);
   try {
-    const result = await (await call("/v1/votes", { battle: page.battle.battle, verdict })).json();
+    const result = await (await call("/v1/votes", { battle: battle.battle, verdict })).json();
+    if (page.battle !== battle) return; // the next comparison has begun
     page.battle = null;
     reveal(result);
     guarded(score)([result.a.model, result.b.model]);
   } catch (error) {
     showError(error);
-    allowVotes(error.status !== 404 && error.status !== 409 && error.status !== 410); // the same vote may pass later
+    if (page.battle === battle) allowVotes(error.status !== 404 && error.status !== 409 && error.status !== 410); // the same vote may pass later
   }
 }
 
