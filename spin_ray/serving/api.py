@@ -150,7 +150,7 @@ class _Desk:
                 if "error" in first:
                     raise from_engine(first["error"])
                 return JSONResponse(first, headers=headers)
-            return HeldStream(_events(first, items), held.pop_all(), headers)
+            return HeldStream(_events(first, items), held.pop_all(), headers, self.config.request_timeout_s)
         finally:
             await held.aclose()
 

@@ -1,6 +1,8 @@
 """Server-sent events of a streamed answer."""
 
+import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -8,19 +10,32 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+logger = logging.getLogger("ray.serve")
+
 DONE = "[DONE]"
+LAST_EVENTS_S = 5.0
+"""Seconds for the last events of a stream, after ``serving.request_timeout_s``."""
 
 
 class HeldStream(StreamingResponse):
-    """A stream that frees its place and engine request however it ends, even unread."""
+    """A stream that frees its place and engine request however it ends, even unread.
 
-    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str]) -> None:
+    A client that does not read is cut off ``LAST_EVENTS_S`` after ``limit_s``.
+    """
+
+    def __init__(
+        self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str], limit_s: float
+    ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._held = held
+        self._held, self._limit_s = held, limit_s + LAST_EVENTS_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
-            await super().__call__(scope, receive, send)
+            try:
+                async with asyncio.timeout(self._limit_s):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                logger.warning("%s: a client that does not read its stream is cut off", scope["path"])
 
 
 END = f"data: {DONE}\n\n"

@@ -166,3 +166,36 @@ def test_a_file_is_not_compared_with_an_iterate_that_is_not_there(tmp_path: Path
     check_published(run, ["sft", "iter-1", "latest"])
     with pytest.raises(ConfigError, match=r"has not published iter-2, all; it has sft, iter-0, iter-1, latest"):
         check_published(run, ["sft", "iter-2", "all"])
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/battles"])
+def test_a_client_that_does_not_read_its_stream_is_cut_off_and_its_place_is_free(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection takes the head of the answer and no event."""
+    monkeypatch.setattr("spin_ray.serving.events.LAST_EVENTS_S", 0.1)
+    engines = FakeEngines()
+    body = json.dumps({"messages": HELLO["messages"]} | (HELLO | {"stream": True} if path == CHAT else {})).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "root_path": "", "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    }  # fmt: skip
+
+    async def main() -> None:
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return whole.pop() if whole else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        for _ in range(3):  # more than there are places
+            whole[:] = [{"type": "http.request", "body": body, "more_body": False}]
+            await asyncio.wait_for(app(dict(scope), receive, send), 20)
+
+    app = make_app(engines, tiny_config(request_timeout_s=0.2, max_concurrent=2), [], empty_votes())
+    asyncio.run(main())
+    assert caplog.text.count("a client that does not read its stream is cut off") == 3
+    assert engines.active == 0

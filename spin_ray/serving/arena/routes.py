@@ -137,7 +137,7 @@ def _add_comparing(routes: APIRouter, votes: VoteStore, engines: Engines, desk: 
             drawn = await run_in_threadpool(votes.start, *models, question)
             events = both_sides(engines, votes, desk.metrics, drawn, desk.config.request_timeout_s)
             await held.enter_async_context(aclosing(events))
-            return HeldStream(events, held.pop_all(), {})
+            return HeldStream(events, held.pop_all(), {}, desk.config.request_timeout_s)
 
 
 def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
