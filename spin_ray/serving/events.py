@@ -26,6 +26,7 @@ class HeldStream(StreamingResponse):
     def __init__(
         self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str], limit_s: float
     ) -> None:
+        headers = headers | {"X-Accel-Buffering": "no"}  # nginx would hold events back
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._held, self._limit_s = held, limit_s + LAST_EVENTS_S
 
