@@ -12,10 +12,8 @@ import numpy as np
 from spin_ray.errors import first_line
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.report.uncertainty import CONFIDENCE, SHARE, standard_error
-from spin_ray.run_dir.names import iterate_name, read_iterate
+from spin_ray.run_dir.names import VOTES, iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
-
-VOTES = "votes.sqlite"
 
 
 @dataclass(frozen=True, slots=True)

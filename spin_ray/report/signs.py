@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
-from spin_ray.report.uncertainty import Change, change_of
+from spin_ray.report.uncertainty import Change, changes_between
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +17,8 @@ class Compared:
 
     evaluation: Evaluation
     earlier: Evaluation | None
-    rows: Mapping[str, pa.Table] = field(default_factory=dict)
-    """Measures by held-out row, by iterate."""
+    paired: dict[str, Any] | None = None
+    """Changes on the same held-out rows; None: unknown."""
     limit: int | None = None
     """The recipe's ``max_tokens``; None: unknown."""
 
@@ -31,7 +32,7 @@ class Compared:
         """Returns the change since the earlier iterate; None within chance."""
         if self.now(key) is None or self.before(key) is None:
             return None
-        found = change_of(key, self.earlier or {}, self.evaluation, self.rows)
+        found = Change.of(key, self.earlier or {}, self.evaluation, self.paired)
         return None if abs(found.value) <= (found.half or 0.0) else found
 
     @property
@@ -197,9 +198,15 @@ def warnings(
         rows: measures by held-out row, by iterate, for changes on the same rows.
         limit: the recipe's ``max_tokens``.
     """
-    pairs = [Compared(evaluation, each, rows or {}, limit) for each in earlier or [None]]
-    worst = [(rule, max(pairs, key=rule.severity)) for rule in RULES]
-    found = [(rule.severity(compared), rule.sentence, compared) for rule, compared in worst]
+    pairs = [
+        Compared(evaluation, each, changes_between(each, evaluation, rows) if each and rows else None, limit)
+        for each in earlier or [None]
+    ]
+    found = []
+    for rule in RULES:
+        severities = [rule.severity(compared) for compared in pairs]
+        worst = max(severities)
+        found.append((worst, rule.sentence, pairs[severities.index(worst)]))
     found.sort(key=lambda each: -each[0])
     return [sentence(compared) for severity, sentence, compared in found if severity >= 1]
 

@@ -66,7 +66,7 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
         "latest": run.latest(),
         "iterations": config.iterations,
         "evaluations": evaluations,
-        "warnings": [{"iterate": iterate, "text": text} for iterate, text in _warnings(run, evaluations)],
+        "warnings": [{"iterate": iterate, "text": text} for iterate, text in _warnings(run, config, evaluations)],
         "seconds": stage_seconds(events),
         "lost": lost_work(events),
         "running": is_running(run),
@@ -81,7 +81,7 @@ def print_status(run: RunDir, console: Console) -> None:
     evaluations = read_evaluations(run, config)
     if evaluations:
         console.print(_measures(evaluations))
-    for iterate, text in _warnings(run, evaluations):
+    for iterate, text in _warnings(run, config, evaluations):
         console.print(f"[yellow]Warning[/] {iterate}:", end=" ")
         console.print(text, markup=False)
     console.print(_seconds(stage_seconds(events)))
@@ -95,9 +95,8 @@ def print_status(run: RunDir, console: Console) -> None:
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
 
 
-def _warnings(run: RunDir, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
-    limit = run.config().generation.sampling.max_tokens
-    return all_warnings(evaluations, read_all_rows(run, evaluations), limit)
+def _warnings(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
+    return all_warnings(evaluations, read_all_rows(run, evaluations), config.generation.sampling.max_tokens)
 
 
 def show_status(run: RunDir, console: Console, as_json: bool) -> None:

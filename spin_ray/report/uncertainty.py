@@ -136,9 +136,13 @@ def change_of(key: str, before: dict[str, Any], now: dict[str, Any], rows: Mappi
     Args:
         rows: ROW_SCHEMA rows by iterate.
     """
-    both = [rows.get(it["iterate"]) for it in (before, now)] if key in PAIRED else []
-    tables = [table for table in both if table is not None]
-    return Change.of(key, before, now, changes_by_row(tables[0], tables[1]) if len(tables) == 2 else None)
+    return Change.of(key, before, now, changes_between(before, now, rows))
+
+
+def changes_between(before: dict[str, Any], now: dict[str, Any], rows: Mapping[str, pa.Table]) -> dict[str, Any] | None:
+    """Returns ``changes_by_row`` of two evaluations of a run; None if an iterate's rows are not there."""
+    tables = [rows[it["iterate"]] for it in (before, now) if it["iterate"] in rows]
+    return changes_by_row(tables[0], tables[1]) if len(tables) == 2 else None
 
 
 def common_rows(before: pa.Table, now: pa.Table) -> tuple[pa.Table, pa.Table]:

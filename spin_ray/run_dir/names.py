@@ -77,6 +77,8 @@ def sample_of(pair_id: str) -> str:
     return pair_id.rpartition("/")[2]
 
 
+VOTES = "votes.sqlite"
+"""Database of the arena's votes in a run folder."""
 SELF, OPPONENT = "self", "opponent"
 """Origins of a held-out sample: the iterate or its opponent."""
 

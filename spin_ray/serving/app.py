@@ -19,6 +19,7 @@ from spin_ray.config.load import override
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import ConfigError
 from spin_ray.run_dir.cache import cache_root
+from spin_ray.run_dir.names import VOTES
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.access import read_keys
@@ -128,4 +129,4 @@ def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
     if "://" in run_folder:
         folder = cache_root() / "votes" / digest(run_folder)[:16]
         folder.mkdir(parents=True, exist_ok=True)
-    return URL.create("sqlite", database=str(folder / "votes.sqlite"))
+    return URL.create("sqlite", database=str(folder / VOTES))

@@ -94,8 +94,7 @@ class Keeper:
         self._has_seen = self._has_looked = False
         self._latest: str | None = None
         self._looked_for_strays = False
-        self._draining: set[asyncio.Task[None]] = set()
-        self._ending: set[str] = set()
+        self._draining: dict[str, asyncio.Task[None]] = {}
         self._down: list[str] = []
         collect_as_usual()
         self._looking = asyncio.get_running_loop().create_task(self._look())
@@ -303,16 +302,13 @@ class Keeper:
         self._end_unused(apps)
 
     def _end_unused(self, apps: set[str]) -> None:
-        if ending := apps - self._used() - self._ending:
-            self._ending |= ending
-            task = asyncio.get_running_loop().create_task(self._drain(ending))
-            self._draining.add(task)
-            task.add_done_callback(self._draining.discard)
+        for app in apps - self._used() - self._draining.keys():
+            self._draining[app] = asyncio.get_running_loop().create_task(self._drain(app))
+            self._draining[app].add_done_callback(lambda _, app=app: self._draining.pop(app))
 
-    async def _drain(self, apps: set[str]) -> None:
+    async def _drain(self, app: str) -> None:
         await asyncio.sleep(self._config.serving.drain_grace_s)  # until every ingress replica has the new table
-        self._ending -= apps
-        for app in apps - self._used():
+        if app not in self._used():
             await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _remove_strays(self) -> None:

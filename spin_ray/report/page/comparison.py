@@ -1,4 +1,4 @@
-"""Two runs, compared in a sentence."""
+"""Comparison of two runs, in a sentence."""
 
 from spin_ray.report.measures import BY_KEY
 from spin_ray.report.page.verdict import judged

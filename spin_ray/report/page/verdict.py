@@ -1,4 +1,4 @@
-"""What the newest iterate is worth, in sentences."""
+"""Verdict on the newest iterate, in sentences."""
 
 import pyarrow as pa
 

@@ -225,9 +225,9 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     evaluations = read_evaluations(run, config)
     rows = read_all_rows(run, evaluations)
     examples, no_examples = _examples(run, config, only_prompts)
-    state, reason, closest = _state(run, config, events)
-    unreadable = list(_not_evaluated(run, config))
     probe = read_probe(run)
+    state, reason, closest = _state(run, config, events, probe)
+    unreadable = list(_not_evaluated(run, config))
     return RunView(
         name=run.storage.name,
         config=config,
@@ -265,7 +265,7 @@ def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[
     return found, "" if found else "No held-out prompt has been answered yet."
 
 
-def _state(run: RunDir, config: SpinConfig, events: list[Event]) -> tuple[str, str, str]:
+def _state(run: RunDir, config: SpinConfig, events: list[Event], probe: dict[str, Any] | None) -> tuple[str, str, str]:
     """Returns the state, its reason and the closest iterate. Events of other commands tell nothing of the run."""
     latest = run.latest()
     if latest == iterate_name(config.iterations):
@@ -274,7 +274,7 @@ def _state(run: RunDir, config: SpinConfig, events: list[Event]) -> tuple[str, s
     stops = [event for event in own if event["event"] == "stop" and event["folder"] == latest]
     if stops:
         return "stopped by its rule", stops[-1].get("reason", ""), stops[-1].get("closest", "")
-    if latest is None and should_stop(config, read_probe(run)):
+    if latest is None and should_stop(config, probe):
         return "stopped by its probe", "", ""
     if not own or own[-1]["event"] != "failure":
         return "unfinished", "", ""

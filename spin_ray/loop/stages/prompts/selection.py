@@ -1,4 +1,4 @@
-"""The rows that are kept: the first of each kind, neither held out nor beyond ``max_rows``."""
+"""Choice of the rows to keep: the first of each kind, neither held out nor beyond ``max_rows``."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

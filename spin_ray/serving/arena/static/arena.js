@@ -270,7 +270,7 @@ async function vote(verdict) {
     guarded(score)([result.a.model, result.b.model]);
   } catch (error) {
     showError(error);
-    if (page.battle === battle) allowVotes(error.status !== 404 && error.status !== 409 && error.status !== 410); // the same vote may pass later
+    if (page.battle === battle) allowVotes(![404, 409, 410].includes(error.status)); // the same vote may pass later
   }
 }
 
