@@ -6,23 +6,27 @@ A voter *can* vote often, and can unmask a side: a named iterate gives the same 
 import json
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
-from itertools import chain, islice
+from functools import partial
+from hashlib import sha256
+from itertools import islice
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from spin_ray.config.sections import ServingConfig
 from spin_ray.serving.arena.asking import both_sides
 from spin_ray.serving.arena.battles import Question, Verdict
 from spin_ray.serving.arena.ratings import APART, Pairing, Rating, lead
-from spin_ray.serving.arena.votes import VoteStore
+from spin_ray.serving.arena.threads import VoteThreads
+from spin_ray.serving.arena.votes import EXPORT_ROWS, VoteStore
 from spin_ray.serving.bodies import Conversation, Sampling, plain
 from spin_ray.serving.engines import Engines
 from spin_ray.serving.errors import Refusal
@@ -105,15 +109,16 @@ class Desk(Protocol):
 def arena_router(votes: VoteStore, engines: Engines, desk: Desk) -> APIRouter:
     routes = APIRouter(tags=["arena"])
     for path, file in [("/", "index.html"), *((f"/{file}", file) for file in FILES)]:
-        routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
-    _add_comparing(routes, votes, engines, desk)
-    _add_voting(routes, votes)
+        routes.add_api_route(path, _file(file), response_class=Response, include_in_schema=False)
+    threads = VoteThreads()
+    _add_comparing(routes, votes, threads, engines, desk)
+    _add_voting(routes, votes, threads)
     return routes
 
 
-def _add_comparing(routes: APIRouter, votes: VoteStore, engines: Engines, desk: Desk) -> None:
+def _add_comparing(routes: APIRouter, votes: VoteStore, threads: VoteThreads, engines: Engines, desk: Desk) -> None:
     @routes.get("/v1/arena")
-    def limits() -> ArenaLimits:
+    async def limits() -> ArenaLimits:
         """Gives the limits of a comparison."""
         return ArenaLimits(max_tokens=desk.config.max_tokens, temperature=MAX_TEMPERATURE)
 
@@ -134,13 +139,14 @@ def _add_comparing(routes: APIRouter, votes: VoteStore, engines: Engines, desk: 
         desk.log_text(request, question.messages)
         async with AsyncExitStack() as held:
             held.enter_context(desk.slots.take(len(models)))
-            drawn = await run_in_threadpool(votes.start, *models, question)
-            events = both_sides(engines, votes, desk.metrics, drawn, desk.config.request_timeout_s)
+            drawn = await threads.run(votes.start, *models, question)
+            record = partial(threads.run, votes.record)
+            events = both_sides(engines, record, desk.metrics, drawn, desk.config.request_timeout_s)
             await held.enter_async_context(aclosing(events))
             return HeldStream(events, held.pop_all(), {}, desk.config.request_timeout_s)
 
 
-def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
+def _add_voting(routes: APIRouter, votes: VoteStore, threads: VoteThreads) -> None:
     @routes.post(
         "/v1/votes",
         responses={
@@ -148,9 +154,9 @@ def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
             410: {"description": "The comparison is too old"},
         },
     )
-    def vote(request: VoteRequest) -> VoteReply:
+    async def vote(request: VoteRequest) -> VoteReply:
         """Records the verdict, once per comparison, and reveals the iterates."""
-        vote = votes.vote(request.battle, request.verdict)
+        vote = await threads.run(votes.vote, request.battle, request.verdict)
         return VoteReply(
             battle=vote.battle,
             verdict=vote.verdict,
@@ -159,22 +165,22 @@ def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
         )
 
     @routes.get("/v1/leaderboard")
-    def leaderboard() -> Leaderboard:
+    async def leaderboard() -> Leaderboard:
         """Rates all checkpoints that were voted on (Bradley-Terry)."""
-        tallies = tuple(votes.tallies())
-        leaders = lead(tallies)
+        tallies = tuple(await threads.run(votes.tallies))
+        leaders = await run_in_threadpool(lead, tallies)
         return Leaderboard(
             votes=sum(tally.count for tally in tallies), told_apart_from=APART, ratings=leaders.ratings,
             pairs=leaders.pairs,
         )  # fmt: skip
 
     @routes.get("/v1/votes/export", response_class=StreamingResponse)
-    def export() -> StreamingResponse:
+    async def export() -> StreamingResponse:
         """Gives the votes as pairs for preference training, as JSON lines, without ties and "both bad"."""
         pairs = votes.export()
-        first = list(islice(pairs, 1))  # a failing database must show in the status
-        lines = (json.dumps(pair) + "\n" for pair in chain(first, pairs))
-        return StreamingResponse(lines, media_type="application/jsonl")
+        read = partial(threads.run, lambda: "".join(json.dumps(pair) + "\n" for pair in islice(pairs, EXPORT_ROWS)))
+        first = await read()  # a failing database must show in the status
+        return StreamingResponse(_pieces(first, read), media_type="application/jsonl")
 
 
 def _draw(models: list[str] | None, engines: Engines) -> tuple[str, str]:
@@ -191,5 +197,20 @@ def _draw(models: list[str] | None, engines: Engines) -> tuple[str, str]:
     return first, second
 
 
-def _file(name: str) -> Callable[[], FileResponse]:
-    return lambda: FileResponse(STATIC / name)
+async def _pieces(first: str, read: Callable[[], Awaitable[str]]) -> AsyncIterator[str]:
+    """Yields ``first`` and what ``read`` returns, up to an empty text."""
+    piece = first
+    while piece:
+        yield piece
+        piece = await read()
+
+
+def _file(name: str) -> Callable[[], Awaitable[Response]]:
+    """Returns a route that needs neither thread nor disk, so that the page opens whatever else waits."""
+    content, (media_type, _) = (STATIC / name).read_bytes(), guess_type(name)
+    headers = {"ETag": f'"{sha256(content).hexdigest()[:32]}"'}
+
+    async def file() -> Response:
+        return Response(content, media_type=media_type, headers=headers)
+
+    return file

@@ -39,8 +39,11 @@ from spin_ray.errors import UserError
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Question, Side, Tally, Verdict, Vote
 from spin_ray.serving.errors import Refusal
 
-_EXPORT_ROWS = 256
+EXPORT_ROWS = 256
+"""Votes that an export reads at a time."""
 _RETRY_S = 5
+_LOCKED_MS = 2500
+"""Longest wait for a locked SQLite, in milliseconds; shorter than that of ``VoteThreads``."""
 
 _battles = Table(
     "battles",
@@ -176,10 +179,10 @@ class VoteStore:
         while True:
             with self._transaction() as connection:
                 rows = connection.execute(
-                    select(_battles).where(after).order_by(_battles.c.voted, _battles.c.id).limit(_EXPORT_ROWS)
+                    select(_battles).where(after).order_by(_battles.c.voted, _battles.c.id).limit(EXPORT_ROWS)
                 ).all()
             yield from map(_pair, rows)
-            if len(rows) < _EXPORT_ROWS:
+            if len(rows) < EXPORT_ROWS:
                 return
             last = rows[-1]
             after = and_(
@@ -193,7 +196,11 @@ class VoteStore:
             with self._engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as error:
-            raise Refusal(503, f"Votes cannot be stored or read now ({_reason(error)})", retry_s=_RETRY_S) from error
+            raise unavailable(_reason(error)) from error
+
+
+def unavailable(reason: str) -> Refusal:
+    return Refusal(503, f"Votes cannot be stored or read now ({reason})", retry_s=_RETRY_S)
 
 
 def _pair(row: Row) -> dict[str, Any]:
@@ -223,7 +230,8 @@ def _make_private(file: str | None) -> None:
 
 
 def _make_durable(connection: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+    """Sets the wait for locks first, as the others can meet a lock."""
+    for pragma in (f"busy_timeout={_LOCKED_MS}", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
