@@ -353,11 +353,12 @@ def compare(
 @cli.command("serve-key")
 @click.argument("name")
 @click.option("--per-minute", type=click.IntRange(min=1), default=None, help="Requests a minute. Default: server's.")
-def serve_key(name: str, per_minute: int | None) -> None:
+@click.option("--export", "may_export", is_flag=True, help="The key may download the arena's votes and conversations.")
+def serve_key(name: str, per_minute: int | None, may_export: bool) -> None:
     """Make an API key. Its line for the key file goes to stdout; the key itself goes to stderr, once."""
     from spin_ray.serving.access import new_key
 
-    key, line = new_key(name, per_minute)
+    key, line = new_key(name, per_minute, may_export=may_export)
     click.echo(line)
     click.echo(f"key of {name}, shown only now: {key}", err=True)
 

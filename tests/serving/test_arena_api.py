@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -15,11 +16,12 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from spin_ray.serving.access import Key
+from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.routes import FILES
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import Item
+from spin_ray.serving.limits import access_log
 from tests.support.arena_app import SAYS, TalkingEngines, digest, make
 from tests.support.paths import ROOT
 from tests.support.tiny_runs import tiny_config
@@ -65,6 +67,24 @@ def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
     assert pair["rejected"][-1]["content"] == SAYS[vote["b"]["model"]]
     assert pair["chosen"][:-1] == ASKED["messages"]
     assert pair["sampling"] == {"temperature": 0.8, "seed": 3, "max_tokens": 1024}
+    assert pair["voter"] is None
+
+
+def test_a_vote_names_its_key_which_needs_a_permission_to_export(votes, caplog):
+    """The access log has the comparison of both requests; only the key with ``export`` reads the conversations."""
+    (alice, hers), (bob, his) = new_key("alice"), new_key("bob", may_export=True)
+    keys = [Key(*hers.split(), None), Key(*his.split()[:2], None, may_export=True)]
+    client = TestClient(make(votes, keys=keys), base_url="http://localhost")
+    client.headers["Authorization"] = f"Bearer {alice}"
+    with caplog.at_level(logging.INFO, access_log.name):
+        battle, _ = fight(client)
+        voted(client, battle).raise_for_status()
+    assert [json.loads(line)["battle"] for line in caplog.messages if '"key": "alice"' in line] == [battle] * 2
+    refused = client.get("/v1/votes/export")
+    assert refused.status_code == 403 and refused.json()["error"]["type"] == "permission_error"
+    client.headers["Authorization"] = f"Bearer {bob}"
+    (pair,) = map(json.loads, client.get("/v1/votes/export").raise_for_status().text.splitlines())
+    assert pair["voter"] == "alice"
 
 
 def test_the_page_is_whole_without_a_key_and_asks_no_other_host(votes):

@@ -22,6 +22,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from spin_ray.config.sections import ServingConfig
+from spin_ray.serving.access import Key
 from spin_ray.serving.arena.asking import both_sides
 from spin_ray.serving.arena.battles import Question, Verdict
 from spin_ray.serving.arena.ratings import APART, Pairing, Rating, lead
@@ -140,6 +141,7 @@ def _add_comparing(routes: APIRouter, votes: VoteStore, threads: VoteThreads, en
         async with AsyncExitStack() as held:
             held.enter_context(desk.slots.take(len(models)))
             drawn = await threads.run(votes.start, *models, question)
+            request.state.log["battle"] = drawn.id
             record = partial(threads.run, votes.record)
             events = both_sides(engines, record, desk.metrics, drawn, desk.config.request_timeout_s)
             await held.enter_async_context(aclosing(events))
@@ -154,9 +156,11 @@ def _add_voting(routes: APIRouter, votes: VoteStore, threads: VoteThreads) -> No
             410: {"description": "The comparison is too old"},
         },
     )
-    async def vote(request: VoteRequest) -> VoteReply:
-        """Records the verdict, once per comparison, and reveals the iterates."""
-        vote = await threads.run(votes.vote, request.battle, request.verdict)
+    async def vote(body: VoteRequest, request: HttpRequest) -> VoteReply:
+        """Records the verdict and the name of the voter's key, once per comparison, and reveals the iterates."""
+        request.state.log["battle"] = body.battle
+        key: Key | None = request.state.key
+        vote = await threads.run(votes.vote, body.battle, body.verdict, key.name if key else None)
         return VoteReply(
             battle=vote.battle,
             verdict=vote.verdict,
@@ -174,9 +178,21 @@ def _add_voting(routes: APIRouter, votes: VoteStore, threads: VoteThreads) -> No
             pairs=leaders.pairs,
         )  # fmt: skip
 
-    @routes.get("/v1/votes/export", response_class=StreamingResponse)
-    async def export() -> StreamingResponse:
-        """Gives the votes as pairs for preference training, as JSON lines, without ties and "both bad"."""
+    @routes.get(
+        "/v1/votes/export",
+        response_class=StreamingResponse,
+        responses={200: {"description": "One pair a line", "content": {"application/jsonl": {}}}},
+    )
+    async def export(request: HttpRequest) -> StreamingResponse:
+        """Gives the votes as pairs for preference training, as JSON lines, without ties and "both bad".
+
+        A key needs the permission ``export``, as the pairs are everybody's conversations.
+        """
+        key: Key | None = request.state.key
+        if key and not key.may_export:
+            raise Refusal(
+                403, f"The key {key.name} may not export conversations; its line in serving.keys lacks `export`"
+            )
         pairs = votes.export()
         read = partial(threads.run, lambda: "".join(json.dumps(pair) + "\n" for pair in islice(pairs, EXPORT_ROWS)))
         first = await read()  # a failing database must show in the status

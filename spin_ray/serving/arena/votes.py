@@ -16,6 +16,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     Index,
+    Inspector,
     Integer,
     MetaData,
     Row,
@@ -60,6 +61,7 @@ _battles = Table(
     Column("digest_b", String(128)),
     Column("verdict", String(8)),
     Column("voted", Double),
+    Column("voter", String(64)),
 )
 _by_time = Index("battles_by_time", _battles.c.created)
 _by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
@@ -69,7 +71,7 @@ class VoteStore:
     """A database of comparisons and votes; only processes of *one machine* may share SQLite.
 
     Raises:
-        UserError: the URL names no usable database, or no file although it is not ``new``.
+        UserError: the URL names no usable database, an earlier version's, or no file although it is not ``new``.
     """
 
     def __init__(self, url: str | URL, clock: Callable[[], float] = time.time, *, new: bool = True) -> None:
@@ -89,6 +91,7 @@ class VoteStore:
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_battles, if_not_exists=True))
+                self._refuse_earlier_table(inspect(connection))
                 known = {index["name"] for index in inspect(connection).get_indexes(_battles.name)}
                 for index in (_by_time, _by_vote):
                     if index.name not in known:
@@ -99,6 +102,14 @@ class VoteStore:
             ) from error
         except SQLAlchemyError as error:
             raise UserError(f"votes: {self.where} cannot be used: {_reason(error)}") from error
+
+    def _refuse_earlier_table(self, found: Inspector) -> None:
+        there = {column["name"] for column in found.get_columns(_battles.name)}
+        if missing := [column.name for column in _battles.c if column.name not in there]:
+            raise UserError(
+                f"votes: {self.where}: its table {_battles.name} is of an earlier version, without "
+                f"{', '.join(missing)}; move it away, or give another database by serving.votes"
+            )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -128,8 +139,11 @@ class VoteStore:
                 update(_battles).where(first).values({f"answer_{side}": kept, f"digest_{side}": answer.digest})
             )
 
-    def vote(self, battle: str, verdict: Verdict) -> Vote:
+    def vote(self, battle: str, verdict: Verdict, voter: str | None = None) -> Vote:
         """Records the verdict; the same verdict again changes nothing.
+
+        Args:
+            voter: name of the voter's key; None without keys.
 
         Raises:
             Refusal: the comparison does not exist (404) or is too old (410), or an answer is missing or another
@@ -143,7 +157,7 @@ class VoteStore:
             if row.verdict is None:
                 self._check_votable(row)
                 connection.execute(
-                    update(_battles).where(open_still).values(verdict=verdict, voted=self._clock())
+                    update(_battles).where(open_still).values(verdict=verdict, voted=self._clock(), voter=voter)
                 )  # the first of two simultaneous votes counts
                 row = connection.execute(select(_battles).where(_battles.c.id == battle)).one()
             if row.verdict != verdict:
@@ -204,7 +218,9 @@ def unavailable(reason: str) -> Refusal:
 
 
 def _pair(row: Row) -> dict[str, Any]:
-    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": row.request["sampling"]}
+    pair: dict[str, Any] = {
+        "battle": row.id, "voted": row.voted, "voter": row.voter, "sampling": row.request["sampling"],
+    }  # fmt: skip
     for role, side in zip(("chosen", "rejected"), "ab" if row.verdict == "a" else "ba", strict=True):
         answer = row._mapping[f"answer_{side}"]
         pair |= {
