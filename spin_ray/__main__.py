@@ -208,7 +208,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
         store = open_votes(run, votes)
         click.get_current_context().call_on_close(store.close)
         click.echo(f"votes of {store.where}", err=True)
-        found = rows.preferred_of_votes(store.export())
+        found = rows.preferred_of_votes(store.export(), counts)
     click.echo(rows.write_rows(found, form, target, counts))
     click.echo(rows.said(counts), err=True)
 

@@ -188,6 +188,7 @@ class VoteStore:
         """Yields one row per vote that prefers a side, oldest first.
 
         ``chosen`` and ``rejected`` are whole conversations, as ``data.train`` and TRL (implicit prompt) read them.
+        ``identical`` tells whether they are equal.
         """
         after = _battles.c.verdict.in_(("a", "b"))
         while True:
@@ -229,7 +230,7 @@ def _pair(row: Row) -> dict[str, Any]:
             f"{role}_digest": row._mapping[f"digest_{side}"],
             f"{role}_finish_reason": answer["finish_reason"],
         }
-    return pair
+    return pair | {"identical": pair["chosen"] == pair["rejected"]}
 
 
 def _creation(index: Index, dialect: Dialect) -> CreateIndex:
