@@ -124,7 +124,7 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
                     made = as_trl(row) if form == "trl" else as_sharegpt(row)
                     counts["left out" if made is None else "written"] += 1
                     if made is not None:
-                        file.write(json.dumps(made | row.beside, ensure_ascii=False) + "\n")
+                        file.write(json.dumps({**made, **row.beside}, ensure_ascii=False) + "\n")
             part.rename(path)
         finally:
             part.unlink(missing_ok=True)

@@ -228,8 +228,8 @@ def test_a_side_that_fails_is_told_without_its_name_and_costs_the_vote(votes):
     (failed,) = [side for side, event in ends.items() if "error" in event]
     assert ends[failed]["error"]["message"] == "this side's iterate is down: its engine starts again"
     assert "sft" not in json.dumps([battle, events])
-    refused = voted(client, battle["battle"])
-    assert refused.status_code == 409 and f"Answer {failed} has not" in refused.text
+    assert voted(client, battle["battle"]).status_code == 404
+    assert rows(votes) == 0
 
 
 def test_an_answer_that_cannot_be_kept_is_shown_and_told(votes, tmp_path):
@@ -259,17 +259,49 @@ def test_iterates_that_are_down_are_not_drawn(votes):
         assert {vote["a"]["model"], vote["b"]["model"]} == {"sft", "iter-1"}
 
 
+def rows(votes: VoteStore) -> int:
+    """Returns the number of comparisons in the database."""
+    with votes._engine.connect() as connection:
+        return connection.exec_driver_sql("SELECT COUNT(*) FROM battles").scalar_one()
+
+
+@pytest.mark.parametrize(
+    ("serve", "starting", "down", "models", "status", "code"),
+    [
+        (["sft", "iter-0"], [], {"sft"}, None, 503, "engine_down"),
+        (["sft", "iter-0"], [], {"sft"}, ["sft", "iter-0"], 503, "engine_down"),
+        (["sft"], ["iter-0"], set(), None, 503, "model_starts"),
+        (["sft"], ["iter-0"], set(), ["sft", "iter-0"], 503, "model_starts"),
+        ([], ["sft"], set(), None, 503, "model_starts"),
+        (["sft"], ["sft"], set(), None, 409, None),
+        (["sft"], [], {"sft"}, None, 409, None),
+    ],
+)
+def test_a_comparison_that_will_be_possible_is_a_503_that_says_when(votes, serve, starting, down, models, status, code):
+    """409 only where no second iterate is to come. ``more_start`` tells the page."""
+    engines = TalkingEngines()
+    engines.names.serve_now(serve, newest=None, starting=starting)
+    engines.down = down
+    client = app(engines, votes)
+    refused = client.post("/v1/battles", json=ASKED | ({"models": models} if models else {}))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, code), refused.text
+    assert ("retry-after" in refused.headers) == (status == 503)
+    assert client.get("/v1/arena").json()["more_start"] == (code == "model_starts")
+    assert rows(votes) == 0
+
+
 def test_a_comparison_takes_two_places_and_gives_them_back(votes):
     client = app(TalkingEngines(), votes, max_concurrent=2)
     for _ in range(3):
         fight(client)
     alone = app(TalkingEngines(), votes, max_concurrent=1).post("/v1/battles", json=ASKED)
     assert alone.status_code == 400 and "2 answers" in alone.text
+    assert rows(votes) == 3
 
 
 def test_limits_come_from_the_server(votes):
     client = app(TalkingEngines(), votes, max_tokens=99)
-    assert client.get("/v1/arena").json() == {"max_tokens": 99, "temperature": 2.0}
+    assert client.get("/v1/arena").json() == {"max_tokens": 99, "temperature": 2.0, "more_start": False}
     over = [{"max_tokens": 100}, {"temperature": 2.01}]
     assert [client.post("/v1/battles", json=ASKED | each).status_code for each in over] == [400, 400]
 
@@ -312,6 +344,7 @@ def test_a_client_that_leaves_aborts_both_answers(votes):
         assert open_now == set()
 
     asyncio.run(leave())
+    assert rows(votes) == 0
 
 
 def test_a_database_that_does_not_answer_is_503(client, votes, tmp_path):

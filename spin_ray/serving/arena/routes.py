@@ -7,7 +7,7 @@ import json
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -29,11 +29,12 @@ from spin_ray.serving.arena.ratings import APART, Pairing, Rating, lead
 from spin_ray.serving.arena.threads import VoteThreads
 from spin_ray.serving.arena.votes import EXPORT_ROWS, VoteStore
 from spin_ray.serving.bodies import Conversation, Sampling, plain
-from spin_ray.serving.engines import Engines
+from spin_ray.serving.engines import DOWN_RETRY_S, Engines
 from spin_ray.serving.errors import Refusal
 from spin_ray.serving.events import HeldStream
 from spin_ray.serving.limits import Slots
 from spin_ray.serving.metrics import Metrics
+from spin_ray.serving.names import ModelStarts
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
@@ -68,6 +69,8 @@ class ArenaLimits(BaseModel):
     max_tokens: int
     temperature: float
     """Highest temperature."""
+    more_start: bool
+    """True while further iterates start."""
 
 
 class VoteRequest(_Body):
@@ -120,15 +123,20 @@ def arena_router(votes: VoteStore, engines: Engines, desk: Desk) -> APIRouter:
 def _add_comparing(routes: APIRouter, votes: VoteStore, threads: VoteThreads, engines: Engines, desk: Desk) -> None:
     @routes.get("/v1/arena")
     async def limits() -> ArenaLimits:
-        """Gives the limits of a comparison."""
-        return ArenaLimits(max_tokens=desk.config.max_tokens, temperature=MAX_TEMPERATURE)
+        """Gives the limits of a comparison, and says whether there are more iterates to come."""
+        return ArenaLimits(
+            max_tokens=desk.config.max_tokens, temperature=MAX_TEMPERATURE, more_start=engines.names.may_grow
+        )
 
     @routes.post(
         "/v1/battles",
         response_class=StreamingResponse,
         responses={
             200: {"description": "Events of both sides", "content": {"text/event-stream": {}}},
-            409: {"description": "Fewer than two iterates serve"},
+            409: {"description": "The server has fewer than two iterates, or both names stand for one"},
+            503: {
+                "description": "An iterate starts or its engine is down, no place is free, or the votes' database fails"
+            },
         },
     )
     async def battle(body: BattleRequest, request: HttpRequest) -> StreamingResponse:
@@ -142,6 +150,7 @@ def _add_comparing(routes: APIRouter, votes: VoteStore, threads: VoteThreads, en
             held.enter_context(desk.slots.take(len(models)))
             drawn = await threads.run(votes.start, *models, question)
             request.state.log["battle"] = drawn.id
+            held.push_async_callback(_forget_unanswered, votes, threads, drawn.id)
             record = partial(threads.run, votes.record)
             events = both_sides(engines, record, desk.metrics, drawn, desk.config.request_timeout_s)
             await held.enter_async_context(aclosing(events))
@@ -199,17 +208,33 @@ def _add_voting(routes: APIRouter, votes: VoteStore, threads: VoteThreads) -> No
         return StreamingResponse(_pieces(first, read), media_type="application/jsonl")
 
 
+async def _forget_unanswered(votes: VoteStore, threads: VoteThreads, battle: str) -> None:
+    with suppress(Refusal):  # it is deleted when it is too old for a vote
+        await threads.run(votes.drop_unanswered, battle)
+
+
 def _draw(models: list[str] | None, engines: Engines) -> tuple[str, str]:
-    """Returns two iterates in random order; resolves ``latest``, which may move on."""
-    if models is None:
-        up = [iterate for iterate in engines.names.iterates if iterate not in engines.down]
-        if len(up) < 2:
-            raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
-        first, second = _random.sample(up, 2)
-        return first, second
-    first, second = _random.sample([engines.names.resolve(model) for model in models], 2)
+    """Returns two iterates in random order; resolves ``latest``, which may move on.
+
+    Raises:
+        ModelStarts: an iterate starts without which there are fewer than two.
+        UnknownModel: a named one does not serve.
+        Refusal: an engine is down (503), or there are not two iterates (409).
+    """
+    known = list(engines.names.iterates) if models is None else [engines.names.resolve(model) for model in models]
+    if len(known) < 2:
+        if engines.names.may_grow:
+            raise ModelStarts("A comparison needs two iterates; one still starts; ask again in a moment")
+        raise Refusal(409, "A comparison needs two iterates; this server has fewer")
+    first, second = known[:2]
     if first == second:
         raise Refusal(409, f"Both names stand for {first}; a comparison needs two iterates")
+    up = [iterate for iterate in known if iterate not in engines.down]
+    if len(up) < 2:
+        raise Refusal(
+            503, "An engine is down and starts again; ask again in a moment", code="engine_down", retry_s=DOWN_RETRY_S
+        )
+    first, second = _random.sample(up, 2)
     return first, second
 
 

@@ -130,6 +130,12 @@ class VoteStore:
             )  # fmt: skip
         return battle
 
+    def drop_unanswered(self, battle: str) -> None:
+        """Deletes a comparison that lacks an answer, on which nobody can vote."""
+        lacks_one = or_(_battles.c.digest_a.is_(None), _battles.c.digest_b.is_(None))
+        with self._transaction() as connection:
+            connection.execute(delete(_battles).where(_battles.c.id == battle, lacks_one))
+
     def record(self, battle: str, side: Side, answer: Answer) -> None:
         """Stores a side's first complete answer if there is no vote yet."""
         kept = {"text": answer.text, "finish_reason": answer.finish_reason}
