@@ -61,8 +61,8 @@ def read_keys(file: str | Path) -> list[Key]:
 def new_key(name: str, per_minute: int | None = None, *, may_export: bool = False) -> tuple[str, str]:
     """Returns a fresh key and its line for the key file."""
     key = f"sr-{secrets.token_urlsafe(32)}"
-    line = [name, _sha256(key.encode())]
-    return key, " ".join([*line, *([str(per_minute)] if per_minute else []), *(["export"] if may_export else [])])
+    words = [name, _sha256(key.encode()), str(per_minute or ""), "export" if may_export else ""]
+    return key, " ".join(filter(None, words))
 
 
 def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:

@@ -6,7 +6,7 @@ import { clearScores, scoresOf, showScores } from "./scores.js";
 
 const $ = (selector) => document.querySelector(selector);
 const BLIND_ANY = "";
-const LOOK_MS = 3000; // between two looks at iterates that start
+const LOOK_MS = 5000; // between two looks at iterates that start
 const VERDICTS = { a: "A is better", b: "B is better", tie: "a tie", both_bad: "both bad" };
 
 const page = { models: [], battle: null, stopper: null, said: null, look: null };
