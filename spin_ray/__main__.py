@@ -208,7 +208,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
         store = open_votes(run, votes)
         click.get_current_context().call_on_close(store.close)
         click.echo(f"votes of {store.where}", err=True)
-        found = rows.preferred_of_votes(store.export())
+        found = rows.preferred_of_votes(store.export(), counts)
     click.echo(rows.write_rows(found, form, target, counts))
     click.echo(rows.said(counts), err=True)
 
@@ -353,11 +353,12 @@ def compare(
 @cli.command("serve-key")
 @click.argument("name")
 @click.option("--per-minute", type=click.IntRange(min=1), default=None, help="Requests a minute. Default: server's.")
-def serve_key(name: str, per_minute: int | None) -> None:
+@click.option("--export", "may_export", is_flag=True, help="The key may download the arena's votes and conversations.")
+def serve_key(name: str, per_minute: int | None, may_export: bool) -> None:
     """Make an API key. Its line for the key file goes to stdout; the key itself goes to stderr, once."""
     from spin_ray.serving.access import new_key
 
-    key, line = new_key(name, per_minute)
+    key, line = new_key(name, per_minute, may_export=may_export)
     click.echo(line)
     click.echo(f"key of {name}, shown only now: {key}", err=True)
 

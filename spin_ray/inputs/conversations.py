@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.answers import MINUS
-from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form, why_incomplete, why_unasked
+from spin_ray.inputs.forms import (
+    FINISH_REASONS,
+    FORMS,
+    Form,
+    form_of,
+    is_wanted,
+    mapped,
+    no_form,
+    why_incomplete,
+    why_unasked,
+)
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
@@ -28,10 +38,18 @@ class Found(NamedTuple):
     """Form of the row; None for a question."""
     goes_on: bool = False
     """True if messages that nobody answers follow the last response that is read."""
+    cut: frozenset[str] = frozenset()
+    """Columns of ``FINISH_REASONS`` whose response reached ``max_tokens`` before its end."""
 
     @property
     def all(self) -> list[Conversation]:
         return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
+
+    @property
+    def has_end(self) -> list[bool]:
+        """Tells of each conversation of ``all`` whether its response has an end of turn."""
+        real = [*[True] * (len(self.ending_with_real) - 1), "chosen" not in self.cut]
+        return [*real, *(["rejected" not in self.cut] if self.rejected else [])]
 
 
 def read_row(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str] = ()) -> Found:
@@ -53,7 +71,15 @@ def read_row(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[
         if rejected[:-1] != real[-1][:-1]:
             raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
     goes_on = data.turns != "first" and checked[-1]["role"] != "assistant"
-    return Found(real, rejected, _tools_in(row), row, form, goes_on)
+    cut = _cut_in(row, form) if len(real[-1]) == len(checked) else frozenset[str]()
+    return Found(real, rejected, _tools_in(row), row, form, goes_on, cut)
+
+
+def _cut_in(row: Mapping[str, Any], form: Form) -> frozenset[str]:
+    """Returns the columns whose last answer was cut."""
+    return frozenset(
+        column for column, name in FINISH_REASONS.items() if name in form.may and row.get(name) == "length"
+    )
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:

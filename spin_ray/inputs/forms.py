@@ -56,9 +56,13 @@ class Form:
 _HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 _BAD = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5"}]
 
+FINISH_REASONS = {"chosen": "chosen_finish_reason", "rejected": "rejected_finish_reason"}
+"""Columns of exported votes. ``length`` says that an answer was cut: it gets no end of turn."""
+
 FORMS: tuple[Form, ...] = (
     Form(
-        name="sharegpt_preferred", needs=("conversations", "chosen"), may=("rejected", "system"),
+        name="sharegpt_preferred", needs=("conversations", "chosen"),
+        may=("rejected", "system", *FINISH_REASONS.values()),
         read=read_sharegpt_preferred, fits=lambda row: isinstance(row["chosen"], dict)
         and isinstance(row["chosen"].get("value", row["chosen"].get("content")), str),
         known_from="LLaMA-Factory's preference data (ranking: true)",
@@ -66,7 +70,8 @@ FORMS: tuple[Form, ...] = (
                  "rejected": {"from": "gpt", "value": "5"}},
     ),
     Form(
-        name="chosen_rejected", needs=("chosen",), may=("rejected", "system"), read=both("chosen", "rejected"),
+        name="chosen_rejected", needs=("chosen",), may=("rejected", "system", *FINISH_REASONS.values()),
+        read=both("chosen", "rejected"),
         fits=lambda row: is_conversation(row["chosen"]) or (
             isinstance(row["chosen"], list | dict) and row.get("prompt") is None
         ),
@@ -74,7 +79,8 @@ FORMS: tuple[Form, ...] = (
         example={"chosen": _HI, "rejected": _BAD},
     ),
     Form(
-        name="prompt_chosen_rejected", needs=("prompt", "chosen"), may=("rejected", "system"),
+        name="prompt_chosen_rejected", needs=("prompt", "chosen"),
+        may=("rejected", "system", *FINISH_REASONS.values()),
         read=answered("prompt", "chosen"), asks="prompt", response="chosen",
         known_from="TRL with explicit prompts (texts or messages), most preference data",
         example={"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},

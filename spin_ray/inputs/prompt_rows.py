@@ -122,7 +122,10 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = 
         if not isinstance(each, Found):
             yield each or []
             continue
-        results = list(islice(rendered, len(each.all)))
+        results = [
+            result if has_end else _without_end(result)
+            for result, has_end in zip(islice(rendered, len(each.all)), each.has_end, strict=True)
+        ]
         rejected = results.pop() if each.rejected else None
         of_each = [*[None] * (len(results) - 1), rejected]  # it answers the last prompt alone
         try:
@@ -136,6 +139,11 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = 
         if note:
             note(source, each, _unread(source, each, task))
         yield rows
+
+
+def _without_end(rendered: Rendered | RenderError) -> Rendered | RenderError:
+    """Takes the end of turn away, as from generated responses that were cut."""
+    return rendered if isinstance(rendered, RenderError) else Rendered(rendered.prompt_ids, rendered.real_ids[:-1])
 
 
 def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable | None:

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from spin_ray.errors import ConfigError, RunDirError, writing
@@ -22,6 +23,8 @@ class Preferred(NamedTuple):
     prompt: Conversation
     chosen: Message
     rejected: Message
+    beside: Mapping[str, Any] = MappingProxyType({})
+    """Further columns."""
 
 
 def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Preferred]:
@@ -86,10 +89,18 @@ class _Reader:
         return {"role": "assistant", "content": self._renderer.tokenizer.decode(text_ids, skip_special_tokens=True)}
 
 
-def preferred_of_votes(votes: Iterable[dict[str, Any]]) -> Iterator[Preferred]:
-    """Yields the arena's votes, whose ``chosen`` and ``rejected`` are whole conversations."""
+def preferred_of_votes(votes: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[Preferred]:
+    """Yields the arena's votes, whose ``chosen`` and ``rejected`` are whole conversations.
+
+    Args:
+        counts: gets ``identical``, the votes between equal answers. They are left out, as they teach nothing.
+    """
     for vote in votes:
-        yield Preferred(vote["chosen"][:-1], vote["chosen"][-1], vote["rejected"][-1])
+        beside = {name: value for name, value in vote.items() if name not in ("chosen", "rejected", "identical")}
+        if vote["identical"]:
+            counts["identical"] += 1
+        else:
+            yield Preferred(vote["chosen"][:-1], vote["chosen"][-1], vote["rejected"][-1], beside)
 
 
 def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Counter[str]) -> str:
@@ -113,7 +124,7 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
                     made = as_trl(row) if form == "trl" else as_sharegpt(row)
                     counts["left out" if made is None else "written"] += 1
                     if made is not None:
-                        file.write(json.dumps(made, ensure_ascii=False) + "\n")
+                        file.write(json.dumps({**made, **row.beside}, ensure_ascii=False) + "\n")
             part.rename(path)
         finally:
             part.unlink(missing_ok=True)
@@ -125,6 +136,8 @@ def said(counts: Counter[str]) -> str:
     line = f"{counts['written']} rows written"
     if counts["left out"]:
         line += f"; {counts['left out']} left out: ShareGPT's form has no place for thoughts or several tool calls"
+    if counts["identical"]:
+        line += f"; {counts['identical']} left out: chosen and rejected are identical"
     if counts["other ids"]:
         line += (
             f"; {counts['other ids']} of {counts['responses']} responses have other token ids when their text is "

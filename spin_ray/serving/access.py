@@ -13,7 +13,9 @@ from pathlib import Path
 from spin_ray.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_LINE = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<sha256>[0-9a-f]{64})(?:\s+(?P<rate>[1-9]\d{0,8}))?")
+_LINE = re.compile(
+    r"(?P<name>[\w.@-]{1,64})\s+(?P<sha256>[0-9a-f]{64})(?:\s+(?P<rate>[1-9]\d{0,8}))?(?:\s+(?P<export>export))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Key:
     sha256: str
     per_minute: int | None
     """None: ``serving.requests_per_minute`` holds."""
+    may_export: bool = False
+    """Permission to read the arena's votes, with everybody's conversations."""
 
 
 def read_keys(file: str | Path) -> list[Key]:
@@ -44,18 +48,21 @@ def read_keys(file: str | Path) -> list[Key]:
         match = _LINE.fullmatch(line.strip())
         if not match:
             raise ConfigError(
-                f"{file}:{number}: is not NAME SHA256 [REQUESTS_PER_MINUTE]; `spin-ray serve-key NAME` makes one"
+                f"{file}:{number}: is not NAME SHA256 [REQUESTS_PER_MINUTE] [export]; "
+                "`spin-ray serve-key NAME` makes one"
             )
-        keys.append(Key(match["name"], match["sha256"], int(match["rate"]) if match["rate"] else None))
+        rate = int(match["rate"]) if match["rate"] else None
+        keys.append(Key(match["name"], match["sha256"], rate, may_export=bool(match["export"])))
     if not keys:
         raise ConfigError(f"serving.keys {file}: holds no key; `spin-ray serve-key NAME` makes one")
     return keys
 
 
-def new_key(name: str, per_minute: int | None = None) -> tuple[str, str]:
+def new_key(name: str, per_minute: int | None = None, *, may_export: bool = False) -> tuple[str, str]:
     """Returns a fresh key and its line for the key file."""
     key = f"sr-{secrets.token_urlsafe(32)}"
-    return key, " ".join([name, _sha256(key.encode()), *([str(per_minute)] if per_minute else [])])
+    words = [name, _sha256(key.encode()), str(per_minute or ""), "export" if may_export else ""]
+    return key, " ".join(filter(None, words))
 
 
 def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Lifespan
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.names import LATEST, api_spelling
@@ -53,8 +54,11 @@ def make_app(
     *,
     proxied: bool = False,
     run: RunDir | None = None,
+    lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
-    app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
+    app = FastAPI(
+        title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR}, lifespan=lifespan
+    )
     metrics = Metrics()
     desk = _Desk(engines, config, metrics)
     app.include_router(_routes(engines, config, desk, run))

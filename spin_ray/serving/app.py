@@ -8,6 +8,8 @@ On one machine ``front.Front`` replaces proxy and ingress.
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,23 @@ class Ingress:
 
 
 def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool = False) -> FastAPI:
-    """Builds the HTTP interface to a keeper's engines; needs a running event loop."""
+    """Builds the HTTP interface to a keeper's engines. Its lifespan follows the keeper and closes the votes."""
     engines = ServeEngines(keeper)
     keys = read_keys(config.serving.keys) if config.serving.keys else []
     votes = VoteStore(votes_url(run_folder, config))
-    app = make_app(engines, config, keys, votes, proxied=proxied, run=open_run(run_folder))
-    app.state.following = asyncio.get_running_loop().create_task(engines.follow())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(engines.follow())
+        try:
+            yield
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            votes.close()
+
     collect_as_usual()
-    return app
+    return make_app(engines, config, keys, votes, proxied=proxied, run=open_run(run_folder), lifespan=lifespan)
 
 
 def application(

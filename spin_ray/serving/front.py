@@ -50,7 +50,7 @@ class Front:
                 factory=True,
                 http=LimitedHeads,
                 ws="none",
-                lifespan="off",
+                lifespan="on",
                 log_config=None,
                 log_level=logging.ERROR,  # its warnings are about clients that speak no HTTP
                 access_log=False,  # ``Observe`` writes a better one

@@ -90,7 +90,8 @@ def _request_id(scope: Scope, *, proxied: bool) -> str:
 class Access:
     """The layer of keys and rates for ``/v1``: 401 without a known key, 429 above its rate.
 
-    Without keys, a request whose ``Host`` is not this machine gets 403.
+    Routes find the key in ``scope["state"]["key"]``; it is None on a server without keys. There, a request whose
+    ``Host`` is not this machine gets 403.
     """
 
     def __init__(self, app: ASGIApp, config: ServingConfig, keys: list[Key]) -> None:
@@ -109,13 +110,14 @@ class Access:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        name, rate = "", self._config.requests_per_minute
+        name, rate, key = "", self._config.requests_per_minute, None
         if self._keys:
             key = find_key(self._keys, dict(scope["headers"]).get(b"authorization"))
             if key is None:
                 raise Refusal(401, "Give a known key as `Authorization: Bearer KEY`", code="invalid_api_key")
             name, rate = key.name, key.per_minute or rate
             scope["state"]["log"]["key"] = name
+        scope["state"]["key"] = key
         wait_s = self._rates.wait_s(name, rate) if rate else 0.0
         if wait_s:
             raise Refusal(

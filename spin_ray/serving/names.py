@@ -25,6 +25,11 @@ class Names:
         """The iterates that serve, oldest first."""
         return self._iterates
 
+    @property
+    def may_grow(self) -> bool:
+        """Tells whether an iterate that does not serve yet may start by itself."""
+        return not self._settled or not self._starting <= set(self._iterates)
+
     def serve_now(
         self, iterates: Iterable[str], newest: str | None, starting: Iterable[str] = (), *, settled: bool = True
     ) -> None:

@@ -10,15 +10,17 @@ from spin_ray.serving.access import Key, Rates, find_key, guard_ray_token, new_k
 
 def test_a_made_key_opens_and_its_line_does_not_hold_it(tmp_path: Path) -> None:
     alice, hers = new_key("alice", per_minute=3)
-    _, his = new_key("bob")
+    _, his = new_key("bob", may_export=True)
+    _, both = new_key("carol", 5, may_export=True)
     file = tmp_path / "keys"
-    file.write_text(f"# who\u2028else\n\n{hers}\n{his}\n")
+    file.write_text(f"# who\u2028else\n\n{hers}\n{his}\n{both}\n")
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="others on this machine can read or change it"):
         read_keys(file)
     file.chmod(0o640)
     keys = read_keys(file)
-    assert [(key.name, key.per_minute) for key in keys] == [("alice", 3), ("bob", None)]
+    told = [(key.name, key.per_minute, key.may_export) for key in keys]
+    assert told == [("alice", 3, False), ("bob", None, True), ("carol", 5, True)]
     found = find_key(keys, f"Bearer {alice}".encode())
     assert found and found.name == "alice"
     assert alice not in file.read_text()
@@ -29,7 +31,18 @@ def test_nothing_else_opens(header: bytes | None) -> None:
     assert find_key([Key("alice", new_key("alice")[1].split()[1], None)], header) is None
 
 
-@pytest.mark.parametrize("line", ["alice", "alice 12ab", "alice " + "g" * 64, "alice " + "a" * 64 + " 0", "# nobody"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alice",
+        "alice 12ab",
+        "alice " + "g" * 64,
+        "alice " + "a" * 64 + " 0",
+        "# nobody",
+        "alice " + "a" * 64 + " export 5",
+        "alice " + "a" * 64 + " exports",
+    ],
+)
 def test_a_file_that_cannot_lock_is_an_error_that_says_where(line: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(line + "\n")

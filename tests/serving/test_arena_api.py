@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -15,11 +16,12 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from spin_ray.serving.access import Key
+from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.routes import FILES
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import Item
+from spin_ray.serving.limits import access_log
 from tests.support.arena_app import SAYS, TalkingEngines, digest, make
 from tests.support.paths import ROOT
 from tests.support.tiny_runs import tiny_config
@@ -65,6 +67,24 @@ def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
     assert pair["rejected"][-1]["content"] == SAYS[vote["b"]["model"]]
     assert pair["chosen"][:-1] == ASKED["messages"]
     assert pair["sampling"] == {"temperature": 0.8, "seed": 3, "max_tokens": 1024}
+    assert pair["voter"] is None
+
+
+def test_a_vote_names_its_key_which_needs_a_permission_to_export(votes, caplog):
+    """The access log has the comparison of both requests; only the key with ``export`` reads the conversations."""
+    (alice, hers), (bob, his) = new_key("alice"), new_key("bob", may_export=True)
+    keys = [Key(*hers.split(), None), Key(*his.split()[:2], None, may_export=True)]
+    client = TestClient(make(votes, keys=keys), base_url="http://localhost")
+    client.headers["Authorization"] = f"Bearer {alice}"
+    with caplog.at_level(logging.INFO, access_log.name):
+        battle, _ = fight(client)
+        voted(client, battle).raise_for_status()
+    assert [json.loads(line)["battle"] for line in caplog.messages if '"key": "alice"' in line] == [battle] * 2
+    refused = client.get("/v1/votes/export")
+    assert refused.status_code == 403 and refused.json()["error"]["type"] == "permission_error"
+    client.headers["Authorization"] = f"Bearer {bob}"
+    (pair,) = map(json.loads, client.get("/v1/votes/export").raise_for_status().text.splitlines())
+    assert pair["voter"] == "alice"
 
 
 def test_the_page_is_whole_without_a_key_and_asks_no_other_host(votes):
@@ -208,8 +228,8 @@ def test_a_side_that_fails_is_told_without_its_name_and_costs_the_vote(votes):
     (failed,) = [side for side, event in ends.items() if "error" in event]
     assert ends[failed]["error"]["message"] == "this side's iterate is down: its engine starts again"
     assert "sft" not in json.dumps([battle, events])
-    refused = voted(client, battle["battle"])
-    assert refused.status_code == 409 and f"Answer {failed} has not" in refused.text
+    assert voted(client, battle["battle"]).status_code == 404
+    assert rows(votes) == 0
 
 
 def test_an_answer_that_cannot_be_kept_is_shown_and_told(votes, tmp_path):
@@ -239,17 +259,49 @@ def test_iterates_that_are_down_are_not_drawn(votes):
         assert {vote["a"]["model"], vote["b"]["model"]} == {"sft", "iter-1"}
 
 
+def rows(votes: VoteStore) -> int:
+    """Returns the number of comparisons in the database."""
+    with votes._engine.connect() as connection:
+        return connection.exec_driver_sql("SELECT COUNT(*) FROM battles").scalar_one()
+
+
+@pytest.mark.parametrize(
+    ("serve", "starting", "down", "models", "status", "code"),
+    [
+        (["sft", "iter-0"], [], {"sft"}, None, 503, "engine_down"),
+        (["sft", "iter-0"], [], {"sft"}, ["sft", "iter-0"], 503, "engine_down"),
+        (["sft"], ["iter-0"], set(), None, 503, "model_starts"),
+        (["sft"], ["iter-0"], set(), ["sft", "iter-0"], 503, "model_starts"),
+        ([], ["sft"], set(), None, 503, "model_starts"),
+        (["sft"], ["sft"], set(), None, 409, None),
+        (["sft"], [], {"sft"}, None, 409, None),
+    ],
+)
+def test_a_comparison_that_will_be_possible_is_a_503_that_says_when(votes, serve, starting, down, models, status, code):
+    """409 only where no second iterate is to come. ``more_start`` tells the page."""
+    engines = TalkingEngines()
+    engines.names.serve_now(serve, newest=None, starting=starting)
+    engines.down = down
+    client = app(engines, votes)
+    refused = client.post("/v1/battles", json=ASKED | ({"models": models} if models else {}))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (status, code), refused.text
+    assert ("retry-after" in refused.headers) == (status == 503)
+    assert client.get("/v1/arena").json()["more_start"] == (code == "model_starts")
+    assert rows(votes) == 0
+
+
 def test_a_comparison_takes_two_places_and_gives_them_back(votes):
     client = app(TalkingEngines(), votes, max_concurrent=2)
     for _ in range(3):
         fight(client)
     alone = app(TalkingEngines(), votes, max_concurrent=1).post("/v1/battles", json=ASKED)
     assert alone.status_code == 400 and "2 answers" in alone.text
+    assert rows(votes) == 3
 
 
 def test_limits_come_from_the_server(votes):
     client = app(TalkingEngines(), votes, max_tokens=99)
-    assert client.get("/v1/arena").json() == {"max_tokens": 99, "temperature": 2.0}
+    assert client.get("/v1/arena").json() == {"max_tokens": 99, "temperature": 2.0, "more_start": False}
     over = [{"max_tokens": 100}, {"temperature": 2.01}]
     assert [client.post("/v1/battles", json=ASKED | each).status_code for each in over] == [400, 400]
 
@@ -292,6 +344,7 @@ def test_a_client_that_leaves_aborts_both_answers(votes):
         assert open_now == set()
 
     asyncio.run(leave())
+    assert rows(votes) == 0
 
 
 def test_a_database_that_does_not_answer_is_503(client, votes, tmp_path):

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.arena.battles import Answer, Question
 from spin_ray.serving.arena.votes import VoteStore
-from tests.support.arena_app import EVIL, SAYS, make
+from tests.support.arena_app import EVIL, ITERATES, SAYS, TalkingEngines, make
 from tests.support.chromium import headless, needs_chromium, picture
 
 pytestmark = [pytest.mark.slow, needs_chromium]
@@ -123,33 +123,92 @@ def test_a_blind_comparison_and_a_vote_by_keyboard(serve, open_page, votes, name
     expect(side(page, "b", "name")).to_have_text("hidden")
 
 
-def test_a_late_reply_to_a_vote_leaves_the_next_comparison_blind(serve, open_page, votes):
-    page = open_page(serve())
+def hold_first_reply(page: Page, path: str, status: int | None = None) -> None:
+    """Holds the first reply of ``path`` until ``release_reply``, and may make an error of it."""
     page.evaluate(
-        """() => {
+        """([path, status]) => {
           const real = window.fetch;
           window.fetch = async (url, ...rest) => {
             const reply = await real(url, ...rest);
-            if (String(url).endsWith("/v1/votes") && !window.reply) await new Promise((go) => (window.reply = go));
-            return reply;
+            if (!String(url).endsWith(path) || window.reply) return reply;
+            await new Promise((go) => (window.reply = go));
+            return status ? new Response('{"error": {"message": "an old error"}}', { status }) : reply;
           };
-        }"""
+        }""",
+        [path, status],
     )
+
+
+def wait_for_held_reply(page: Page) -> None:
+    while not page.evaluate("Boolean(window.reply)"):  # the page's policy forbids wait_for_function
+        page.wait_for_timeout(20)
+
+
+def release_reply(page: Page) -> None:
+    page.evaluate("window.reply()")
+    page.wait_for_timeout(300)
+
+
+@pytest.mark.parametrize("status", [None, 503])
+def test_a_late_reply_to_a_vote_leaves_the_next_comparison_blind(serve, open_page, votes, status):
+    page = open_page(serve())
+    hold_first_reply(page, "/v1/votes", status)
     compare(page)
     expect(ballot(page, "a")).to_be_enabled()
     page.keyboard.press("1")
-    while not page.evaluate("Boolean(window.reply)"):  # the page's policy forbids wait_for_function
-        page.wait_for_timeout(20)
+    wait_for_held_reply(page)
     page.locator("#again").click()
     compare(page, "another question")
     expect(ballot(page, "a")).to_be_enabled()
-    page.evaluate("window.reply()")
-    page.wait_for_timeout(300)
+    release_reply(page)
+    expect(page.get_by_role("alert")).to_be_hidden()
     for one in "ab":
         expect(side(page, one, "name")).to_have_text("hidden")
     page.keyboard.press("4")
     expect(page.get_by_role("status")).to_contain_text("Your vote: B is better.")
     assert sum(tally.count for tally in votes.tallies()) == 2
+
+
+def test_a_late_list_of_iterates_changes_no_open_comparison(serve, open_page):
+    """The list comes while both answer, without the iterates that were asked."""
+    engines = TalkingEngines(word_s=0.1)
+    page = open_page(serve(engines=engines))
+    page.get_by_text("Open", exact=True).click()
+    page.get_by_label("Log-probabilities").check()
+    page.get_by_label("First iterate").select_option("iter-0")
+    page.get_by_label("Second iterate").select_option("sft")
+    compare(page, "hi")
+    expect(side(page, "a", "answer")).to_have_text(SAYS["iter-0"])
+    scored = []
+    page.on("request", lambda sent: scored.append(sent.post_data_json) if sent.url.endswith("/compare") else None)
+    page.locator("#margin").get_by_text("beta 0.5").wait_for()
+    engines.names.serve_now(["sft", "iter-1"], newest="iter-1")
+    hold_first_reply(page, "/v1/models")
+    page.locator("#again").click()
+    wait_for_held_reply(page)
+    engines.names.serve_now(ITERATES, newest=ITERATES[-1])
+    compare(page, "hi")
+    expect(side(page, "a", "answer")).not_to_be_empty()
+    release_reply(page)
+    expect(page.get_by_label("First iterate")).not_to_have_value("iter-0")
+    expect(page.locator("#margin")).to_contain_text("beta 0.5")
+    assert [each["models"] for each in scored][-1] == ["iter-0", "sft"]
+
+
+def test_a_page_that_is_opened_while_models_start_says_so_and_looks_again(serve, open_page):
+    engines = TalkingEngines()
+    engines.names.serve_now(["sft"], newest=None, starting=["iter-0"], settled=False)
+    page = open_page(serve(engines=engines))
+    expect(page.locator("#starting")).to_contain_text("Models start; 1 of the 2")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    engines.names.serve_now(["sft", "iter-0"], newest="iter-0")
+    expect(page.locator("#starting")).to_be_hidden(timeout=10_000)
+    compare(page)
+    expect(ballot(page, "a")).to_be_enabled()
+    engines.names.serve_now(["sft"], newest="sft")
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("this server has 1. It serves more with --models.")
+    expect(page.locator("#starting")).to_be_hidden()
 
 
 def test_two_chosen_iterates_are_compared_openly_with_one_seed_and_no_vote(serve, open_page):
@@ -294,6 +353,33 @@ def test_the_leaderboard_shows_ratings_and_the_pairs_can_be_downloaded(serve, op
         page.get_by_role("button", name="Download votes as pairs").click()
     pairs = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     assert len(pairs) == 11 and download.value.suggested_filename == "votes.jsonl"
+
+
+def test_an_older_reply_does_not_replace_a_newer_leaderboard(serve, open_page, votes):
+    page = open_page(serve())
+    hold_first_reply(page, "/v1/leaderboard")
+    page.get_by_role("link", name="Leaderboard").click()
+    wait_for_held_reply(page)
+    fill(votes)
+    page.get_by_role("link", name="Compare").click()
+    page.get_by_role("link", name="Leaderboard").click()
+    expect(page.locator("#votes-counted")).to_have_text("14 votes so far.")
+    release_reply(page)
+    expect(page.locator("#votes-counted")).to_have_text("14 votes so far.")
+
+
+def test_the_leaderboard_gives_the_bound_that_the_server_uses(serve, open_page, votes):
+    fill(votes)
+
+    def stricter(route: Route) -> None:
+        route.fulfill(json=route.fetch().json() | {"told_apart_from": 0.99})
+
+    page = open_page(serve())
+    page.route("**/v1/leaderboard", stricter)
+    page.get_by_role("link", name="Leaderboard").click()
+    expect(page.locator("#method")).to_contain_text(
+        "in 99.0 % of its draws; of two equal ones, that happens in 2 cases"
+    )
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])

@@ -10,11 +10,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from spin_ray.serving import arena
-from spin_ray.serving.arena.battles import BATTLE_TTL_S
+from spin_ray.serving.access import Key, new_key
+from spin_ray.serving.api import make_app
+from spin_ray.serving.arena.battles import BATTLE_TTL_S, Question
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import Item
 from tests.serving.test_arena_api import ASKED, app, events_of, fight, voted
 from tests.support.arena_app import ITERATES, TalkingEngines
+from tests.support.tiny_runs import tiny_config
 
 
 class Clock:
@@ -29,6 +32,11 @@ def ask(client, **changes: Any) -> httpx.Response:
 
 
 def alone(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    engines.names.serve_now(["sft"], newest="sft")
+    return lambda: ask(app(engines, votes))
+
+
+def down(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
     engines.down = set(ITERATES[1:])
     return lambda: ask(app(engines, votes))
 
@@ -67,9 +75,9 @@ def broken(error: Exception | None) -> Callable[..., Callable[[], httpx.Response
     return prepare
 
 
-def unanswered(client: TestClient, *_: Any) -> Callable[[], httpx.Response]:
-    first, *_ = events_of(ask(client, messages=[{"role": "user", "content": "fail"}]))
-    return lambda: voted(client, first["battle"])
+def unanswered(client: TestClient, _: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    battle = votes.start("sft", "iter-1", Question([], {"seed": 1}))
+    return lambda: voted(client, battle.id)
 
 
 def other_vote(client: TestClient, *_: Any) -> Callable[[], httpx.Response]:
@@ -91,13 +99,21 @@ def no_database(client: TestClient, _: TalkingEngines, votes: VoteStore) -> Call
     return lambda: ask(client)
 
 
+def without_permission(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    key, line = new_key("alice")
+    client = TestClient(make_app(engines, tiny_config(), [Key(*line.split(), None)], votes))
+    return lambda: client.get("/v1/votes/export", headers={"Authorization": f"Bearer {key}"})
+
+
 REFUSALS = {
-    "A comparison needs two iterates that serve": (409, alone),
+    "A comparison needs two iterates; this server has fewer": (409, alone),
+    "An engine is down and starts again": (503, down),
     "Both names stand for iter-1": (409, lambda client, *_: lambda: ask(client, models=["iter-1", "latest"])),
     "This comparison does not exist": (404, lambda client, *_: lambda: voted(client, "0" * 24)),
     "This comparison is too old": (410, too_old),
     "has not been streamed to its end": (409, unanswered),
     "This comparison was voted on before": (409, other_vote),
+    "may not export conversations": (403, without_permission),
     "Votes cannot be stored or read now": (503, no_database),
     "This iterate serves no more": (503, vanished),
     "The answer took longer than": (504, slow),

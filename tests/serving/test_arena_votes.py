@@ -135,7 +135,7 @@ def test_comparisons_without_a_vote_are_forgotten_and_votes_are_not(votes, clock
 
 def test_export_pairs_what_was_preferred_with_what_was_not(votes, clock, monkeypatch):
     """More votes than the export reads at a time, many of them at the same moment; ties make no pair."""
-    monkeypatch.setattr("spin_ray.serving.arena.votes._EXPORT_ROWS", 8)
+    monkeypatch.setattr("spin_ray.serving.arena.votes.EXPORT_ROWS", 8)
     verdicts = (["a"] * 3 + ["b", "tie", "both_bad"]) * 6
     battles = [answered(votes) for _ in verdicts]
     for number, (battle, verdict) in enumerate(zip(battles, verdicts, strict=True)):

@@ -197,7 +197,7 @@ def test_a_server_looks_for_cycles_as_often_as_python_does(monkeypatch: pytest.M
     """What ``spin-ray`` sets for a run's driver would stop every answer for 0.2 s at a time."""
     as_it_was, frozen = gc.get_threshold(), gc.get_freeze_count()
     monkeypatch.setattr(app, "ServeEngines", lambda keeper: SimpleNamespace(follow=lambda: asyncio.sleep(0)))
-    monkeypatch.setattr(app, "make_app", lambda *given, proxied, run: FastAPI())
+    monkeypatch.setattr(app, "make_app", lambda *given, **settings: FastAPI())
 
     async def build() -> None:
         app.endpoint(str(tmp_path), tiny_config(), None)

@@ -42,3 +42,4 @@ def test_a_server_that_is_told_to_stop_ends_its_streams_first(served: Served) ->
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{served.url}/healthz", timeout=5)
     assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert served.run.storage.exists("votes.sqlite") and not served.run.storage.exists("votes.sqlite-wal"), "not closed"

@@ -62,8 +62,15 @@ def digest(iterate: str) -> str:
     return f"{ITERATES.index(iterate) + 1}" * 64
 
 
-def make(votes: VoteStore, *, keys: list[Key] | None = None, word_s: float = 0.0, **serving: Any) -> FastAPI:
-    return make_app(TalkingEngines(word_s), tiny_config(**serving), keys or [], votes)
+def make(
+    votes: VoteStore,
+    *,
+    keys: list[Key] | None = None,
+    word_s: float = 0.0,
+    engines: TalkingEngines | None = None,
+    **serving: Any,
+) -> FastAPI:
+    return make_app(engines or TalkingEngines(word_s), tiny_config(**serving), keys or [], votes)
 
 
 def scored(iterate: str, **fields: Any) -> dict[str, Any]:

@@ -7,15 +7,12 @@ the side's end ``finish_reason`` or ``error``.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, get_args
 
-from fastapi.concurrency import run_in_threadpool
-
 from spin_ray.serving import events
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Side
-from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import CHAT, Engines
 from spin_ray.serving.errors import Refusal, from_engine
 from spin_ray.serving.metrics import Metrics
@@ -23,15 +20,17 @@ from spin_ray.serving.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 Tell = Callable[[dict[str, Any] | None], None]
+Record = Callable[[str, Side, Answer], Awaitable[None]]
+"""``VoteStore.record`` for the event loop."""
 
 
 async def both_sides(
-    engines: Engines, votes: VoteStore, metrics: Metrics, battle: Battle, limit_s: float
+    engines: Engines, record: Record, metrics: Metrics, battle: Battle, limit_s: float
 ) -> AsyncGenerator[str]:
     """Yields the events of both answers as they come; closing the iterator aborts both."""
     told: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
     sides = [
-        asyncio.create_task(_Side(engines, votes, metrics, battle, side, told.put_nowait).answer(limit_s))
+        asyncio.create_task(_Side(engines, record, metrics, battle, side, told.put_nowait).answer(limit_s))
         for side in get_args(Side)
     ]
     try:
@@ -52,9 +51,9 @@ async def both_sides(
 
 class _Side:
     def __init__(
-        self, engines: Engines, votes: VoteStore, metrics: Metrics, battle: Battle, side: Side, tell: Tell
+        self, engines: Engines, record: Record, metrics: Metrics, battle: Battle, side: Side, tell: Tell
     ) -> None:
-        self._engines, self._votes, self._metrics, self._battle = engines, votes, metrics, battle
+        self._engines, self._record, self._metrics, self._battle = engines, record, metrics, battle
         self._side: Side = side
         self._model = battle.model_a if side == "a" else battle.model_b
         self._tell = tell
@@ -64,7 +63,7 @@ class _Side:
         try:
             async with asyncio.timeout(limit_s):
                 answer = await self._streamed()
-            await run_in_threadpool(self._votes.record, self._battle.id, self._side, answer)
+            await self._record(self._battle.id, self._side, answer)
             self._tell({"side": self._side, "finish_reason": answer.finish_reason})
         except TimeoutError:
             self._fail(Refusal(504, f"The answer took longer than {limit_s:g} s"))

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     Index,
+    Inspector,
     Integer,
     MetaData,
     Row,
@@ -39,8 +40,11 @@ from spin_ray.errors import UserError
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Question, Side, Tally, Verdict, Vote
 from spin_ray.serving.errors import Refusal
 
-_EXPORT_ROWS = 256
+EXPORT_ROWS = 256
+"""Votes that an export reads at a time."""
 _RETRY_S = 5
+_LOCKED_MS = 2500
+"""Longest wait for a locked SQLite, in milliseconds; shorter than that of ``VoteThreads``."""
 
 _battles = Table(
     "battles",
@@ -57,6 +61,7 @@ _battles = Table(
     Column("digest_b", String(128)),
     Column("verdict", String(8)),
     Column("voted", Double),
+    Column("voter", String(64)),
 )
 _by_time = Index("battles_by_time", _battles.c.created)
 _by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
@@ -66,7 +71,7 @@ class VoteStore:
     """A database of comparisons and votes; only processes of *one machine* may share SQLite.
 
     Raises:
-        UserError: the URL names no usable database, or no file although it is not ``new``.
+        UserError: the URL names no usable database, an earlier version's, or no file although it is not ``new``.
     """
 
     def __init__(self, url: str | URL, clock: Callable[[], float] = time.time, *, new: bool = True) -> None:
@@ -86,6 +91,7 @@ class VoteStore:
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_battles, if_not_exists=True))
+                self._refuse_earlier_table(inspect(connection))
                 known = {index["name"] for index in inspect(connection).get_indexes(_battles.name)}
                 for index in (_by_time, _by_vote):
                     if index.name not in known:
@@ -96,6 +102,14 @@ class VoteStore:
             ) from error
         except SQLAlchemyError as error:
             raise UserError(f"votes: {self.where} cannot be used: {_reason(error)}") from error
+
+    def _refuse_earlier_table(self, found: Inspector) -> None:
+        there = {column["name"] for column in found.get_columns(_battles.name)}
+        if missing := [column.name for column in _battles.c if column.name not in there]:
+            raise UserError(
+                f"votes: {self.where}: its table {_battles.name} is of an earlier version, without "
+                f"{', '.join(missing)}; move it away, or give another database by serving.votes"
+            )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -116,6 +130,12 @@ class VoteStore:
             )  # fmt: skip
         return battle
 
+    def drop_unanswered(self, battle: str) -> None:
+        """Deletes a comparison that lacks an answer, on which nobody can vote."""
+        lacks_one = or_(_battles.c.digest_a.is_(None), _battles.c.digest_b.is_(None))
+        with self._transaction() as connection:
+            connection.execute(delete(_battles).where(_battles.c.id == battle, lacks_one))
+
     def record(self, battle: str, side: Side, answer: Answer) -> None:
         """Stores a side's first complete answer if there is no vote yet."""
         kept = {"text": answer.text, "finish_reason": answer.finish_reason}
@@ -125,8 +145,11 @@ class VoteStore:
                 update(_battles).where(first).values({f"answer_{side}": kept, f"digest_{side}": answer.digest})
             )
 
-    def vote(self, battle: str, verdict: Verdict) -> Vote:
+    def vote(self, battle: str, verdict: Verdict, voter: str | None = None) -> Vote:
         """Records the verdict; the same verdict again changes nothing.
+
+        Args:
+            voter: name of the voter's key; None without keys.
 
         Raises:
             Refusal: the comparison does not exist (404) or is too old (410), or an answer is missing or another
@@ -140,7 +163,7 @@ class VoteStore:
             if row.verdict is None:
                 self._check_votable(row)
                 connection.execute(
-                    update(_battles).where(open_still).values(verdict=verdict, voted=self._clock())
+                    update(_battles).where(open_still).values(verdict=verdict, voted=self._clock(), voter=voter)
                 )  # the first of two simultaneous votes counts
                 row = connection.execute(select(_battles).where(_battles.c.id == battle)).one()
             if row.verdict != verdict:
@@ -171,15 +194,16 @@ class VoteStore:
         """Yields one row per vote that prefers a side, oldest first.
 
         ``chosen`` and ``rejected`` are whole conversations, as ``data.train`` and TRL (implicit prompt) read them.
+        ``identical`` tells whether they are equal.
         """
         after = _battles.c.verdict.in_(("a", "b"))
         while True:
             with self._transaction() as connection:
                 rows = connection.execute(
-                    select(_battles).where(after).order_by(_battles.c.voted, _battles.c.id).limit(_EXPORT_ROWS)
+                    select(_battles).where(after).order_by(_battles.c.voted, _battles.c.id).limit(EXPORT_ROWS)
                 ).all()
             yield from map(_pair, rows)
-            if len(rows) < _EXPORT_ROWS:
+            if len(rows) < EXPORT_ROWS:
                 return
             last = rows[-1]
             after = and_(
@@ -193,11 +217,17 @@ class VoteStore:
             with self._engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as error:
-            raise Refusal(503, f"Votes cannot be stored or read now ({_reason(error)})", retry_s=_RETRY_S) from error
+            raise unavailable(_reason(error)) from error
+
+
+def unavailable(reason: str) -> Refusal:
+    return Refusal(503, f"Votes cannot be stored or read now ({reason})", retry_s=_RETRY_S)
 
 
 def _pair(row: Row) -> dict[str, Any]:
-    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": row.request["sampling"]}
+    pair: dict[str, Any] = {
+        "battle": row.id, "voted": row.voted, "voter": row.voter, "sampling": row.request["sampling"],
+    }  # fmt: skip
     for role, side in zip(("chosen", "rejected"), "ab" if row.verdict == "a" else "ba", strict=True):
         answer = row._mapping[f"answer_{side}"]
         pair |= {
@@ -206,7 +236,7 @@ def _pair(row: Row) -> dict[str, Any]:
             f"{role}_digest": row._mapping[f"digest_{side}"],
             f"{role}_finish_reason": answer["finish_reason"],
         }
-    return pair
+    return pair | {"identical": pair["chosen"] == pair["rejected"]}
 
 
 def _creation(index: Index, dialect: Dialect) -> CreateIndex:
@@ -223,7 +253,8 @@ def _make_private(file: str | None) -> None:
 
 
 def _make_durable(connection: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+    """Sets the wait for locks first, as the others can meet a lock."""
+    for pragma in (f"busy_timeout={_LOCKED_MS}", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.inputs.conversations import conversations_of, read_row
 from spin_ray.inputs.forms import form_of
 from spin_ray.inputs.model_folder import folder_entries
+from spin_ray.inputs.prompt_rows import PromptTask, rows_of
 from spin_ray.inputs.rendering import ChatRenderer
+from spin_ray.inputs.sources import SourceRow
 from spin_ray.report.export import export
-from spin_ray.report.preference_rows import pairs_of, preferred_of_votes, write_rows
+from spin_ray.report.preference_rows import pairs_of, preferred_of_votes, said, write_rows
 from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
@@ -98,25 +101,66 @@ def test_trl_opens_an_exported_folder_and_reads_its_pairs_with_the_ids_of_the_ru
     assert trainer.train().training_loss == pytest.approx(math.log(2), rel=1e-3)  # the policy is its own reference
 
 
-def test_votes_become_the_same_rows(tmp_path):
-    store = VoteStore(f"sqlite:///{tmp_path / 'votes.sqlite'}")
-    battle = store.start("sft", "iter-0", Question(ASKED, {"seed": 7}))
-    store.record(battle.id, "a", Answer("5", "stop", "d"))
-    store.record(battle.id, "b", Answer("4", "stop", "d"))
-    store.vote(battle.id, "b")
-    path = write_rows(preferred_of_votes(store.export()), "sharegpt", str(tmp_path / "votes.jsonl"), Counter())
-    assert json.loads(Path(path).read_text()) == {
-        "conversations": [{"from": "human", "value": "2 + 2?"}], "system": "Be brief.",
-        "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"},
+@pytest.fixture
+def votes(tmp_path):
+    """Two votes, the second between equal answers; the rejected answer of the first was cut."""
+    store = VoteStore(f"sqlite:///{tmp_path / 'votes.sqlite'}", count(1.0).__next__)
+    for a, b in ((Answer("It is", "length", "d0"), Answer("4", "stop", "d1")), (Answer("4", "stop", "d"),) * 2):
+        battle = store.start("sft", "iter-0", Question(ASKED, {"seed": 7}))
+        store.record(battle.id, "a", a)
+        store.record(battle.id, "b", b)
+        store.vote(battle.id, "b", "alice")
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize("form", ["trl", "sharegpt"])
+def test_votes_become_the_same_rows_with_what_is_known_of_them(votes, tmp_path, form):
+    counts = Counter[str]()
+    path = write_rows(preferred_of_votes(votes.export(), counts), form, str(tmp_path / "votes.jsonl"), counts)
+    row = json.loads(Path(path).read_text())
+    assert said(counts) == "1 rows written; 1 left out: chosen and rejected are identical"
+    told = {name: row.pop(name) for name in list(row) if name not in _COLUMNS}
+    assert row == {
+        "trl": {"prompt": ASKED, "chosen": [{"role": "assistant", "content": "4"}],
+                "rejected": [{"role": "assistant", "content": "It is"}]},
+        "sharegpt": {"conversations": [{"from": "human", "value": "2 + 2?"}], "system": "Be brief.",
+                     "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "It is"}},
+    }[form]  # fmt: skip
+    assert len(told.pop("battle")) == 24 and told.pop("voted") > 1
+    assert told == {
+        "voter": "alice", "sampling": {"seed": 7}, "chosen_model": "iter-0", "chosen_digest": "d1",
+        "chosen_finish_reason": "stop", "rejected_model": "sft", "rejected_digest": "d0",
+        "rejected_finish_reason": "length",
     }  # fmt: skip
+
+
+_COLUMNS = ("prompt", "chosen", "rejected", "conversations", "system")
+
+
+@pytest.mark.parametrize("form", [None, "trl", "sharegpt"])
+def test_a_cut_answer_of_a_vote_gets_no_end_of_turn_in_training(votes, tmp_path, form):
+    """None: a line of the HTTP export."""
+    if form is None:
+        row = next(votes.export())
+    else:
+        path = write_rows(preferred_of_votes(votes.export(), Counter()), form, str(tmp_path / "v.jsonl"), Counter())
+        row = json.loads(Path(path).read_text())
+    task = PromptTask(tokenizer=TINY, chat_template=None, trust_remote_code=False, max_length=512, data=DATA,
+                      needs_rejected=True)  # fmt: skip
+    unread = []
+    ((made,),) = rows_of([SourceRow("here:1", row, b"")], task, lambda source, found, names: unread.extend(names))
+    ends = TOKENIZER.decode(made["real_ids"]), TOKENIZER.decode(made["rejected_ids"])
+    assert ends == ("4" + ChatRenderer(TOKENIZER).end_of_turn, "It is")
+    assert not [name for name in unread if "finish_reason" in name]
 
 
 def test_the_command_says_what_it_wrote_and_what_differs(call, run, tmp_path):
     file = tmp_path / "new" / "pairs.jsonl"
-    code, out, said = call("export", run.storage.root, "--what", "pairs", "--form", "sharegpt", "--iterate", "0",
+    code, out, told = call("export", run.storage.root, "--what", "pairs", "--form", "sharegpt", "--iterate", "0",
                            "--to", file)  # fmt: skip
     assert (code, out.strip()) == (0, str(file))
-    assert "2 rows written; 1 of 4 responses have other token ids" in said
+    assert "2 rows written; 1 of 4 responses have other token ids" in told
 
 
 def test_nothing_is_written_over_and_nothing_invented(run, tmp_path):

@@ -27,6 +27,21 @@ export async function call(path, body, signal) {
   throw new Refused(await reasonOf(response), response.status);
 }
 
+let loads = 0;
+
+/** Returns a function that loads and then shows; only the newest load of the page is shown, or fails. */
+export function newestOf(load, show) {
+  return async () => {
+    const mine = ++loads;
+    try {
+      const loaded = await load();
+      if (mine === loads) show(loaded);
+    } catch (error) {
+      if (mine === loads) throw error;
+    }
+  };
+}
+
 /** Returns the server's words of an error; a proxy may have another form. */
 async function reasonOf(response) {
   const wait = response.headers.get("Retry-After");

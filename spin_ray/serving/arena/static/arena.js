@@ -1,14 +1,15 @@
 // The arena page. What models say is only ever set as text.
 
-import { KEY, Refused, answerOf, battle, call } from "./api.js";
+import { KEY, Refused, answerOf, battle, call, newestOf } from "./api.js";
 import { download, loadLeaderboard } from "./leaderboard.js";
 import { clearScores, scoresOf, showScores } from "./scores.js";
 
 const $ = (selector) => document.querySelector(selector);
 const BLIND_ANY = "";
+const LOOK_MS = 5000; // between two looks at iterates that start
 const VERDICTS = { a: "A is better", b: "B is better", tie: "a tie", both_bad: "both bad" };
 
-const page = { models: [], battle: null, stopper: null, said: null };
+const page = { models: [], battle: null, stopper: null, said: null, look: null };
 
 // --- Messages and the key --------------------------------------------------------------------------------------------
 
@@ -41,16 +42,38 @@ async function useKey(event) {
 
 const blind = () => $("#ask").elements.mode.value === "blind";
 
-async function loadModels() {
-  const [{ data }, limits] = await Promise.all(
-    ["/v1/models", "/v1/arena"].map(async (path) => (await call(path)).json()),
-  );
+const loadModels = newestOf(
+  () => Promise.all(["/v1/models", "/v1/arena"].map(async (path) => (await call(path)).json())),
+  showModels,
+);
+
+function showModels([{ data }, limits]) {
   limit($("#max-tokens"), limits.max_tokens);
   limit($("#temperature"), limits.temperature);
   page.models = data.map((model) => model.id).filter((id) => id !== "latest"); // a second name
   fillChoices();
-  if (page.models.length < 2)
+  const few = page.models.length < 2;
+  tellStart(few && limits.more_start);
+  if (few && !limits.more_start)
     throw new Refused(`A comparison needs two iterates; this server has ${page.models.length}. It serves more with --models.`);
+}
+
+/** Says that iterates start, and looks again until two serve. */
+function tellStart(starts) {
+  clearTimeout(page.look);
+  $("#starting").hidden = !starts;
+  if (!starts) return;
+  $("#starting").textContent = `Models start; ${page.models.length} of the 2 that a comparison needs can answer. This page looks again by itself.`;
+  page.look = setTimeout(guarded(lookAgain), LOOK_MS);
+}
+
+async function lookAgain() {
+  try {
+    await loadModels();
+  } catch (error) {
+    tellStart(false);
+    throw error;
+  }
 }
 
 function limit(field, most) {
@@ -122,11 +145,12 @@ async function compare(event) {
     temperature: $("#temperature").valueAsNumber,
     max_tokens: $("#max-tokens").valueAsNumber,
   };
+  const models = [$("#first").value, $("#second").value]; // now: the lists may be loaded again meanwhile
   try {
-    const answers = await (blind() ? fight(request) : bothOpen(request));
+    const answers = await (blind() ? fight(request, models) : bothOpen(request, models));
     const whole = answers.every(Boolean);
     if (whole) page.said = { messages: request.messages, answers };
-    if (!blind()) return await score([$("#first").value, $("#second").value]);
+    if (!blind()) return await score(models);
     if (whole) allowVotes(true);
     else $("#outcome").textContent = "No vote without two whole answers.";
   } catch (error) {
@@ -138,8 +162,7 @@ async function compare(event) {
 }
 
 /** Has the server ask both sides; returns both answers, null for one that failed. */
-async function fight(request) {
-  const models = [$("#first").value, $("#second").value];
+async function fight(request, models) {
   const cards = [new Card("a"), new Card("b")];
   try {
     const events = battle(models.includes(BLIND_ANY) ? request : { ...request, models }, page.stopper.signal);
@@ -157,13 +180,12 @@ async function fight(request) {
   return cards.map((card) => card.close());
 }
 
-function bothOpen(request) {
+function bothOpen(request, models) {
   const seed = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
-  const models = { a: $("#first").value, b: $("#second").value };
-  return Promise.all(["a", "b"].map(async (side) => {
+  return Promise.all(["a", "b"].map(async (side, index) => {
     const card = new Card(side);
     try {
-      for await (const event of answerOf({ ...request, seed, model: models[side] }, side, page.stopper.signal))
+      for await (const event of answerOf({ ...request, seed, model: models[index] }, side, page.stopper.signal))
         card.take(event);
     } catch (error) {
       card.interrupt(error);
@@ -269,8 +291,9 @@ async function vote(verdict) {
     reveal(result);
     guarded(score)([result.a.model, result.b.model]);
   } catch (error) {
+    if (page.battle !== battle) return;
     showError(error);
-    if (page.battle === battle) allowVotes(![404, 409, 410].includes(error.status)); // the same vote may pass later
+    allowVotes(![404, 409, 410].includes(error.status)); // the same vote may pass later
   }
 }
 
@@ -294,6 +317,7 @@ function again() {
 
 async function openPage() {
   showError(null);
+  tellStart(false);
   const here = location.hash === "#leaderboard" ? "leaderboard" : "compare";
   for (const name of ["compare", "leaderboard"]) {
     $(`#${name}`).hidden = name !== here;

@@ -1,17 +1,20 @@
 // The leaderboard.
 
-import { call } from "./api.js";
+import { call, newestOf } from "./api.js";
 
 const $ = (selector) => document.querySelector(selector);
 const SVG = "http://www.w3.org/2000/svg";
 
-export async function loadLeaderboard() {
-  const board = await (await call("/v1/leaderboard")).json();
+export const loadLeaderboard = newestOf(async () => (await call("/v1/leaderboard")).json(), showLeaderboard);
+
+function showLeaderboard(board) {
   const some = board.votes > 0;
   $("#votes-counted").textContent = some
     ? `${board.votes} ${board.votes === 1 ? "vote" : "votes"} so far.`
     : "No votes yet. Compare two answers and vote: ratings appear here.";
   for (const id of ["#ratings-card", "#pairs-card", "#method"]) $(id).hidden = !some;
+  $("#told-apart-from").textContent = shareOf(board.told_apart_from);
+  $("#by-chance").textContent = Math.round(200 * (1 - board.told_apart_from));
   const low = Math.min(...board.ratings.map((row) => row.low));
   const high = Math.max(...board.ratings.map((row) => row.high));
   const names = namer(board.ratings);
