@@ -26,11 +26,12 @@ from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import ServeEngines
+from spin_ray.serving.events import LAST_EVENTS_S
 from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 
 APP = "spin-ray"
-STOP_MARGIN_S = 10.0
-"""Seconds for the last events of streams, after ``serving.request_timeout_s``."""
+STOP_MARGIN_S = 2 * LAST_EVENTS_S
+"""Seconds after ``serving.request_timeout_s`` until every connection has ended: for last events, then for the close."""
 
 
 @serve.ingress()
