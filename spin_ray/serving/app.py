@@ -46,7 +46,7 @@ class Ingress:
 
 def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool = False) -> FastAPI:
     """Builds the HTTP interface to a keeper's engines; needs a running event loop."""
-    engines = ServeEngines(keeper)
+    engines = ServeEngines(keeper, sees_all=config.serving.ingress_replicas == 1)
     keys = read_keys(config.serving.keys) if config.serving.keys else []
     votes = VoteStore(votes_url(run_folder, config))
     app = make_app(engines, config, keys, votes, proxied=proxied, run=open_run(run_folder))

@@ -279,7 +279,7 @@ def test_a_refusal_leaves_no_cycle_behind() -> None:
 def test_a_server_looks_for_cycles_as_often_as_python_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What ``spin-ray`` sets for a run's driver would stop every answer for 0.2 s at a time."""
     as_it_was, frozen = gc.get_threshold(), gc.get_freeze_count()
-    monkeypatch.setattr(app, "ServeEngines", lambda keeper: SimpleNamespace(follow=lambda: asyncio.sleep(0)))
+    monkeypatch.setattr(app, "ServeEngines", lambda keeper, sees_all: SimpleNamespace(follow=lambda: asyncio.sleep(0)))
     monkeypatch.setattr(app, "make_app", lambda *given, proxied, run: FastAPI())
 
     async def build() -> None:
