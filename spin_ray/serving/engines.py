@@ -90,7 +90,7 @@ class ServeEngines:
         version, keeper = -1, None
         while True:
             try:
-                table = await self._keeper.table.remote(version, _HEAR_S)
+                table = await self._hear(version)
                 restarted = table["keeper"] != keeper
                 if restarted:
                     self._kept, keeper = self._engines, table["keeper"]
@@ -101,6 +101,14 @@ class ServeEngines:
                 logger.warning("the keeper does not answer: %s", error)
                 version, self._kept = -1, self._engines
                 await asyncio.sleep(1)
+
+    async def _hear(self, version: int) -> dict[str, Any]:
+        response = self._keeper.table.remote(version, _HEAR_S)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()  # the keeper's end would wait for the call's
+            raise
 
     def _take(self, table: dict[str, Any]) -> None:
         """Takes over a table. Handles come first: every name must have one."""

@@ -1,7 +1,7 @@
 """Engines of Ray Serve that die, over handles that are not Ray's."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,13 +65,31 @@ def engines(handle: Any, *, sees_all: bool = True, table: dict[str, Any] = TABLE
     return made
 
 
+class Call:
+    """A call as Ray Serve's: it goes on when nobody awaits it any more, until it is cancelled."""
+
+    def __init__(self, task: asyncio.Task[dict[str, Any]]) -> None:
+        self._task = task
+
+    def __await__(self) -> Generator[Any, None, dict[str, Any]]:
+        return asyncio.shield(self._task).__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
 class Tables:
     """A keeper that gives one table after another, then no more."""
 
     def __init__(self, *tables: dict[str, Any] | Exception) -> None:
         self.table, self._tables = self, list(tables)
+        self.calls = list[Call]()
 
-    async def remote(self, version: int, wait_s: float) -> dict[str, Any]:
+    def remote(self, version: int, wait_s: float) -> Call:
+        self.calls.append(Call(asyncio.create_task(self._next())))
+        return self.calls[-1]
+
+    async def _next(self) -> dict[str, Any]:
         if not self._tables:
             await asyncio.sleep(60)
         table = self._tables.pop(0)
@@ -103,6 +121,20 @@ def test_a_restarted_keeper_makes_no_known_model_unknown(died: list[Exception]) 
         assert adopted.names.iterates == ("sft", "iter-0") and adopted.down == {"iter-0"}
         settled = await after(*died, empty, empty | {"version": 3, "engines": sft, "settled": True})
         assert settled.names.iterates == ("sft",)
+
+    asyncio.run(check())
+
+
+def test_who_follows_the_keeper_no_more_leaves_no_call_to_it() -> None:
+    """The keeper's own end would wait for the call's."""
+
+    async def check() -> None:
+        made, before = engines(Handle(False)), asyncio.all_tasks()
+        made._keeper = Tables(TABLE)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(made.follow(), 0.1)
+        await asyncio.sleep(0)
+        assert len(made._keeper.calls) == 2 and asyncio.all_tasks() == before
 
     asyncio.run(check())
 
