@@ -139,7 +139,7 @@ def _abort(cycle: weakref.ref[RequestResponseCycle]) -> None:
 
 
 class _Closing:
-    """A transport that is aborted ``LAST_EVENTS_S`` after ``close`` if its client has not read everything by then."""
+    """A transport that is aborted ``LAST_EVENTS_S`` after ``close``, unless its client has read everything by then."""
 
     def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
@@ -148,7 +148,6 @@ class _Closing:
         return getattr(self._transport, name)
 
     def close(self) -> None:
-        is_first = not self._transport.is_closing()
         self._transport.close()
-        if is_first and self._transport.get_write_buffer_size():
+        if self._transport.get_write_buffer_size():
             self._loop.call_later(LAST_EVENTS_S, self._transport.abort)

@@ -26,8 +26,8 @@ class Served:
 class PoisonList:
     """Digests of such requests, without their text.
 
-    They were being served at two deaths, or were the only ones at a death. Of many requests at one death, nearly all
-    are innocent.
+    Such a request was being served at two deaths, or was the only one at a death. Of many requests at one death nearly
+    all are innocent.
     """
 
     def __init__(self, *, sees_all: bool, clock: Callable[[], float] = time.monotonic) -> None:
