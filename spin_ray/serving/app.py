@@ -28,11 +28,12 @@ from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import ServeEngines
+from spin_ray.serving.events import LAST_EVENTS_S
 from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 
 APP = "spin-ray"
-STOP_MARGIN_S = 10.0
-"""Seconds for the last events of streams, after ``serving.request_timeout_s``."""
+STOP_MARGIN_S = 2 * LAST_EVENTS_S
+"""Seconds after ``serving.request_timeout_s`` until every connection has ended: for last events, then for the close."""
 
 
 @serve.ingress()
@@ -47,7 +48,7 @@ class Ingress:
 
 def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool = False) -> FastAPI:
     """Builds the HTTP interface to a keeper's engines. Its lifespan follows the keeper and closes the votes."""
-    engines = ServeEngines(keeper)
+    engines = ServeEngines(keeper, sees_all=config.serving.ingress_replicas == 1)
     keys = read_keys(config.serving.keys) if config.serving.keys else []
     votes = VoteStore(votes_url(run_folder, config))
 

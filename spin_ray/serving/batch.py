@@ -104,7 +104,7 @@ async def compare_rows(
 
 
 async def _with_engines(handle: Any, run: RunDir, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
-    engines = ServeEngines(handle)
+    engines = ServeEngines(handle, sees_all=True)
     following = asyncio.get_running_loop().create_task(engines.follow())
     try:
         await _wait_for(engines, bodies[0].models, config.serving.start_timeout_s)

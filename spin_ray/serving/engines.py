@@ -14,7 +14,7 @@ from ray.util.metrics import Counter
 
 from spin_ray.serving.errors import Refusal, from_engine
 from spin_ray.serving.names import Names
-from spin_ray.serving.poison import PoisonList, request_digest
+from spin_ray.serving.poison import POISON_S, PoisonList, Served, request_digest
 
 logger = logging.getLogger("ray.serve")
 
@@ -52,7 +52,7 @@ class Engines(Protocol):
         Closing the iterator aborts the engine's work.
 
         Raises:
-            Refusal: the engine is gone, down or fails, or an engine died of the same request before.
+            Refusal: the engine is gone, down or fails, or engines die of the same request.
         """
         ...
 
@@ -60,7 +60,8 @@ class Engines(Protocol):
 class ServeEngines:
     """The engines that the keeper runs as Ray Serve applications."""
 
-    def __init__(self, keeper: Any) -> None:
+    def __init__(self, keeper: Any, *, sees_all: bool) -> None:
+        """Knows no engine until it follows ``keeper``; ``sees_all`` is that of ``PoisonList``."""
         self.names = Names()
         self.problems: dict[str, str] = {}
         self._keeper = keeper
@@ -70,15 +71,16 @@ class ServeEngines:
         self._newest: str | None = None
         self._reported: set[str] = set()
         self._suspected: dict[str, float] = {}
-        self._poison = PoisonList()
+        self._poison = PoisonList(sees_all=sees_all)
         self._poisoned = Counter(
-            "spin_ray_poisoned_requests", "Requests refused because an engine died of them.", ("model",)
+            "spin_ray_poisoned_requests", "Requests refused because engines die of them.", ("model",)
         )
 
     @property
     def down(self) -> set[str]:
         now = time.monotonic()
-        return (self._reported | {name for name, until in self._suspected.items() if until > now}) & set(self._engines)
+        suspected = {app for app, until in self._suspected.items() if until > now}
+        return {name for name, engine in self._engines.items() if name in self._reported or engine["app"] in suspected}
 
     async def follow(self) -> None:
         """Follows the keeper's table for ever; the last table holds while the keeper is away.
@@ -88,7 +90,7 @@ class ServeEngines:
         version, keeper = -1, None
         while True:
             try:
-                table = await self._keeper.table.remote(version, _HEAR_S)
+                table = await self._hear(version)
                 restarted = table["keeper"] != keeper
                 if restarted:
                     self._kept, keeper = self._engines, table["keeper"]
@@ -99,6 +101,14 @@ class ServeEngines:
                 logger.warning("the keeper does not answer: %s", error)
                 version, self._kept = -1, self._engines
                 await asyncio.sleep(1)
+
+    async def _hear(self, version: int) -> dict[str, Any]:
+        response = self._keeper.table.remote(version, _HEAR_S)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()  # the keeper's end would wait for the call's
+            raise
 
     def _take(self, table: dict[str, Any]) -> None:
         """Takes over a table. Handles come first: every name must have one."""
@@ -123,27 +133,28 @@ class ServeEngines:
             raise Refusal(503, f"{iterate} serves no more; ask for another model", retry_s=1)
         digest = request_digest(operation, fields)
         self._check(iterate, digest)
-        handle = self._handles[self._engines[iterate]["app"]]
-        response = handle.answer.remote(operation, fields)
-        ended = False
-        try:
-            async for item in response:
-                if isinstance(item, dict) and item.get("error", {}).get("code") == 503:
-                    self._note_death(iterate, digest)
-                yield item
-            ended = True
-        except RayActorError as error:
-            self._note_death(iterate, digest)
-            raise Refusal(503, ENGINE_DIED, code="engine_down", retry_s=DOWN_RETRY_S) from error
-        except RayTaskError as error:  # not about the request
-            logger.exception("%s failed", iterate)
-            raise Refusal(500, "the engine failed; the request may be repeated") from error
-        except (RayServeException, RayError) as error:  # its replica is gone or not there yet
-            raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
-        finally:
-            if not ended:  # the client left
-                with suppress(Exception):
-                    response.cancel()
+        app = self._engines[iterate]["app"]
+        with self._poison.serving(app, digest) as request:
+            response = self._handles[app].answer.remote(operation, fields)
+            ended = False
+            try:
+                async for item in response:
+                    if isinstance(item, dict) and item.get("error", {}).get("code") == 503:
+                        self._note_death(iterate, request)
+                    yield item
+                ended = True
+            except RayActorError as error:
+                self._note_death(iterate, request)
+                raise Refusal(503, ENGINE_DIED, code="engine_down", retry_s=DOWN_RETRY_S) from error
+            except RayTaskError as error:  # not about the request
+                logger.exception("%s failed", iterate)
+                raise Refusal(500, "the engine failed; the request may be repeated") from error
+            except (RayServeException, RayError) as error:  # its replica is gone or not there yet
+                raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
+            finally:
+                if not ended:  # the client left
+                    with suppress(Exception):
+                        response.cancel()
 
     def _check(self, iterate: str, digest: str) -> None:
         if wait_s := self._poison.wait_s(digest):
@@ -154,10 +165,10 @@ class ServeEngines:
         if iterate in self.down:  # its handle would let the request wait for the new engine
             raise Refusal(503, f"{iterate} is down: its engine starts again", code="engine_down", retry_s=DOWN_RETRY_S)
 
-    def _note_death(self, iterate: str, digest: str) -> None:
-        logger.error("the engine of %s died; request %s is refused for a while", iterate, digest)
-        self._suspected[iterate] = time.monotonic() + _SUSPECT_S
-        self._poison.add(digest)
+    def _note_death(self, iterate: str, request: Served) -> None:
+        self._suspected[request.engine] = time.monotonic() + _SUSPECT_S
+        what = f"; it is refused for {POISON_S:.0f} s" if self._poison.note_death(request) else ""
+        logger.error("the engine of %s died while it served request %s%s", iterate, request.digest, what)
 
 
 async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,16 @@ logger = logging.getLogger("ray.serve")
 
 DONE = "[DONE]"
 LAST_EVENTS_S = 5.0
-"""Seconds for the last events of a stream, after ``serving.request_timeout_s``."""
+"""Seconds for a client to read the rest: of a stream after ``serving.request_timeout_s``, of a connection's data after
+its close."""
+ABORT = "spin_ray.abort"
+"""ASGI extension: a function that ends the request's connection at once. Ray Serve's proxies have none."""
 
 
 class HeldStream(StreamingResponse):
     """A stream that frees its place and engine request however it ends, even unread.
 
-    A client that does not read is cut off ``LAST_EVENTS_S`` after ``limit_s``.
+    A client that does not read is cut off ``LAST_EVENTS_S`` after ``limit_s``. The access log then says 504.
     """
 
     def __init__(
@@ -36,6 +39,9 @@ class HeldStream(StreamingResponse):
                 async with asyncio.timeout(self._limit_s):
                     await super().__call__(scope, receive, send)
             except TimeoutError:
+                scope["state"]["log"]["status"] = 504
+                if abort := scope.get("extensions", {}).get(ABORT):
+                    abort()
                 logger.warning("%s: a client that does not read its stream is cut off", scope["path"])
 
 

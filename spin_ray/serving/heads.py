@@ -1,12 +1,18 @@
-"""Limits of a request's head (URL and headers) before any key is read. uvicorn sets none."""
+"""Limits of a connection that uvicorn does not set.
+
+They are those of a request's head (URL and headers), before any key is read, and of a client that reads no more.
+"""
 
 import asyncio
 import sys
+import weakref
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from spin_ray.serving.errors import Refusal
+from spin_ray.serving.events import ABORT, LAST_EVENTS_S
 
 LONGEST_HEAD = 2**16
 """Most bytes of a head, of trailers, and of data that neither ends a head nor adds to a body."""
@@ -18,7 +24,8 @@ class LimitedHeads(HttpToolsProtocol):
     """A connection that is closed with 431 after too long a head, and with 408 after too slow a one.
 
     A connection without data is closed without a response: browsers open some in advance and would show it.
-    Trailers of a chunked body are dropped. Offers of another protocol (``Upgrade``) are ignored.
+    Trailers of a chunked body are dropped. Offers of another protocol (``Upgrade``) are ignored. Each request's scope
+    has the extension ``ABORT``.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -29,7 +36,8 @@ class LimitedHeads(HttpToolsProtocol):
         self._piece, self._rest = b"", b""
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        closing: Any = _Closing(transport, self.loop)
+        super().connection_made(closing)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -69,6 +77,8 @@ class LimitedHeads(HttpToolsProtocol):
             self._is_in_head, self._has_moved, self._fields = False, True, 0
             self._stop_timer()
             super().on_headers_complete()
+            extensions: Any = {ABORT: partial(_abort, weakref.ref(self.cycle))}  # the request's cycle holds its scope
+            self.scope["extensions"] = extensions
 
     def on_body(self, body: bytes) -> None:
         self._has_moved = True
@@ -120,3 +130,24 @@ class LimitedHeads(HttpToolsProtocol):
             head += [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
             self.transport.write(b"".join([*head, b"\r\n", bytes(response.body)]))
         self.transport.close()
+
+
+def _abort(cycle: weakref.ref[RequestResponseCycle]) -> None:
+    if found := cycle():
+        found.disconnected = True  # else uvicorn would log that the last event is missing
+        found.transport.abort()
+
+
+class _Closing:
+    """A transport that is aborted ``LAST_EVENTS_S`` after ``close``, unless its client has read everything by then."""
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._transport.close()
+        if self._transport.get_write_buffer_size():
+            self._loop.call_later(LAST_EVENTS_S, self._transport.abort)

@@ -72,6 +72,9 @@ class Keeper:
             holds: True returns only when each wanted iterate serves, by an engine of earlier settings too, or has
                 failed, at most ``serving.start_timeout_s`` later. Until then Ray Serve takes the keeper for starting.
         """
+        self._loops: tuple[asyncio.Task[None], ...] = ()
+        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._draining: dict[str, asyncio.Task[None]] = {}
         self._run, self._config, self._prefix = open_run(run_folder), config, engines
         self._settings = settings_mark(config)
         self._run_folder, self._driver = run_folder, driver
@@ -85,7 +88,6 @@ class Keeper:
         self._retry_at: dict[str, float] = {}
         self._serve_lock = asyncio.Lock()
         self._deploying: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._starting: dict[str, asyncio.Task[None]] = {}
         self._steps: dict[str, str] = {}
         self._applications: dict[str, Any] = {}
         self._asked_at = -math.inf
@@ -94,15 +96,23 @@ class Keeper:
         self._has_seen = self._has_looked = False
         self._latest: str | None = None
         self._looked_for_strays = False
-        self._draining: dict[str, asyncio.Task[None]] = {}
         self._down: list[str] = []
         collect_as_usual()
-        self._looking = asyncio.get_running_loop().create_task(self._look())
-        self._loop = asyncio.get_running_loop().create_task(self._keep())
+        loop = asyncio.get_running_loop()
+        self._loops = (loop.create_task(self._look()), loop.create_task(self._keep()))
         if holds:
             with suppress(TimeoutError):
                 async with asyncio.timeout(config.serving.start_timeout_s), self._changed:
                     await self._changed.wait_for(self._has_dealt_with_all)
+
+    def __del__(self) -> None:
+        """Ends the keeper's work and leaves its engines, which its successor takes over.
+
+        Ray Serve calls this in the event loop when it stops the keeper. Then it ends the loop's threads, without which
+        the work would fail.
+        """
+        for task in (*self._loops, *self._starting.values(), *self._draining.values()):
+            task.cancel()
 
     async def table(self, known: int, wait_s: float) -> dict[str, Any]:
         """Returns the table once its version differs from ``known``, or after ``wait_s``."""
@@ -128,7 +138,7 @@ class Keeper:
 
     def check_health(self) -> None:
         """Raises RuntimeError if a loop has ended; Ray Serve then restarts the keeper."""
-        if self._loop.done() or self._looking.done():
+        if any(loop.done() for loop in self._loops):
             raise RuntimeError("a loop of the keeper has ended")
 
     async def _look(self) -> None:

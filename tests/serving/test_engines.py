@@ -1,7 +1,7 @@
 """Engines of Ray Serve that die, over handles that are not Ray's."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,22 +15,32 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, ServeEngines, whole
 from spin_ray.serving.errors import Refusal, from_engine
 from spin_ray.serving.iterate_engine import IterateEngine, _Completion
-from spin_ray.serving.poison import POISON_S, PoisonList, request_digest
+from spin_ray.serving.poison import POISON_S, PoisonList
 from tests.support.tiny_runs import make_run
 
 DEADLY, HARMLESS = {"messages": ["deadly"]}, {"messages": ["hello"]}
 
 
 class Handle:
-    """A handle whose engine dies of ``DEADLY``, in words or without."""
+    """A handle whose engine dies of ``DEADLY``, in words or without, and with it all that waits for ``gate``."""
 
     def __init__(self, without_words: bool) -> None:
         self.answer, self._without_words, self.asked = self, without_words, 0
+        self.gate, self._died = asyncio.Event(), asyncio.Event()
+        self.gate.set()
 
     def remote(self, operation: str, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         async def items() -> AsyncIterator[dict[str, Any]]:
             self.asked += 1
-            if fields["messages"] != DEADLY["messages"]:
+            died = self._died
+            if fields["messages"] == DEADLY["messages"]:
+                self._died = asyncio.Event()  # of the next engine
+                died.set()
+            await asyncio.wait(
+                [asyncio.create_task(event.wait()) for event in (self.gate, died)],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not died.is_set():
                 yield {"choices": []}
             elif self._without_words:
                 raise RayActorError
@@ -41,16 +51,31 @@ class Handle:
 
 
 TABLE: dict[str, Any] = {
-    "keeper": "first", "version": 7, "newest": "iter-0", "problems": {}, "down": [], "running": ["app"],
-    "settled": True, "starting": {}, "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")},
+    "keeper": "first", "version": 7, "newest": "iter-0", "problems": {}, "down": [], "running": ["sft", "iter-0"],
+    "settled": True, "starting": {}, "engines": {name: {"app": name, "digest": "d"} for name in ("sft", "iter-0")},
 }  # fmt: skip
+ADAPTERS = TABLE | {"engines": {name: {"app": "sft", "digest": "d"} for name in ("sft", "iter-0")}}
+"""A table whose iterates share an engine."""
 
 
-def engines(handle: Any) -> ServeEngines:
-    made = ServeEngines(None)
-    made._handles = {"app": handle}
-    made._take(TABLE)
+def engines(handle: Any, *, sees_all: bool = True, table: dict[str, Any] = TABLE) -> ServeEngines:
+    made = ServeEngines(None, sees_all=sees_all)
+    made._handles = {"sft": handle, "iter-0": handle}
+    made._take(table)
     return made
+
+
+class Call:
+    """A call as Ray Serve's: it goes on when nobody awaits it any more, until it is cancelled."""
+
+    def __init__(self, task: asyncio.Task[dict[str, Any]]) -> None:
+        self._task = task
+
+    def __await__(self) -> Generator[Any, None, dict[str, Any]]:
+        return asyncio.shield(self._task).__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
 
 
 class Tables:
@@ -58,8 +83,13 @@ class Tables:
 
     def __init__(self, *tables: dict[str, Any] | Exception) -> None:
         self.table, self._tables = self, list(tables)
+        self.calls = list[Call]()
 
-    async def remote(self, version: int, wait_s: float) -> dict[str, Any]:
+    def remote(self, version: int, wait_s: float) -> Call:
+        self.calls.append(Call(asyncio.create_task(self._next())))
+        return self.calls[-1]
+
+    async def _next(self) -> dict[str, Any]:
         if not self._tables:
             await asyncio.sleep(60)
         table = self._tables.pop(0)
@@ -95,8 +125,28 @@ def test_a_restarted_keeper_makes_no_known_model_unknown(died: list[Exception]) 
     asyncio.run(check())
 
 
+def test_who_follows_the_keeper_no_more_leaves_no_call_to_it() -> None:
+    """The keeper's own end would wait for the call's."""
+
+    async def check() -> None:
+        made, before = engines(Handle(False)), asyncio.all_tasks()
+        made._keeper = Tables(TABLE)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(made.follow(), 0.1)
+        await asyncio.sleep(0)
+        assert len(made._keeper.calls) == 2 and asyncio.all_tasks() == before
+
+    asyncio.run(check())
+
+
+async def refusal(made: ServeEngines, iterate: str, fields: dict[str, Any]) -> tuple[int, str | None]:
+    with pytest.raises(Refusal) as refused:
+        await whole(made, iterate, CHAT, fields)
+    return refused.value.status, refused.value.code
+
+
 @pytest.mark.parametrize("without_words", [False, True])
-def test_a_request_that_ended_an_engine_is_refused_the_second_time_by_every_model(without_words: bool) -> None:
+def test_a_request_that_was_alone_when_its_engine_ended_is_refused_by_every_model(without_words: bool) -> None:
     async def check() -> None:
         handle = Handle(without_words)
         made = engines(handle)
@@ -104,9 +154,7 @@ def test_a_request_that_ended_an_engine_is_refused_the_second_time_by_every_mode
             await whole(made, "sft", CHAT, DEADLY | {"model": "sft"})
         assert (died.value.status, died.value.code) == (503, "engine_down") and died.value.retry_s
         assert made.down == {"sft"}
-        with pytest.raises(Refusal) as poisoned:
-            await whole(made, "iter-0", CHAT, DEADLY | {"model": "iter-0", "stream": True})
-        assert (poisoned.value.status, poisoned.value.code) == (400, "poisoned")
+        assert await refusal(made, "iter-0", DEADLY | {"model": "iter-0", "stream": True}) == (400, "poisoned")
         with pytest.raises(Refusal) as down:  # it does not wait for the engine
             await whole(made, "sft", CHAT, HARMLESS)
         assert (down.value.status, down.value.retry_s) == (503, 5)
@@ -116,14 +164,88 @@ def test_a_request_that_ended_an_engine_is_refused_the_second_time_by_every_mode
     asyncio.run(check())
 
 
-def test_poison_is_forgotten() -> None:
-    now = 0.0
-    poison = PoisonList(lambda: now)
-    poison.add(request_digest(CHAT, DEADLY))
-    assert poison.wait_s(request_digest(CHAT, DEADLY)) == POISON_S
-    assert poison.wait_s(request_digest(CHAT, HARMLESS)) == 0
-    now = POISON_S
-    assert poison.wait_s(request_digest(CHAT, DEADLY)) == 0
+@pytest.mark.parametrize("sees_all", [False, True])
+def test_of_fifty_requests_at_one_death_none_is_refused_and_the_one_of_two_deaths_is(
+    sees_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each model dies of the same request, which its client repeats at once. One innocent request meets both deaths."""
+    monkeypatch.setattr("spin_ray.serving.engines._SUSPECT_S", 0)  # the engine is back at once
+
+    async def check() -> None:
+        handle = Handle(without_words=False)
+        made = engines(handle, sees_all=sees_all)
+        handle.gate.clear()
+        innocent = [{"messages": [f"{number}"]} for number in range(49)]
+
+        async def die(*others: dict[str, Any]) -> None:
+            waiting = [asyncio.create_task(refusal(made, "sft", fields)) for fields in others]
+            while handle.asked < len(others):
+                await asyncio.sleep(0)
+            handle.asked = 0
+            assert await refusal(made, "sft", DEADLY) == (503, "engine_down")
+            assert await asyncio.gather(*waiting) == [(503, "engine_down")] * len(others)
+            handle.asked = 0
+
+        await die(*innocent, innocent[0])
+        await die(innocent[0])
+        for fields in (DEADLY, innocent[0]):
+            assert await refusal(made, "iter-0", fields) == (400, "poisoned")
+        handle.gate.set()
+        for fields in innocent[1:]:
+            assert await whole(made, "sft", CHAT, fields) == {"choices": []}
+
+    asyncio.run(asyncio.wait_for(check(), 20))
+
+
+def test_an_engine_that_ended_is_down_for_all_iterates_that_share_it() -> None:
+    """Else the next request to it would seem to meet a second death."""
+
+    async def check() -> None:
+        made = engines(Handle(without_words=True), table=ADAPTERS)
+        assert await refusal(made, "sft", DEADLY) == (503, "engine_down")
+        assert made.down == {"sft", "iter-0"}
+        assert await refusal(made, "iter-0", HARMLESS) == (503, "engine_down")
+
+    asyncio.run(check())
+
+
+class Ticks:
+    """A clock on which each look takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def test_a_request_is_poison_at_its_second_death_within_the_window_or_if_it_was_alone() -> None:
+    clock = Ticks()
+    several = PoisonList(sees_all=True, clock=clock)
+    with several.serving("a", "x") as first, several.serving("a", "x") as twin, several.serving("a", "y") as other:
+        assert not any([several.note_death(request) for request in (first, twin, other)]), "of one death"
+    with several.serving("b", "x") as again, several.serving("b", "z") as new:
+        assert several.note_death(again) and not several.note_death(new)
+    assert several.wait_s("x") == POISON_S - 2, "two looks later"
+    assert several.wait_s("y") == several.wait_s("z") == 0
+    clock.now += POISON_S
+    assert several.wait_s("x") == 0
+    with several.serving("b", "x") as late, several.serving("b", "z"):
+        assert not several.note_death(late), "the first two are forgotten"
+    with several.serving("a", "y"), several.serving("c", "w") as alone:
+        assert several.note_death(alone), "at its engine"
+    with several.serving("a", "y") as left, several.serving("a", "v") as right:
+        several.note_death(left)
+    assert not several.note_death(right), "it is the last of a death, not the only one"
+
+
+def test_a_process_beside_others_does_not_know_which_request_was_alone() -> None:
+    some = PoisonList(sees_all=False, clock=Ticks())
+    with some.serving("a", "x") as first:
+        assert not some.note_death(first)
+    with some.serving("a", "x") as second:
+        assert some.note_death(second)
 
 
 @pytest.fixture(scope="module")

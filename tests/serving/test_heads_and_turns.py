@@ -1,4 +1,4 @@
-"""What a crowd and a slow client cost the others: heads without end, and a batch of requests at once."""
+"""What a crowd and a slow client cost the others: heads without end, unread answers, a batch of requests at once."""
 
 import asyncio
 import gc
@@ -7,9 +7,9 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from spin_ray.runtime import garbage
-from spin_ray.serving import app, heads
+from spin_ray.serving import app, events, heads
 from spin_ray.serving.api import make_app
-from spin_ray.serving.limits import Slots, WholeBody
+from spin_ray.serving.engines import Item
+from spin_ray.serving.limits import Slots, WholeBody, access_log
 from tests.support.fake_engines import FakeEngines, empty_votes
 from tests.support.tiny_runs import tiny_config
 
@@ -37,16 +38,24 @@ def engines() -> FakeEngines:
 
 @pytest.fixture
 def port(engines: FakeEngines) -> Iterator[int]:
+    with listening(engines) as port:
+        yield port
+
+
+@contextmanager
+def listening(engines: FakeEngines, **serving: Any) -> Iterator[int]:
+    """Starts a server and yields its port; it must stop within 20 s."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = make_app(engines, tiny_config(), [], empty_votes())
+        app = make_app(engines, tiny_config(**serving), [], empty_votes())
         server = uvicorn.Server(uvicorn.Config(app, http=heads.LimitedHeads, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, args=([listener],))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         yield listener.getsockname()[1]
         server.should_exit = True
         thread.join(20)
+        assert not thread.is_alive()
 
 
 def told(port: int, *sent: bytes) -> bytes:
@@ -136,6 +145,80 @@ def test_a_large_body_is_no_long_head(port: int) -> None:
             assert client.post(CHAT, json=body).status_code == 200
 
 
+class LongAnswers(FakeEngines):
+    """Engines whose answers are longer than what the system keeps for a client that does not read."""
+
+    async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        piece = "a" * 2**20
+        if not fields.get("stream"):
+            yield {"choices": [], "text": 32 * piece}
+            return
+        for _ in range(32):
+            yield f"data: {piece}\n\n"
+
+
+def ask_and_read_nothing(port: int, body: dict[str, Any]) -> socket.socket:
+    """Returns the connection once the answer has begun to arrive."""
+    client = socket.create_connection(("127.0.0.1", port), timeout=20)
+    client.sendall(request(b"", json.dumps(body).encode()))
+    assert client.recv(12) == b"HTTP/1.1 200"
+    return client
+
+
+def test_a_client_that_reads_nothing_of_its_stream_loses_its_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server forgets the rest of the stream, and logs no success."""
+    monkeypatch.setattr(events, "LAST_EVENTS_S", 0.1)
+    caplog.set_level("INFO", access_log.name)
+    with (
+        listening(LongAnswers(), request_timeout_s=0.5) as port,
+        ask_and_read_nothing(port, HELLO | {"stream": True}) as client,
+    ):
+        wait_for(lambda: access_log.name in {record.name for record in caplog.records})
+        assert len(rest_of(client)) < 30 * 2**20
+    logged = [json.loads(record.getMessage()) for record in caplog.records if record.name == access_log.name]
+    assert [line["status"] for line in logged] == [504]
+    assert not [record for record in caplog.records if record.name == "uvicorn.error"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_stops_although_a_client_does_not_read_its_answer(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn itself waits until all connections are closed, and those until all is read."""
+    for module in (events, heads):
+        monkeypatch.setattr(module, "LAST_EVENTS_S", 0.1)
+    with ExitStack() as held:
+        with listening(LongAnswers(), request_timeout_s=0.5) as port:
+            client = held.enter_context(ask_and_read_nothing(port, HELLO | {"stream": stream}))
+        assert len(rest_of(client)) < 30 * 2**20
+
+
+def test_a_server_that_stops_lets_a_slow_client_read_its_answer_to_the_end() -> None:
+    with ExitStack() as held:
+        with listening(LongAnswers()) as port:
+            client = held.enter_context(ask_and_read_nothing(port, HELLO))
+            reading = held.enter_context(ThreadPoolExecutor(1)).submit(lambda: time.sleep(1) or rest_of(client))
+        assert len(reading.result()) > 32 * 2**20
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def rest_of(client: socket.socket) -> bytes:
+    """Returns what still arrives until the server hangs up."""
+    rest = bytearray()
+    with suppress(ConnectionError):
+        while piece := client.recv(2**20):
+            rest += piece
+    return bytes(rest)
+
+
 def test_a_batch_of_requests_lets_a_health_check_pass() -> None:
     """Thirty requests come at once, then a check: it is answered before the second of them reaches an engine."""
     engines = FakeEngines()
@@ -196,7 +279,7 @@ def test_a_refusal_leaves_no_cycle_behind() -> None:
 def test_a_server_looks_for_cycles_as_often_as_python_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What ``spin-ray`` sets for a run's driver would stop every answer for 0.2 s at a time."""
     as_it_was, frozen = gc.get_threshold(), gc.get_freeze_count()
-    monkeypatch.setattr(app, "ServeEngines", lambda keeper: SimpleNamespace(follow=lambda: asyncio.sleep(0)))
+    monkeypatch.setattr(app, "ServeEngines", lambda keeper, sees_all: SimpleNamespace(follow=lambda: asyncio.sleep(0)))
     monkeypatch.setattr(app, "make_app", lambda *given, **settings: FastAPI())
 
     async def build() -> None:

@@ -6,6 +6,7 @@ one is a wait for a signal.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,7 @@ class Beholder(Keeper):
 
     def __init__(self) -> None:
         self._prefix, self._engines = "engine.", {}
+        self._loops, self._starting, self._draining = (), {}, {}
         self._calm_replicas, self._seen_running = set(), set()
         self.states: dict[str, ReplicaState] = {}
 
@@ -313,6 +315,34 @@ def test_an_engine_that_died_is_told_within_two_seconds_and_again_once_it_is_bac
         await asyncio.wait_for(keeper.until(lambda table: not table["down"]), 2)
 
     follow(run, check)
+
+
+def test_a_keeper_that_is_stopped_ends_its_work_without_a_word_and_no_engine(
+    run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Engines serve, one starts, one is drained. Ray Serve calls the destructor, then ends the loop's threads."""
+
+    async def main() -> None:
+        threads, before = ThreadPoolExecutor(), asyncio.all_tasks()
+        asyncio.get_running_loop().set_default_executor(threads)
+        keeper = SlowKeeper.__new__(SlowKeeper)
+        await keeper.__init__(run, {"engine.iter-7.0123456789abcdef.00000000": None})  # type: ignore[misc]
+        keeper.let("sft")
+        keeper.let("iter-0")
+        while not keeper.drained:
+            await asyncio.sleep(0.05)
+        add_iterate(run, 2)
+        run.publish(2)
+        await keeper.until(lambda table: "iter-1" in table["starting"])
+        caplog.clear()
+        keeper.__del__()
+        threads.shutdown(wait=False)
+        await asyncio.sleep(1)  # several looks
+        assert asyncio.all_tasks() == before
+        assert keeper.drained == ["iter-7"]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert not caplog.records
 
 
 def test_an_engine_of_an_earlier_keeper_that_starts_again_is_seen_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
