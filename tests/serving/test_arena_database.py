@@ -98,7 +98,7 @@ def test_the_database_is_closed_when_the_server_ends(tmp_path: Path, monkeypatch
     closed: list[VoteStore] = []
     close = VoteStore.close
     monkeypatch.setattr(VoteStore, "close", lambda store: (closed.append(store), close(store)))
-    monkeypatch.setattr(app, "ServeEngines", lambda keeper: SimpleNamespace(follow=follow))
+    monkeypatch.setattr(app, "ServeEngines", lambda keeper, sees_all: SimpleNamespace(follow=follow))
     monkeypatch.setattr(app, "open_run", lambda folder: None)
 
     async def live() -> None:

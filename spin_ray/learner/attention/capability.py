@@ -15,6 +15,11 @@ def too_old(device: torch.device, what: str) -> str | None:
     return f"{what} needs compute capability {_spelt(KERNELS_NEED)}, and {_card(device)} has {_spelt(has)}"
 
 
+def shared_memory(device: torch.device) -> int:
+    """Returns the bytes of shared memory that a block of threads of this GPU may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _spelt(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 

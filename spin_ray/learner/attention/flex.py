@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from spin_ray.config.compilers import missing_tools
 from spin_ray.learner.attention.base import Window, effective_windows, to_device
-from spin_ray.learner.attention.capability import too_old
+from spin_ray.learner.attention.capability import shared_memory, too_old
 from spin_ray.learner.attention.hook import allow_many_graphs
 from spin_ray.learner.attention.rule import Token, key_ranges, sees
 from spin_ray.learner.batch import PackedBatch
@@ -28,6 +28,10 @@ _OF_BLOCKS = tuple(
     f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
 )
 """Tensors of a ``BlockMask``; ``BlockMask.to`` would wait for the device at each."""
+_ROOMY = 128 * 1024
+"""Shared memory, in bytes, in which torch's own tiles of wide heads fit; from the RTX 3090 to the 5090 it is 99 KiB."""
+_TORCHS_WIDTH = 128
+"""Widest heads whose tiles fit every GPU."""
 
 
 class Flex:
@@ -72,7 +76,7 @@ class FlexPlan:
             "block_mask": self.block_masks[window],
             "scale": scaling,
             "enable_gqa": query.shape[1] != key.shape[1],
-            "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True},  # else short packs use another kernel
+            "kernel_options": kernel_options(query),
         }
         kernel = _kernel(query.device.type)
         if sinks is None:
@@ -81,6 +85,19 @@ class FlexPlan:
         # With the sink, the softmax's denominator exp(lse) grows by exp(sink).
         shares = torch.sigmoid(aux.lse - sinks.float()[None, :, None])[..., None]
         return (attended * shares).to(query.dtype).transpose(1, 2).contiguous()
+
+
+def kernel_options(query: Float[Tensor, "1 heads tokens width"]) -> dict[str, Any]:
+    """Returns FlexAttention's options: smaller tiles where torch's own do not fit, for which Triton's build fails."""
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}  # else short packs use another kernel
+    width = query.shape[-1]
+    if query.device.type != "cuda" or query.itemsize > 2 or width <= _TORCHS_WIDTH:  # fp32 has tiles of 16 × 16
+        return options
+    if shared_memory(query.device) >= _ROOMY:
+        return options
+    if width <= 2 * _TORCHS_WIDTH:
+        return options | {f"bwd_BLOCK_{side}": 32 for side in ("M1", "N1", "M2", "N2")} | {"bwd_num_stages": 1}
+    return options | {"fwd_BLOCK_M": 16, "fwd_BLOCK_N": 16, "fwd_num_stages": 1}
 
 
 @functools.cache
