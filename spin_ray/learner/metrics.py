@@ -25,6 +25,7 @@ class StepSums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
         self._added: set[str] = set()
+        self._is_there: torch.cuda.Event | None = None
 
     def add(self, values: dict[str, Tensor | int]) -> None:
         """Adds one pack's values; all packs have the same names."""
@@ -32,17 +33,37 @@ class StepSums:
             self._sums[SUMMED.index(name)] += value
         self._added |= values.keys()
 
-    def reduce(self, tensor: int = 1) -> dict[str, float]:
-        """Returns the sums over all packs; a collective.
+    def guard(self, loss: Tensor, values: dict[str, Tensor | int]) -> Tensor:
+        """Returns the loss; its gradients are NaN on every rank if the loss or a value is not finite.
+
+        So a backend, which must look at the gradients' norm, refuses the step, and nobody waits for the device before.
+        """
+        seen = sum(value for value in (loss, *values.values()) if isinstance(value, Tensor))
+        return loss * (1 + 0 * torch.as_tensor(seen).detach()).to(loss.dtype)
+
+    def send(self, tensor: int = 1) -> None:
+        """Adds up over all ranks and copies the sums to the CPU without waiting; a collective.
 
         Args:
             tensor: number of ranks that computed each pack together.
+        """
+        dist.all_reduce(self._sums)
+        on_card = self._sums.is_cuda
+        self._sent = torch.empty(len(SUMMED), dtype=torch.float64, pin_memory=on_card)
+        self._sent.copy_(self._sums / tensor, non_blocking=on_card)
+        if on_card:
+            self._is_there = torch.cuda.Event()
+            self._is_there.record()
+
+    def read(self) -> dict[str, float]:
+        """Returns the sums over all packs that ``send`` sent; after the step's norm is known they are there.
 
         Raises:
             FloatingPointError: a sum is not finite; raised on every rank.
         """
-        dist.all_reduce(self._sums)
-        values = (self._sums / tensor).tolist()  # one wait for the device
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        values = self._sent.tolist()
         if not all(map(math.isfinite, values)):
             raise FloatingPointError("the loss or a log-probability is not finite; lower the learning rate or beta")
         sums = zip(SUMMED, values, strict=True)

@@ -182,24 +182,30 @@ def train_step(
             loss, pack_sums = _distilled(backend, batch, step, teacher)
         else:
             loss, pack_sums = _pack_loss(backend, batch, step, objective, reference)
-        backend.backward(loss, last_microbatch=number == len(packs) - 1)
+        backend.backward(sums.guard(loss, pack_sums), last_microbatch=number == len(packs) - 1)
         sums.add(pack_sums | {"tokens": tokens})
+    sums.send(shape.tensor)
     try:
-        totals = sums.reduce(shape.tensor)
-        stats = _take_step(backend)
+        stats = _take_step(backend, sums)
+        totals = sums.read()
     except FloatingPointError as error:
         ids = table["pair_id"].take([row for pack in step.packs for tree in pack for row in tree]).to_pylist()
         raise FloatingPointError(f"{error}; the pairs of this step: {', '.join(ids)}") from error
     return step_metrics(totals, step, objective.resolve(), stats)
 
 
-def _take_step(backend: TrainBackend) -> StepStats:
+def _take_step(backend: TrainBackend, sums: StepSums) -> StepStats:
     """Takes the step of any backend.
 
     Raises:
         ConfigError: it returns nothing of use.
+        FloatingPointError: of the sums, if one of them is not finite, which says more than a gradient's norm.
     """
-    stats = backend.step()
+    try:
+        stats = backend.step()
+    except FloatingPointError:
+        sums.read()
+        raise
     if not (hasattr(stats, "grad_norm") and hasattr(stats, "learning_rate")):
         raise ConfigError(
             f"train.backend: {type(backend).__name__}.step() returns a {type(stats).__name__}; expected a "

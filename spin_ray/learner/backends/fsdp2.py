@@ -185,6 +185,7 @@ class Fsdp2Backend:
         """
         del self._model, self._scorer, self._shards, self._optimizer
         gc.collect()
+        gc.collect()  # on CUDA the first pass frees autograd's nodes, which hold hooks, and those whole gradients
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
