@@ -96,6 +96,26 @@ class Probe:
         for (batch, dtype), expected in zip(self._tries, self._expected, strict=True):
             if reason := self._differs(scorer_of, layout, batch, dtype, expected):
                 return reason
+        if layout == "packed" and self.device.type == "cuda":
+            return self._has_no_gradients(scorer_of)
+        return None
+
+    def _has_no_gradients(self, scorer_of: Callable[[Any], Any]) -> str | None:
+        """Returns why gradients cannot be computed on this card, or None: kernels are built when first called."""
+        model, embedded = self._models[self._dtype], []
+
+        def keep(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[0]
+
+        hook = model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                torch.autograd.grad(scorer_of(model)(self._tries[0][0].to(self.device)).sum(), embedded)
+        except Exception as error:
+            return f"its gradients cannot be computed here ({type(error).__name__}: {first_line(error)})"
+        finally:
+            hook.remove()
         return None
 
     @torch.no_grad()
