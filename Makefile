@@ -9,7 +9,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup gpu-setup docs-site demo gpu-demo demo-report readme serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
+.PHONY: help setup gpu-setup docs-site demo gpu-demo demo-report readme serve-demo arena-picture smoke test chaos audit check lint bench null-card gpu-bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ bench: $(READY) $(DATA) ## The quicker benchmarks (not TRL); DATA=FILE.jsonl tak
 	$(BIN)/python benchmarks/tables.py results
 
 GPU_PYTHON ?= python3
+null-card: $(GPU_READY) ## The learner's CUDA path on a card that computes nothing, where there is none
+	.venv-gpu/bin/python -m pytest tests/null_card -q
+
 gpu-bench: ## Everything that a GPU must prove, in about 8 minutes on one card; GPU_PYTHON has torch with CUDA
 	$(GPU_PYTHON) benchmarks/gpu.py
 

@@ -41,9 +41,12 @@ def connect(config: SpinConfig) -> None:
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
-            # By value, because Ray calls it before a new process can import this package.
-            ray.cloudpickle.register_pickle_by_value(garbage)
-            options["runtime_env"] = {"worker_process_setup_hook": garbage.collect_rarely}
+            if (
+                not config.serving.resources.gpus
+            ):  # ray.llm has a hook of its own, beside which its engines on GPUs fail
+                # By value, because Ray calls it before a new process can import this package.
+                ray.cloudpickle.register_pickle_by_value(garbage)
+                options["runtime_env"] = {"worker_process_setup_hook": garbage.collect_rarely}
             # Ray would start one process per CPU in advance, but without the hook, and so never use them.
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             # Nobody announces a preemption of this machine; the watcher costs one process per worker group.

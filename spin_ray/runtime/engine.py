@@ -199,7 +199,7 @@ def check_platform(platform: str, gpus: int) -> None:
         raise ConfigError(f"{place}: vLLM in this environment computes on CPUs alone; install upstream's, or set 0")
     if not platform and gpus:
         raise ConfigError(f"{place}: Ray gave {gpus}, but no driver of NVIDIA answers this process (nvidia-smi -L)")
-    if not platform:
+    if platform != "cpu" and not gpus:  # Ray hides no card from a process that asked for none
         raise ConfigError(f"{place}: vLLM in this environment computes on GPUs, and was given none; ask for 1 or more")
 
 

@@ -30,12 +30,13 @@ def environment(threads: int, *, deterministic: bool = False) -> dict[str, str]:
 
 
 def check_builds(config: SpinConfig) -> None:
-    """Checks that the local torch and vLLM support GPUs if the recipe asks for any; a CPU build would ignore them.
+    """Checks that the local torch and vLLM are builds for what the recipe asks for.
 
+    A CPU build would ignore GPUs, and a vLLM for GPUs would take one that Ray did not give it.
     Nodes of a cluster have their own environments: an engine checks its own, NCCL that of a train worker.
 
     Raises:
-        ConfigError: a stage asks for GPUs, but its library is a CPU build.
+        ConfigError: a stage asks for GPUs, but its library is a CPU build, or vLLM is one for GPUs and gets none.
     """
     scorer = config.scorer.resources.gpus if config.scorer else 0
     _check("train", config.train.resources.gpus, config)
@@ -44,10 +45,10 @@ def check_builds(config: SpinConfig) -> None:
 
 
 def check_serving_build(config: SpinConfig) -> None:
-    """Checks that the local vLLM supports GPUs if serving asks for any.
+    """Checks that the local vLLM is a build for what serving asks for.
 
     Raises:
-        ConfigError: vLLM is a CPU build.
+        ConfigError: vLLM is a CPU build and gets GPUs, or one for GPUs and gets none.
     """
     _check("serving", config.serving.resources.gpus, config)
 
@@ -59,6 +60,12 @@ def _check(section: str, gpus: float, config: SpinConfig) -> None:
         raise ConfigError(
             f"{section}.resources.gpus: {gpus:g} are asked for, but {library} in this environment computes on CPUs "
             "alone; use the environment of `make gpu-setup`, or set 0"
+        )
+    takes_gpus = section in ("generation", "serving") and _version("vllm") and not library
+    if takes_gpus and not gpus and not runs_elsewhere(config):
+        raise ConfigError(
+            f"{section}.resources.gpus: none are asked for, but vLLM in this environment computes on GPUs alone; "
+            f"give --{section}.resources.gpus=1, or use the environment of `make setup`"
         )
 
 

@@ -1,5 +1,7 @@
 """Limits of old GPUs."""
 
+from typing import Any
+
 import torch
 
 KERNELS_NEED = (8, 0)
@@ -17,7 +19,8 @@ def too_old(device: torch.device, what: str) -> str | None:
 
 def shared_memory(device: torch.device) -> int:
     """Returns the bytes of shared memory that a block of threads of this GPU may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the attribute
+    return properties.shared_memory_per_block_optin
 
 
 def _spelt(capability: tuple[int, int]) -> str:

@@ -130,6 +130,8 @@ def _machines(lengths: Settings, machines: Machines) -> Settings:
         "train.resources.cpus": Setting(cpus),
         "train.resources.gpus": Setting(1),
         "train.pack_length": Setting(max(least, PACK["gpu"]), "tokens of one micro-batch"),
+        "serving.resources.gpus": Setting(1),
+        **({"serving.models": Setting(["latest"], "an engine takes the card")} if machines.gpus == 1 else {}),
     }
 
 
@@ -192,6 +194,7 @@ def _shared_by(parallel: int, machines: Machines) -> Settings:
     return {
         "generation.engine.tensor_parallel_size": Setting(parallel, why),
         "generation.resources.gpus": Setting(parallel),
+        "serving.resources.gpus": Setting(parallel),
         "generation.replicas": Setting(machines.cluster.nodes * (machines.cluster.gpus_per_node // parallel)),
     }
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,3 +178,23 @@ def test_reasons_against_a_way_are_sentences(monkeypatch: pytest.MonkeyPatch) ->
         choose_layout(tiny_llama(), "auto", max_length=64, device=cuda, dtype=torch.bfloat16)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
     assert "it came with torch 2.10" in str(ATTENTIONS["varlen"].why_not(cuda, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("width", "kibibytes", "dtype", "smaller"),
+    [
+        (128, 99, torch.bfloat16, set()),
+        (192, 99, torch.bfloat16, {"bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2", "bwd_num_stages"}),
+        (256, 99, torch.bfloat16, {"bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2", "bwd_num_stages"}),
+        (512, 99, torch.bfloat16, {"fwd_BLOCK_M", "fwd_BLOCK_N", "fwd_num_stages"}),
+        (256, 99, torch.float32, set()),
+        (256, 163, torch.bfloat16, set()),
+    ],
+)
+def test_wide_heads_have_smaller_tiles_where_shared_memory_is_small(
+    monkeypatch: pytest.MonkeyPatch, width: int, kibibytes: int, dtype: torch.dtype, smaller: set[str]
+) -> None:
+    """Which tiles fit is tried by tests/null_card, with Triton's compiler."""
+    monkeypatch.setattr(flex, "shared_memory", lambda device: kibibytes * 1024)
+    query: Any = SimpleNamespace(shape=(1, 2, 8, width), itemsize=dtype.itemsize, device=torch.device("cuda"))
+    assert flex.kernel_options(query).keys() - {"FORCE_USE_FLEX_ATTENTION"} == smaller

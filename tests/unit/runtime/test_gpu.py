@@ -69,5 +69,21 @@ def test_an_engine_computes_on_what_its_process_was_given() -> None:
         check_platform("cpu", 1)
     with pytest.raises(ConfigError, match=r"gpus: .* computes on GPUs, and was given none; ask for 1 or more"):
         check_platform("", 0)
+    with pytest.raises(ConfigError, match=r"gpus: .* computes on GPUs, and was given none; ask for 1 or more"):
+        check_platform("cuda", 0)
     with pytest.raises(ConfigError, match=r"gpus: Ray gave 4, but no driver of NVIDIA answers this process"):
         check_platform("", 4)
+
+
+def test_an_engine_for_gpus_that_gets_none_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray hides no card from a process that asked for none: the engine would take one beside a training."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(gpu, "_version", lambda package: {"torch": "2.13.0", "vllm": "0.29.0"}.get(package, ""))
+    config = SpinConfig.model_validate({"model": {"path": "-"}, "data": {"train": "-"}})
+    with pytest.raises(
+        ConfigError, match=r"^generation\.resources\.gpus: none are asked for, .* computes on GPUs alone"
+    ):
+        gpu.check_builds(config)
+    with pytest.raises(ConfigError, match=r"^serving\.resources\.gpus: none .* give --serving\.resources\.gpus=1"):
+        gpu.check_serving_build(config)
+    gpu.check_serving_build(config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "h:1"})}))

@@ -1,0 +1,158 @@
+"""What the tests run on the null card, each in a process of its own: ``python -m tests.null_card.programs NAME …``."""
+
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
+from spin_ray.learner import metrics
+from spin_ray.learner.attention import flex, varlen
+from spin_ray.learner.backends import fsdp2
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.probe import Probe
+from spin_ray.learner.step import Objective, PackShape, ReferenceScores, train_step
+from tests.support.learner_cases import (
+    PACK_LENGTH,
+    batches_of,
+    one_rank,
+    one_step,
+    random_rows,
+    save_model,
+    table_of,
+    tiny_llama,
+)  # fmt: skip
+
+ROWS = random_rows(seed=0, trees=24)
+CARD = torch.device("cuda")
+ADAPTER = LoraConfig(rank=4, merge=False)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it is": {"compile": "auto"},
+    "fp32": {"precision": "fp32"},
+    "checkpointing": {"compile": True, "gradient_checkpointing": True},
+    "deterministic": {"compile": True, "deterministic": True},
+    "reduced every pack": {"compile": True, "reduce_every_pack": True},
+    "adapters": {"compile": True, "lora": ADAPTER},
+    "nf4": {"compile": True, "lora": ADAPTER.model_copy(update={"base": "nf4"}), "base": "nf4"},
+    "muon": {"lora": ADAPTER, "name": "muon"},
+    "adamw_8bit": {"name": "adamw_8bit"},
+}
+
+
+def kernels(*widths: str) -> None:
+    """Compiles FlexAttention's kernels, forward and backward, for heads of these widths, and calls ``varlen_attn``."""
+    batch = batches_of(ROWS, pack_length=512)[0]
+    for width in map(int, widths):
+        for kv_heads, softcap, has_sinks in ((2, None, False), (4, 20.0, False), (2, None, True)):
+            torch._dynamo.reset()
+            sizes = (4, kv_heads, kv_heads)
+            states = [_values(1, heads, len(batch.tree), width) for heads in sizes]
+            sinks = _values(4) if has_sinks else None
+            plan = flex.Flex().prepare(batch, [None], CARD, torch.bfloat16)
+            plan.attend(*states, scaling=None, window=None, softcap=softcap, sinks=sinks).sum().backward()
+            if softcap is None and sinks is None and width <= 256:  # the widest heads of flash attention
+                plan = varlen.Varlen().prepare(batch, [None], CARD, torch.bfloat16)
+                plan.attend(*states, scaling=None, window=None, softcap=None, sinks=None).sum().backward()
+
+
+def learns(name: str) -> None:
+    """Scores, takes two steps, saves, loads and exports."""
+    backend = _backend(**SETTINGS[name])
+    assert backend.layout == "packed"
+    for batch in batches_of(ROWS):
+        backend.score(batch)
+    _step(backend)
+    _step(backend)
+    folder = Path(tempfile.mkdtemp())
+    backend.save(folder)
+    backend.load(folder)
+    backend.export_hf(Path(tempfile.mkdtemp()))
+    backend.close()
+
+
+def waits(name: str) -> None:
+    """Prints how often a step waits for the device."""
+    backend = _backend(**SETTINGS[name])
+    _step(backend)
+    _step(backend)
+    found: Counter[str] = Counter()
+
+    def note(message: Any, *_: Any) -> None:
+        if "called a synchronizing" in str(message):
+            ours = [frame for frame in traceback.extract_stack() if "/spin_ray/" in frame.filename]
+            found[f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "torch"] += 1
+
+    warnings.showwarning = note  # type: ignore[assignment]
+    warnings.simplefilter("always")
+    torch.cuda.set_sync_debug_mode("warn")
+    _step(backend)
+    torch.cuda.set_sync_debug_mode("default")
+    print(found.total(), dict(found))
+
+
+def frees(name: str) -> None:
+    """Prints the bytes that a closed backend leaves behind, beyond those of one that came before."""
+    left = []
+    for _ in range(2):
+        backend = _backend(**SETTINGS[name])
+        _step(backend)
+        backend.close()
+        left.append(torch.cuda.memory_allocated())
+    print(left[1] - left[0], left[0] - 2**25)  # cuBLAS keeps 32 MiB
+
+
+def falls_back(_: str) -> None:
+    """Prints the attention that is taken for wide heads where torch's own tiles are used."""
+    flex.kernel_options = lambda query: {"FORCE_USE_FLEX_ATTENTION": True}
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=256, max_position_embeddings=128,
+    )  # fmt: skip
+    print(_backend(model=LlamaForCausalLM(config))._scorer._attention.name)
+
+
+def _values(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, device=CARD, dtype=torch.bfloat16, requires_grad=True)
+
+
+def _backend(model: Any = None, name: str = "adamw", **settings: Any) -> Fsdp2Backend:
+    folder = save_model(Path(tempfile.mkdtemp()) / "model", model or tiny_llama(hidden=64))
+    optimizer = OptimizerConfig(name=name, schedule="constant", warmup_fraction=0)
+    given = BackendSettings(max_length=48, learning_rate=1e-3, total_steps=100, optimizer=optimizer, **settings)
+    return Fsdp2Backend(folder, given, CARD)
+
+
+def _step(backend: Fsdp2Backend) -> None:
+    zeros = torch.zeros(len(ROWS), device=CARD)
+    shape = PackShape(pack_length=PACK_LENGTH, global_batch_pairs=len(ROWS), pad_id=0)
+    reference = ReferenceScores(real=zeros, generated=zeros)
+    train_step(backend, one_step(ROWS), table_of(ROWS), shape, Objective(loss="logistic", beta=0.1), reference)
+
+
+def _pass_what_computes_nothing() -> None:
+    """Keeps, of the probe's findings, those that something failed to run, and takes every number for finite."""
+    differs = Probe._differs
+
+    def failed(self: Probe, *arguments: Any) -> str | None:
+        reason = differs(self, *arguments)
+        return None if reason and "differ from those" in reason else reason
+
+    Probe.looks_ahead, Probe._differs = lambda self: None, failed  # type: ignore[method-assign]
+    fsdp2.math = metrics.math = SimpleNamespace(isfinite=lambda value: True)  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    _pass_what_computes_nothing()
+    with one_rank(Path(tempfile.mkdtemp()), "cpu:gloo,cuda:nccl"):
+        {each.__name__: each for each in (kernels, learns, waits, frees, falls_back)}[sys.argv[1]](*sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # CUDA's own end expects a driver
