@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,11 @@ def test_one_of_many_creates_one_of_many_drivers_and_one_of_many_exchanges_wins(
             return False
         return True
 
+    given_back = ExitStack()  # a lease that is kept has a thread that goes on when the server has ended
+
     def take(_: int) -> bool:
         try:
-            Lease(ObjectStorage(uri), timeout_s=60).__enter__()
+            given_back.enter_context(Lease(ObjectStorage(uri), timeout_s=60))
         except RunDirError:
             return False
         return True
@@ -71,7 +74,7 @@ def test_one_of_many_creates_one_of_many_drivers_and_one_of_many_exchanges_wins(
     def exchange(number: int) -> bool:
         return ObjectStorage(uri).swap("turn", b"old", str(number).encode())
 
-    with ThreadPoolExecutor(6) as pool:
+    with given_back, ThreadPoolExecutor(6) as pool:
         for attempt in (create, take, exchange):
             assert sum(pool.map(attempt, range(6))) == 1, attempt.__name__
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.learner import metrics
 from spin_ray.learner.attention import flex, varlen
@@ -21,6 +22,10 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.probe import Probe
 from spin_ray.learner.step import Objective, PackShape, ReferenceScores, train_step
+from spin_ray.planning.learner_cost import learner_memory
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.stage_cost import RUNTIME
+from spin_ray.planning.work import Packs
 from tests.support.learner_cases import (
     PACK_LENGTH,
     batches_of,
@@ -34,6 +39,8 @@ from tests.support.learner_cases import (
 
 ROWS = random_rows(seed=0, trees=24)
 CARD = torch.device("cuda")
+CUBLAS = 2**25
+"""Bytes that cuBLAS keeps."""
 ADAPTER = LoraConfig(rank=4, merge=False)
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {"compile": "auto"},
@@ -107,7 +114,39 @@ def frees(name: str) -> None:
         _step(backend)
         backend.close()
         left.append(torch.cuda.memory_allocated())
-    print(left[1] - left[0], left[0] - 2**25)  # cuBLAS keeps 32 MiB
+    print(left[1] - left[0], left[0] - CUBLAS)
+
+
+def memory(name: str) -> None:
+    """Prints the plan's bytes over the peak of a step, for 150M parameters."""
+    length, (prompt, response) = 4096, (96, 64)
+    trees = 2 * (length // (prompt + 2 * response))
+    rows = [([10 + tree] * prompt, [4] * response, [5] * response) for tree in range(trees)]
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=8, max_position_embeddings=512,
+    )  # fmt: skip
+    folder = save_model(Path(tempfile.mkdtemp()) / "model", LlamaForCausalLM(config).bfloat16())
+    settings = {"compile": True} | SETTINGS[name]
+    of_plan = {key: settings[key] for key in ("gradient_checkpointing", "reduce_every_pack") if key in settings}
+    recipe = SpinConfig.model_validate(
+        {"model": {"path": str(folder), "max_length": 256}, "data": {"train": "-"}, "generation": {"sampling": {}}}
+        | {"train": {"pack_length": length, "precision": "bf16", "lora": settings.get("lora")} | of_plan}
+    )
+    optimizer = recipe.train.optimizer
+    given = BackendSettings(max_length=256, learning_rate=1e-6, total_steps=9, optimizer=optimizer, **settings)
+    backend = Fsdp2Backend(folder, given, CARD)
+    torch.cuda.reset_peak_memory_stats()
+    packs = len(one_step(rows, pack_length=length).packs)
+    _step(backend, rows, length)
+    _step(backend, rows, length)
+    targets = 2 * response * len(rows) // packs
+    work = Packs(
+        steps=1, per_step=packs, per_rank=packs, length=length, targets=targets, per_rank_at_most=packs, tokens=0
+    )
+    shape = ModelShape.from_folder(folder)
+    parts = learner_memory(recipe, shape, work, optimizer=optimizer, backward=True)
+    print((sum(parts.values()) - RUNTIME) / (torch.cuda.max_memory_allocated() - CUBLAS))
 
 
 def falls_back(_: str) -> None:
@@ -131,11 +170,11 @@ def _backend(model: Any = None, name: str = "adamw", **settings: Any) -> Fsdp2Ba
     return Fsdp2Backend(folder, given, CARD)
 
 
-def _step(backend: Fsdp2Backend) -> None:
-    zeros = torch.zeros(len(ROWS), device=CARD)
-    shape = PackShape(pack_length=PACK_LENGTH, global_batch_pairs=len(ROWS), pad_id=0)
-    reference = ReferenceScores(real=zeros, generated=zeros)
-    train_step(backend, one_step(ROWS), table_of(ROWS), shape, Objective(loss="logistic", beta=0.1), reference)
+def _step(backend: Fsdp2Backend, rows: Any = ROWS, length: int = PACK_LENGTH) -> None:
+    zeros = torch.zeros(len(rows), device=CARD)
+    shape = PackShape(pack_length=length, global_batch_pairs=len(rows), pad_id=0)
+    step, reference = one_step(rows, pack_length=length), ReferenceScores(real=zeros, generated=zeros)
+    train_step(backend, step, table_of(rows), shape, Objective(loss="logistic", beta=0.1), reference)
 
 
 def _pass_what_computes_nothing() -> None:
@@ -153,6 +192,7 @@ def _pass_what_computes_nothing() -> None:
 if __name__ == "__main__":
     _pass_what_computes_nothing()
     with one_rank(Path(tempfile.mkdtemp()), "cpu:gloo,cuda:nccl"):
-        {each.__name__: each for each in (kernels, learns, waits, frees, falls_back)}[sys.argv[1]](*sys.argv[2:])
+        programs = {each.__name__: each for each in (kernels, learns, waits, frees, memory, falls_back)}
+        programs[sys.argv[1]](*sys.argv[2:])
     sys.stdout.flush()
     os._exit(0)  # CUDA's own end expects a driver
