@@ -188,8 +188,8 @@ def platform() -> str:
     return current_platform.device_type
 
 
-def check_platform(platform: str, gpus: int) -> None:
-    """Checks that vLLM computes on what Ray gave to this process.
+def check_platform(platform: str, gpus: int | None) -> None:
+    """Checks that vLLM computes on what Ray gave to this process; None stands for a process without Ray.
 
     Raises:
         ConfigError: a build for CPUs got GPUs, one for GPUs got none, or no NVIDIA driver answers.
@@ -199,14 +199,14 @@ def check_platform(platform: str, gpus: int) -> None:
         raise ConfigError(f"{place}: vLLM in this environment computes on CPUs alone; install upstream's, or set 0")
     if not platform and gpus:
         raise ConfigError(f"{place}: Ray gave {gpus}, but no driver of NVIDIA answers this process (nvidia-smi -L)")
-    if platform != "cpu" and not gpus:  # Ray hides no card from a process that asked for none
+    if not platform or (platform != "cpu" and gpus == 0):  # Ray hides no card from a process that asked for none
         raise ConfigError(f"{place}: vLLM in this environment computes on GPUs, and was given none; ask for 1 or more")
 
 
-def _given_gpus() -> int:
+def _given_gpus() -> int | None:
     import ray
 
-    return len(ray.get_gpu_ids()) if ray.is_initialized() else 0
+    return len(ray.get_gpu_ids()) if ray.is_initialized() else None
 
 
 def engine_arguments(

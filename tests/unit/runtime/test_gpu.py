@@ -65,6 +65,7 @@ def test_gpus_asked_of_builds_for_cpus_are_refused_at_the_start(
 def test_an_engine_computes_on_what_its_process_was_given() -> None:
     check_platform("cpu", 0)
     check_platform("cuda", 2)
+    check_platform("cuda", None)
     with pytest.raises(ConfigError, match=r"gpus: .* computes on CPUs alone; install upstream's, or set 0"):
         check_platform("cpu", 1)
     with pytest.raises(ConfigError, match=r"gpus: .* computes on GPUs, and was given none; ask for 1 or more"):
