@@ -130,7 +130,11 @@ def memory(name: str) -> None:
     settings = {"compile": True} | SETTINGS[name]
     of_plan = {key: settings[key] for key in ("gradient_checkpointing", "reduce_every_pack") if key in settings}
     recipe = SpinConfig.model_validate(
-        {"model": {"path": str(folder), "max_length": 256}, "data": {"train": "-"}, "generation": {"sampling": {}}}
+        {
+            "model": {"path": str(folder), "max_length": 256},
+            "data": {"train": "-"},
+            "generation": {"sampling": {"max_tokens": 64}},
+        }
         | {"train": {"pack_length": length, "precision": "bf16", "lora": settings.get("lora")} | of_plan}
     )
     optimizer = recipe.train.optimizer
