@@ -216,3 +216,26 @@ def test_an_address_of_the_environment_is_compared_too(connected, monkeypatch) -
         ConfigError, match=r"^RAY_ADDRESS 10\.0\.0\.9:6379: this process is connected to the cluster at"
     ):
         refuse_other_ray(config_of())
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_ray_that_serves_on_gpus_has_no_hook_beside_that_of_ray_llm(
+    monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    """ray.llm's engine on GPUs joins Ray with a hook of its own, and Ray refuses two."""
+
+    class Started(Exception):
+        pass
+
+    given: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        given.update(options)
+        raise Started
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(StageError):
+        connect(config_of(serving={"resources": {"gpus": gpus}}))
+    assert ("runtime_env" in given) == (not gpus)
