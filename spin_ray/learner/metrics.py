@@ -21,25 +21,28 @@ MEANS = {
 SUMMED = ("loss", *MEANS, "tokens")
 
 
+def guarded(loss: Tensor, values: dict[str, Tensor | int]) -> Tensor:
+    """Returns the loss; its gradients are NaN on every rank if the loss or a value is not finite.
+
+    So a backend, which must look at the gradients' norm, refuses the step, and nobody waits for the device before.
+    """
+    seen = sum((value for value in values.values() if isinstance(value, Tensor)), loss).detach()
+    return loss * (1 + 0 * seen).to(loss.dtype)
+
+
 class StepSums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
         self._added: set[str] = set()
-        self._is_there: torch.cuda.Event | None = None
+        on_card = device.type == "cuda"
+        self._sent = torch.empty_like(self._sums, device="cpu", pin_memory=on_card)
+        self._is_there = torch.cuda.Event() if on_card else None
 
     def add(self, values: dict[str, Tensor | int]) -> None:
         """Adds one pack's values; all packs have the same names."""
         for name, value in values.items():
             self._sums[SUMMED.index(name)] += value
         self._added |= values.keys()
-
-    def guard(self, loss: Tensor, values: dict[str, Tensor | int]) -> Tensor:
-        """Returns the loss; its gradients are NaN on every rank if the loss or a value is not finite.
-
-        So a backend, which must look at the gradients' norm, refuses the step, and nobody waits for the device before.
-        """
-        seen = sum(value for value in (loss, *values.values()) if isinstance(value, Tensor))
-        return loss * (1 + 0 * torch.as_tensor(seen).detach()).to(loss.dtype)
 
     def send(self, tensor: int = 1) -> None:
         """Adds up over all ranks and copies the sums to the CPU without waiting; a collective.
@@ -48,11 +51,8 @@ class StepSums:
             tensor: number of ranks that computed each pack together.
         """
         dist.all_reduce(self._sums)
-        on_card = self._sums.is_cuda
-        self._sent = torch.empty(len(SUMMED), dtype=torch.float64, pin_memory=on_card)
-        self._sent.copy_(self._sums / tensor, non_blocking=on_card)
-        if on_card:
-            self._is_there = torch.cuda.Event()
+        self._sent.copy_(self._sums / tensor, non_blocking=True)
+        if self._is_there is not None:
             self._is_there.record()
 
     def read(self) -> dict[str, float]:

@@ -101,7 +101,10 @@ class Probe:
         return None
 
     def _has_no_gradients(self, scorer_of: Callable[[Any], Any]) -> str | None:
-        """Returns why gradients cannot be computed on this card, or None: kernels are built when first called."""
+        """Returns why gradients cannot be computed on this card, or None: kernels are built when first called.
+
+        Stages that only score ask, too, as they must attend in the way of training.
+        """
         model, embedded = self._models[self._dtype], []
 
         def keep(_module: Any, _inputs: Any, output: Tensor) -> Tensor:

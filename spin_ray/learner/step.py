@@ -29,7 +29,7 @@ from spin_ray.learner.losses import (
     segment_lengths,
     sft_loss,
 )
-from spin_ray.learner.metrics import StepSums, step_metrics
+from spin_ray.learner.metrics import StepSums, guarded, step_metrics
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch, response_names
 from spin_ray.learner.sizes import LENGTHS_OF_A_PACK
 from spin_ray.learner.teacher import Teacher
@@ -182,7 +182,7 @@ def train_step(
             loss, pack_sums = _distilled(backend, batch, step, teacher)
         else:
             loss, pack_sums = _pack_loss(backend, batch, step, objective, reference)
-        backend.backward(sums.guard(loss, pack_sums), last_microbatch=number == len(packs) - 1)
+        backend.backward(guarded(loss, pack_sums), last_microbatch=number == len(packs) - 1)
         sums.add(pack_sums | {"tokens": tokens})
     sums.send(shape.tensor)
     try:

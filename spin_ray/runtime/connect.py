@@ -41,9 +41,8 @@ def connect(config: SpinConfig) -> None:
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
-            if (
-                not config.serving.resources.gpus
-            ):  # ray.llm has a hook of its own, beside which its engines on GPUs fail
+            # ray.llm has a hook of its own, beside which its engines on GPUs fail.
+            if not config.serving.resources.gpus:
                 # By value, because Ray calls it before a new process can import this package.
                 ray.cloudpickle.register_pickle_by_value(garbage)
                 options["runtime_env"] = {"worker_process_setup_hook": garbage.collect_rarely}

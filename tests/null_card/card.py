@@ -26,13 +26,8 @@ def build(folder: Path) -> None:
     _compile(folder / "libnvidia-ml.so.1", "management.c", set())
 
 
-def environment(folder: Path, *, capability: int = 90, gib: int = 80) -> dict[str, str]:
-    """Returns the variables of a process with one null card.
-
-    Args:
-        capability: compute capability times 10.
-        gib: the card's memory.
-    """
+def environment(folder: Path, *, capability: int) -> dict[str, str]:
+    """Returns the variables of a process with one null card; ``capability`` is its compute capability times 10."""
     return os.environ | {
         "LD_PRELOAD": str(folder / "libnullcard.so"),
         "LD_LIBRARY_PATH": str(folder),
@@ -40,7 +35,6 @@ def environment(folder: Path, *, capability: int = 90, gib: int = 80) -> dict[st
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "NULL_CARD_CAPABILITY": str(capability),
-        "NULL_CARD_GIB": str(gib),
     }
 
 

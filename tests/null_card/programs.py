@@ -35,7 +35,7 @@ from tests.support.learner_cases import (
     save_model,
     table_of,
     tiny_llama,
-)  # fmt: skip
+)
 
 ROWS = random_rows(seed=0, trees=24)
 CARD = torch.device("cuda")

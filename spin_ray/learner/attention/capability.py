@@ -1,4 +1,4 @@
-"""Limits of old GPUs."""
+"""What GPUs lack: kernels on old ones, shared memory on small ones."""
 
 from typing import Any
 
