@@ -83,21 +83,42 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Returns the last informative line, shortened to ``LONGEST_LINE`` characters."""
+    """Returns the line that says what happened, shortened to ``LONGEST_LINE`` characters.
+
+    That is the message of the last exception in a traceback, the last line of Ray's own errors, else the first line.
+    """
     last = _last_line(error)
     return last if len(last) <= LONGEST_LINE else f"{last[:LONGEST_LINE]} …"
 
 
 def _last_line(error: BaseException) -> str:
-    """Skips Ray's and pydantic's advice and Ray Data's trailer, whose cause is the last exception before it."""
+    """Skips Ray's and pydantic's advice and Ray Data's trailer, whose cause is the last exception before it.
+
+    Messages of CUDA and of compilers end in advice, too.
+    """
     text = str(error)
     before, trailer, _ = text.rpartition("UserCodeException")
     if trailer:
         text = before.rpartition("The above exception was the direct cause")[0] or text
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("Refer to the doc")]
+    if not lines:
+        return type(error).__name__
     if len(lines) > 2 and lines[-1].strip().startswith(_PYDANTICS_ADVICE):
         return ": ".join(line.strip() for line in lines[-3:-1])  # the field and what is wrong with it
-    return lines[-1] if lines else type(error).__name__
+    start = _after_traceback(lines)
+    if start is None and "\n" in text and type(error).__module__.startswith("ray."):
+        return lines[-1]
+    said = lines[start or 0 :]
+    if said[0].startswith("ray.exceptions.") or len(said) == 1:
+        return said[-1]
+    return f"{said[0]} {said[1].strip()}" if said[0].rstrip().endswith(":") else said[0]
+
+
+def _after_traceback(lines: list[str]) -> int | None:
+    """Returns the index of the line after the last traceback; None if there is no traceback."""
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    after = range(frames[-1] + 1, len(lines)) if frames else ()
+    return next((number for number in after if not lines[number].startswith(" ")), None)
 
 
 _PYDANTICS_ADVICE = "For further information visit https://errors.pydantic.dev"
@@ -114,7 +135,7 @@ def user_error_in(error: BaseException) -> UserError | None:
     return (UserError if kind is OtherRunError else kind)(named[2])
 
 
-def memory_advice(error: BaseException, remedies: str) -> str:
+def memory_advice(error: BaseException | str, remedies: str) -> str:
     """Returns a clause with ``remedies`` if memory ran out, else an empty string.
 
     Ray's errors mention memory; SIGKILL by the kernel does not.

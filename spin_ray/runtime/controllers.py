@@ -65,6 +65,23 @@ def said_by(error: BaseException) -> UserError | StageError | None:
     return None
 
 
+_CUT_OFF = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "ncclRemoteError",
+)
+"""Words of gloo and NCCL for a rank that has lost another one."""
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """Returns the failure of a worker that did not fail only because another one had."""
+    failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
+    lost_nobody = (failure for failure in failures if not any(words in str(failure) for words in _CUT_OFF))
+    return next(lost_nobody, failures[0] if failures else error)
+
+
 class _SaidOnce(DefaultFailurePolicy):
     """A policy that starts no other workers after an error with a cure: the same would happen after the same work."""
 

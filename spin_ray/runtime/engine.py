@@ -15,6 +15,7 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.garbage import skip_imports
 from spin_ray.runtime.gpu import check_triton
 from spin_ray.runtime.gpu_memory import wait_for_memory
+from spin_ray.runtime.root_cause import root_cause_told
 from spin_ray.runtime.shared_cards import alone_on_card
 
 FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
@@ -114,7 +115,8 @@ class VllmEngine:
         with alone_on_card(spec.gpus, "generation", spec.start_timeout_s):
             if not current_platform.is_cpu():
                 wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
-            self._llm: Any = LLM(**arguments)
+            with root_cause_told():
+                self._llm: Any = LLM(**arguments)
         self._has_cache: bool = arguments["enable_prefix_caching"]
         self._of_each_call: dict[str, Any] = {"use_tqdm": False}
         if spec.adapter:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from spin_ray.errors import ResourceError
 from spin_ray.runtime.autoscaler import Ask, Request, asking, only
 
 logger = logging.getLogger(__name__)
+
+_OF_A_GROUP = re.compile(r"_group_(\d+_)?[0-9a-f]{32,}$")
+"""End of the names of Ray's resources of a placement group, e.g. ``CPU_group_0_1f2e…``."""
 
 Bundles = list[dict[str, float]]
 """Requests of actors or workers, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
@@ -231,7 +235,7 @@ def shown(resources: Mapping[str, float]) -> str:
     named = [
         f"{amount:g} {name}"
         for name, amount in sorted(resources.items())
-        if not name.startswith(("node:", "object_", "memory"))
+        if not name.startswith(("node:", "object_", "memory")) and not _OF_A_GROUP.search(name)
     ]
     return ", ".join(named) or "nothing"
 

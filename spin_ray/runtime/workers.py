@@ -16,7 +16,7 @@ import ray.train.torch
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
-from spin_ray.runtime.controllers import Trainer, said_by
+from spin_ray.runtime.controllers import Trainer, first_failure, said_by
 from spin_ray.runtime.garbage import collect_as_usual, skip_imports
 from spin_ray.runtime.placement import in_the_cluster, ray_train_asks
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
@@ -75,8 +75,9 @@ def run_workers(
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         if said := said_by(error):
             raise said from error
+        failure = first_failure(error)
         raise StageError(
-            f"the train workers for {folder} failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            f"the train workers for {folder} failed: {last_line(failure)}{memory_advice(failure, _USE_LESS)}; "
             f"{_cluster_now()}run the command again to go on"
         ) from error
     if isinstance(result, HealthError):

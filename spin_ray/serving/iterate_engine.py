@@ -30,6 +30,7 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import FLASHINFER_SAMPLER, engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.runtime.gpu import check_triton
+from spin_ray.runtime.root_cause import root_cause_told
 from spin_ray.runtime.shared_cards import alone_on_card
 from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
@@ -99,7 +100,8 @@ class IterateEngine(LLMServer):
         self._renderer = open_renderer(str(folder), model, self._iterate.date)
         self._stops = [self._renderer.end_of_turn_id, *other_ends(folder, self._renderer)]
         async with self._alone_on_card():
-            await super().start()
+            with root_cause_told():
+                await super().start()
         engine: Any = self.engine  # private, but the only way to the renderer
         self._client = engine._engine_client
         self._vocabulary = self._client.model_config.get_vocab_size()

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import time
 import uuid
 from collections import defaultdict
@@ -24,7 +25,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.errors import first_line
+from spin_ray.errors import last_line
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.engines import CHAT, COMPLETION
@@ -38,6 +39,8 @@ ENGINE_PREFIX = "engine."
 _LOOK_S = 0.5
 _COMPARE_S = 30.0
 """Seconds between two looks at the manifests of what serves, which cost a store's requests."""
+_ERROR = re.compile(r"^((?:\w+\.)*\w+(?:Error|Exception)): (.+)$", re.MULTILINE)
+_NO_REASON = "no reason given"
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
@@ -300,7 +303,7 @@ class Keeper:
                 async with asyncio.timeout(max(1.0, deadline - time.monotonic())):
                     items = [item async for item in handle.answer.remote(operation, fields)]
             except Exception as error:
-                raise EngineFailed(f"its engine did not answer a first request ({first_line(error)})") from error
+                raise EngineFailed(f"its engine did not answer a first request ({last_line(error)})") from error
             if "choices" not in items[0]:
                 raise EngineFailed(f"its engine refused a first request ({items[0]})")
 
@@ -356,8 +359,7 @@ class Keeper:
 
     async def _message(self, app: str) -> str:
         found = (await self._ask_applications()).get(app)
-        lines = [line.strip() for line in (found.message if found else "").splitlines() if "Error" in line]
-        return lines[-1][:500] if lines else "no reason given"
+        return _reason(*(one.message for one in found.deployments.values()), found.message) if found else _NO_REASON
 
 
 def settings_mark(config: SpinConfig) -> str:
@@ -365,6 +367,14 @@ def settings_mark(config: SpinConfig) -> str:
     serving = config.serving.model_dump(mode="json", exclude=set(config.serving.not_of_engines))
     engine, model = (section.model_dump(mode="json") for section in (config.serving_engine, config.model))
     return digest([serving, engine, model, config.data.system, config.train.precision])[:8]
+
+
+def _reason(*messages: str) -> str:
+    """Returns the last error in the first of Ray Serve's messages that has one."""
+    found = next((lines for message in messages if (lines := _ERROR.findall(message))), [("", _NO_REASON)])
+    kind, text = found[-1]
+    is_told = kind in ("", "RuntimeError") or kind.startswith("spin_ray.")
+    return (text if is_told else f"{kind}: {text}")[:500]
 
 
 def _step(application: Any) -> str:

@@ -11,6 +11,7 @@ import pytest
 import ray
 import ray.cloudpickle
 
+from spin_ray.errors import StageError
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.connect import keep_to_loopback
@@ -20,6 +21,8 @@ from tests.support.fakes import FakeEngine, seed_engine
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
+
+_ILLEGAL = "CUDA error: an illegal memory access was encountered"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +47,14 @@ def _fails_once(spec: EngineSpec, once: Path) -> FakeEngine:
         with once.open("a") as log:
             log.write(f"{os.getpid()}\n")
         if len(once.read_text().split()) == 2:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError(_ILLEGAL)
+
+    return FakeEngine(short=True, before=fail)
+
+
+def _always_fails(spec: EngineSpec) -> FakeEngine:
+    def fail(call: int) -> None:
+        raise RuntimeError(f"{_ILLEGAL}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
 
     return FakeEngine(short=True, before=fail)
 
@@ -69,7 +79,16 @@ def test_an_actor_whose_engine_fails_on_a_gpu_is_another_process_afterwards_and_
     assert shards["rough"] == shards["calm"]
     processes = log.read_text().split()
     assert processes[0] == processes[1] and len(set(processes)) == 2 and processes[0] not in processes[2:]
-    assert [event["shards"] for event in run.events() if event["event"] == "lost"] == [1]
+    lost = [event for event in run.events() if event["event"] == "lost"]
+    assert [(event["shards"], event["why"]) for event in lost] == [(1, f"an engine died ({_ILLEGAL})")]
+
+
+def test_an_engine_that_fails_on_a_gpu_again_and_again_is_told_by_its_own_error(tmp_path: Path) -> None:
+    """Its process has ended, of which Ray only says that it died."""
+    run, config = RunDir(Storage(tmp_path)), make_config(generation={"resources": {"cpus": 0.5, "gpus": 1}})
+    make_prompts(run, config)
+    with pytest.raises(StageError, match=f"^generation failed: {_ILLEGAL}; committed shards are kept"):
+        play(run, config, _always_fails)
 
 
 def test_an_engine_of_a_pipeline_lies_in_a_group_of_its_own_that_the_stage_removes(tmp_path: Path) -> None:

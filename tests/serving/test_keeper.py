@@ -19,7 +19,7 @@ from spin_ray.config.sections import ServingConfig
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving import keeper as keeper_module
 from spin_ray.serving.iterates import Iterate, open_iterate
-from spin_ray.serving.keeper import EngineFailed, Keeper, settings_mark
+from spin_ray.serving.keeper import EngineFailed, Keeper, _reason, settings_mark
 from tests.support.tiny_runs import add_adapter, add_iterate, make_adapter_run, make_run
 
 
@@ -362,3 +362,20 @@ def test_an_engine_of_an_earlier_keeper_that_starts_again_is_seen_to_run(monkeyp
         keeper._seen_running = asyncio.run(keeper._running())
         seen.append(sorted(keeper._seen_running))
     assert seen == [["engine.a"], [], [], ["engine.a"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("RuntimeError: vLLM: ValueError: no room for a cache", "vLLM: ValueError: no room for a cache"),
+        ("spin_ray.errors.RunDirError: /r/sft: changed; restore it", "/r/sft: changed; restore it"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "torch.OutOfMemoryError: CUDA out of memory."),
+        ("it waits", "no reason given"),
+    ],
+)
+def test_an_engine_that_did_not_start_is_told_by_the_last_error_that_ray_serve_has(error: str, told: str) -> None:
+    """A deployment's message has it as a traceback; the application's names the deployment alone."""
+    message = f"A replica failed to start with exception. Error:\nRuntimeError: Traceback (most recent …):\n{error}\n"
+    assert (
+        _reason(message if "Error" in error else error, "Failed to update the deployments ['IterateEngine'].") == told
+    )

@@ -95,6 +95,46 @@ def test_the_line_of_an_error_that_is_passed_on_is_what_happened_not_a_page_of_a
     assert len(last_line(RuntimeError("x" * 5000))) < 500
 
 
+_IN_A_WORKER = """\x1b[36mray::Worker.run()\x1b[39m (pid=1, ip=192.0.2.2)
+  File "a.py", line 3, in run
+    step()
+    ^^^^^^
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            "torch.AcceleratorError: CUDA error: an illegal memory access was encountered\nSearch for `cudaError…' in "
+            "https://docs.nvidia.com\nCUDA kernel errors might be asynchronously reported\n"
+            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n",
+            "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+        ),
+        (
+            "torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised:\nRuntimeError: no such kernel\n\n"
+            "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace",
+            "torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised: RuntimeError: no such kernel",
+        ),
+        (
+            'torch._dynamo.exc.Unsupported: a call\n  Hint: none\n\nfrom user code:\n   File "b.py", line 1, in f\n'
+            "    call()\n\nSet TORCHDYNAMO_VERBOSE=1",
+            "torch._dynamo.exc.Unsupported: a call",
+        ),
+        (
+            "ray.exceptions.ActorDiedError: The actor died unexpectedly.\n\tpid: 7\nThe actor is dead because of x.",
+            "The actor is dead because of x.",
+        ),
+        ("ValueError", "ValueError"),
+    ],
+)
+def test_of_a_message_of_several_lines_after_a_traceback_the_first_is_told(message: str, line: str) -> None:
+    """As torch 2.13 and Ray 2.60 word them. Only Ray has its reason last."""
+    earlier = _IN_A_WORKER + "KeyError: 1\n\nThe above exception was the direct cause of the following exception:\n\n"
+    assert last_line(RuntimeError(_IN_A_WORKER + message)) == line
+    assert last_line(RuntimeError(earlier + _IN_A_WORKER + message)) == line
+
+
 def test_a_loss_without_a_margin_is_still_held_to_its_largest_loss():
     monitor = HealthMonitor(HealthConfig(steps=1, max_loss=2.0), 9)
     monitor.check(0, {"loss": 1.0, "generated_logp": -3.0, "real_logp": -2.0})

@@ -90,6 +90,12 @@ def test_what_is_missing_is_named(bundles, nodes, lack):
     assert placement.missing(bundles, nodes) == lack
 
 
+def test_resources_of_a_placement_group_are_rays_own():
+    group = "d5b932cc7b1bfd30c1c90ac9132c01000000"
+    own = {f"CPU_group_0_{group}": 1.0, f"bundle_group_{group}": 999.9, "node:127.0.0.1": 1.0}
+    assert placement.shown({"CPU": 2.0, "my_group_a": 1.0, **own}) == "2 CPU, 1 my_group_a"
+
+
 def test_a_judge_is_asked_for_too():
     config = config_of(algorithm="sppo", scorer={"path": "judge", "replicas": 2}, generation={"samples_per_prompt": 2})
     assert demands(config)["scorer"] == [{"CPU": 1}] * 2

@@ -19,13 +19,8 @@ import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError, UserError, last_line, memory_advice, user_error_in
-from spin_ray.loop.stages.generation.shards import (
-    Job,
-    Shard,
-    cut_into_shards,
-    find_parts,
-    row_count,
-)
+from spin_ray.loop.stages.generation import failures
+from spin_ray.loop.stages.generation.shards import Job, Shard, cut_into_shards, find_parts, row_count
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.artefact import FileEntry, seal
 from spin_ray.run_dir.run_dir import RunDir
@@ -81,7 +76,9 @@ def run(
             for report in _play(missing, config, spec, start_engine):
                 entries[report["target"]][report["name"]] = FileEntry(**report["entry"])
                 if report["lost"]:
-                    run_dir.event("lost", names, shards=report["lost"], why="an engine died")
+                    why = _why(failures.take(job.target for job in jobs))
+                    logger.warning("%s: %s; another one does its shard", names, why)
+                    run_dir.event("lost", names, shards=report["lost"], why=why)
                 tokens += report["tokens"]
                 work_s += report["seconds"] / config.generation.replicas
                 progress.advance(report["entry"]["rows"], report["tokens"])
@@ -90,6 +87,10 @@ def run(
         counted |= {"rows": total, "tokens": tokens, "work_s": work_s, "shards_found": len(shards) - len(missing)}
         if damaged := sum(parts.damaged for parts in found.values()):
             counted["shards_damaged"] = damaged
+
+
+def _why(told: str) -> str:
+    return f"an engine died ({told})" if told else "an engine died"
 
 
 def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
@@ -116,10 +117,10 @@ def _play(
             restarts=config.generation.max_failures,
             place=groups.place if spread else dict,
         )
-        yield from _finished(played, config)
+        yield from _finished(played, shards, config)
 
 
-def _finished(played: ray.data.Dataset, config: SpinConfig) -> Iterator[dict[str, Any]]:
+def _finished(played: ray.data.Dataset, shards: list[Shard], config: SpinConfig) -> Iterator[dict[str, Any]]:
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
         for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):
@@ -127,8 +128,9 @@ def _finished(played: ray.data.Dataset, config: SpinConfig) -> Iterator[dict[str
     except ray.exceptions.RayError as error:
         if found := user_error_in(error):
             raise found from error
+        told = failures.take(dict.fromkeys(shard.target for shard in shards))
         raise StageError(
-            f"generation failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            f"generation failed: {told or last_line(error)}{memory_advice(told or error, _USE_LESS)}; "
             "committed shards are kept, run the command again"
         ) from error
 
@@ -171,18 +173,19 @@ class _Player:
 
         On GPUs the process ends instead, because later CUDA calls may fail too. Ray restarts it with the same shard.
         """
-        failures = 0
+        failed = 0
         while True:
             try:
                 return answer(shard, self._config, self._engine)
             except (UserError, StageError):
                 raise
             except Exception as error:
+                failures.tell(shard.target, error)
                 if self._config.generation.resources.gpus:
                     logger.exception("%s: the engine failed; this process ends with it", shard.name)
                     _end_process()
-                failures += 1
-                if failures > self._config.generation.max_failures:
+                failed += 1
+                if failed > self._config.generation.max_failures:
                     raise
                 logger.warning("%s: the engine failed (%s); a new one is started", shard.name, last_line(error))
                 self._lost += 1

@@ -1,0 +1,69 @@
+"""Causes of vLLM's failed starts. Its other processes write them to the output, and its error only points there."""
+
+import os
+import re
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_POINTS_THERE = "root cause"
+"""Words of such errors, of vLLM 0.29: in v1/engine/utils.py and v1/executor/multiproc_executor.py."""
+_OUTPUT, _ERRORS = 1, 2
+_LONGEST = 2**22
+"""Most bytes that are read of a log."""
+_ERROR = re.compile(
+    r"^((?:\([^)]*\) )*)(?:ERROR [^\]]*\] )?\s*"
+    r"((?:\w+\.)*\w*(?:Error|Exception): .+|Fatal Python error: .+|what\(\): .+)$",
+    re.MULTILINE,
+)
+"""Processes and text of a last line of a traceback, in vLLM's log or after it."""
+
+
+@contextmanager
+def root_cause_told() -> Iterator[None]:
+    """Replaces an error of vLLM that only points to its other processes' output, if that is a file, as Ray's logs are.
+
+    Raises:
+        RuntimeError: the error of the process that failed first, or the signal that ended one.
+    """
+    begun = {number: _size(number) for number in (_OUTPUT, _ERRORS)}
+    try:
+        yield
+    except Exception as error:
+        if _POINTS_THERE not in str(error):
+            raise
+        found = (cause_in(_written(number, start)) for number, start in begun.items() if start is not None)
+        if told := next(filter(None, found), "") or _ended_by(str(error)):
+            raise RuntimeError(f"vLLM: {told}") from error
+        raise
+
+
+def cause_in(output: str) -> str:
+    """Returns the last error of the process that reported one first; empty if none did."""
+    found = [(match[1], match[2]) for match in _ERROR.finditer(output) if _POINTS_THERE not in match[2]]
+    return next((text for process, text in reversed(found) if process == found[0][0]), "")
+
+
+def _ended_by(error: str) -> str:
+    """Names the signal in ``Failed core proc(s): {'EngineCore': -9}``."""
+    if not (code := re.search(r"'(\w+)': -(\d+)", error)):
+        return ""
+    with suppress(ValueError):
+        return f"{code[1]} was ended by signal {code[2]} ({signal.Signals(int(code[2])).name})"
+    return ""
+
+
+def _size(number: int) -> int | None:
+    with suppress(OSError):
+        found = os.fstat(number)
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return None
+
+
+def _written(number: int, start: int) -> str:
+    """Returns what was written to a file descriptor since it had ``start`` bytes."""
+    with suppress(OSError), open(f"/dev/fd/{number}", "rb") as log:
+        log.seek(max(start, (_size(number) or 0) - _LONGEST))
+        return log.read().decode(errors="replace")
+    return ""
