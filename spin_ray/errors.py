@@ -78,8 +78,10 @@ LONGEST_LINE = 400
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the error's first line, or its type if it has no text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Returns the error's first line with text, or its type if there is none; of Ray's errors ``last_line``."""
+    if _is_of_ray(error):
+        return last_line(error)
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def last_line(error: BaseException) -> str:
@@ -106,12 +108,23 @@ def _last_line(error: BaseException) -> str:
     if len(lines) > 2 and lines[-1].strip().startswith(_PYDANTICS_ADVICE):
         return ": ".join(line.strip() for line in lines[-3:-1])  # the field and what is wrong with it
     start = _after_traceback(lines)
-    if start is None and "\n" in text and type(error).__module__.startswith("ray."):
-        return lines[-1]
     said = lines[start or 0 :]
-    if said[0].startswith("ray.exceptions.") or len(said) == 1:
-        return said[-1]
+    if len(said) == 1 or said[0].startswith("ray.exceptions.") or (start is None and _is_of_ray(error)):
+        return _ended(text) if _ENDED_SAYS_RAY.search(said[-1]) else said[-1]
     return f"{said[0]} {said[1].strip()}" if said[0].rstrip().endswith(":") else said[0]
+
+
+_ENDED_SAYS_RAY = re.compile(r"exits with a connection error code 2|^The worker died unexpectedly")
+"""What Ray 2.60 says of a process that was killed by a signal, before a list of possible causes."""
+
+
+def _ended(text: str) -> str:
+    pid, node = re.search(r"^\s*pid: (\d+)", text, re.MULTILINE), re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
+    return f"a process{f' (pid {pid[1]} on {node[1]})' if pid and node else ''} was killed by the system or crashed"
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    return type(error).__module__.startswith("ray.")
 
 
 def _after_traceback(lines: list[str]) -> int | None:
@@ -138,11 +151,11 @@ def user_error_in(error: BaseException) -> UserError | None:
 def memory_advice(error: BaseException | str, remedies: str) -> str:
     """Returns a clause with ``remedies`` if memory ran out, else an empty string.
 
-    Ray's errors mention memory; SIGKILL by the kernel does not.
+    Ray's and CUDA's errors mention memory; of a process that the kernel kills, Ray knows only that it ended.
     """
     text = str(error).lower()
     if any(words in text for words in ("out of memory", "outofmemory", "running low on memory", "(oom)")):
         return f"; memory ran out: {remedies}"
-    if "sigkill" in text or "signal 9" in text or "exit code -9" in text:
-        return f"; killed by the system, most likely as memory ran out: {remedies}"
+    if "sigkill" in text or _ENDED_SAYS_RAY.search(str(error)):
+        return f"; if memory ran out, {remedies}"
     return ""

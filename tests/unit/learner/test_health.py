@@ -1,9 +1,9 @@
-"""Limits on a collapsing run, by means over several steps; advice when memory runs out."""
+"""Limits on a collapsing run, by means over several steps."""
 
 import pytest
 
 from spin_ray.config.sections import HealthConfig
-from spin_ray.errors import HealthError, ModelError, UserError, last_line, memory_advice, user_error_in
+from spin_ray.errors import HealthError
 from spin_ray.learner.health import HealthMonitor
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.run_dir import RunDir
@@ -74,83 +74,8 @@ def test_responses_that_change_length_fourfold_stop_the_run(tmp_path, now, stops
         pairs._check_lengths(run.generations(1), run.generations(0), 4.0)
 
 
-@pytest.mark.parametrize(
-    ("text", "advice"),
-    [
-        ("CUDA out of memory. Tried to allocate 2 GiB", "; memory ran out: lower it"),
-        ("Task was killed due to the node running low on memory.", "; memory ran out: lower it"),
-        ("ray.exceptions.OutOfMemoryError: …", "; memory ran out: lower it"),
-        ("worker exited with SIGKILL", "; killed by the system, most likely as memory ran out: lower it"),
-        ("no room in the queue", ""),
-    ],
-)
-def test_an_error_of_memory_says_what_to_lower(text, advice):
-    assert memory_advice(RuntimeError(text), "lower it") == advice
-
-
-def test_the_line_of_an_error_that_is_passed_on_is_what_happened_not_a_page_of_advice() -> None:
-    """As Ray 2.60 words it when its memory monitor kills a worker."""
-    text = "Task was killed due to the node running low on memory.\nRefer to the documentation on how to address the …"
-    assert last_line(RuntimeError(text)) == "Task was killed due to the node running low on memory."
-    assert len(last_line(RuntimeError("x" * 5000))) < 500
-
-
-_IN_A_WORKER = """\x1b[36mray::Worker.run()\x1b[39m (pid=1, ip=192.0.2.2)
-  File "a.py", line 3, in run
-    step()
-    ^^^^^^
-"""
-
-
-@pytest.mark.parametrize(
-    ("message", "line"),
-    [
-        (
-            "torch.AcceleratorError: CUDA error: an illegal memory access was encountered\nSearch for `cudaError…' in "
-            "https://docs.nvidia.com\nCUDA kernel errors might be asynchronously reported\n"
-            "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n",
-            "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
-        ),
-        (
-            "torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised:\nRuntimeError: no such kernel\n\n"
-            "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace",
-            "torch._dynamo.exc.BackendCompilerFailed: backend='inductor' raised: RuntimeError: no such kernel",
-        ),
-        (
-            'torch._dynamo.exc.Unsupported: a call\n  Hint: none\n\nfrom user code:\n   File "b.py", line 1, in f\n'
-            "    call()\n\nSet TORCHDYNAMO_VERBOSE=1",
-            "torch._dynamo.exc.Unsupported: a call",
-        ),
-        (
-            "ray.exceptions.ActorDiedError: The actor died unexpectedly.\n\tpid: 7\nThe actor is dead because of x.",
-            "The actor is dead because of x.",
-        ),
-        ("ValueError", "ValueError"),
-    ],
-)
-def test_of_a_message_of_several_lines_after_a_traceback_the_first_is_told(message: str, line: str) -> None:
-    """As torch 2.13 and Ray 2.60 word them. Only Ray has its reason last."""
-    earlier = _IN_A_WORKER + "KeyError: 1\n\nThe above exception was the direct cause of the following exception:\n\n"
-    assert last_line(RuntimeError(_IN_A_WORKER + message)) == line
-    assert last_line(RuntimeError(earlier + _IN_A_WORKER + message)) == line
-
-
 def test_a_loss_without_a_margin_is_still_held_to_its_largest_loss():
     monitor = HealthMonitor(HealthConfig(steps=1, max_loss=2.0), 9)
     monitor.check(0, {"loss": 1.0, "generated_logp": -3.0, "real_logp": -2.0})
     with pytest.raises(HealthError, match="the loss is 3 "):
         monitor.check(1, {"loss": 3.0, "generated_logp": -3.0, "real_logp": -2.0})
-
-
-def test_what_a_user_can_mend_comes_out_of_another_process_as_itself_and_whole():
-    text = (
-        "ray::_Map.run()\n  File a.py\nspin_ray.errors.ModelError: scorer.path m: is no reward model\u2028" + "x" * 500
-    )
-    found = user_error_in(RuntimeError(text))
-    assert type(found) is ModelError and str(found).endswith("is no reward model\u2028" + "x" * 500)
-    of_a_task = RuntimeError("a traceback of many lines")
-    of_a_task.cause = found  # type: ignore[attr-defined]  # as Ray's RayTaskError has it
-    assert user_error_in(of_a_task) is found
-    assert type(user_error_in(RuntimeError("spin_ray.errors.OtherRunError: r: holds another run"))) is UserError
-    assert user_error_in(RuntimeError("spin_ray.errors.StageError: it failed")) is None
-    assert user_error_in(RuntimeError("ValueError: 1")) is None

@@ -11,7 +11,7 @@ import pytest
 
 from spin_ray.config import compilers
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ConfigError, last_line
+from spin_ray.errors import ConfigError
 from spin_ray.runtime import engine_names, gpu
 from spin_ray.runtime.engine_names import argument_names, check_engine, check_serving_engine
 
@@ -112,17 +112,3 @@ def test_missing_headers_of_python_are_told_before_an_engine_of_a_gpu_starts(
         "Python that brings its headers, as uv's and conda's do)"
     )
     check_engine(recipe(generation={"resources": {"gpus": 1}}, cluster={"address": "head:6379"}))
-
-
-def test_pydantics_advice_is_no_cause() -> None:
-    class Error(Exception):
-        pass
-
-    said = (
-        "ray.exceptions.RayTaskError(ValidationError): \n1 validation error for CacheConfig\ncache_dtype\n"
-        "  Input should be 'auto' or 'fp8' [type=literal_error, input_value='fp9', input_type=str]\n"
-        "    For further information visit https://errors.pydantic.dev/2.12/v/literal_error"
-    )
-    assert last_line(Error(said)) == (
-        "cache_dtype: Input should be 'auto' or 'fp8' [type=literal_error, input_value='fp9', input_type=str]"
-    )
