@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -226,9 +227,9 @@ def as_json(surveys: Sequence[Survey], facts: TemplateFacts, tokenizer: Any) -> 
 
 
 def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
-    ordered = sorted(lengths)
+    """Returns quantiles, interpolated and rounded."""
     places = {"min": 0.0, "median": 0.5, "p90": 0.9, "max": 1.0}
-    return {name: ordered[int(place * (len(ordered) - 1))] for name, place in places.items()} if ordered else {}
+    return {name: round(float(np.quantile(lengths, place))) for name, place in places.items()} if lengths else {}
 
 
 def _quoted(text: str) -> str:

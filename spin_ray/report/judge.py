@@ -10,19 +10,20 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.report.endpoint import Unanswered, ask, unreachable
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.report.uncertainty import SHARE, standard_error
+from spin_ray.report.uncertainty import SHARE, conversation_groups, standard_error
 from spin_ray.run_dir.events import parse_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -153,7 +154,11 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
         _ask_all(judge, new, kept)
         counted["rows"] = len(examples)
     judgements = [it for question in asked if (it := kept.find(judge.model, question))]
-    summary = summarise(judgements, one, other) | {"judge": judge.model, "endpoint": hide_in_text(judge.endpoint)}
+    groups = conversation_groups(pa.concat_tables(list(run_dir.heldout.tables())))
+    summary = summarise(judgements, one, other, groups) | {
+        "judge": judge.model,
+        "endpoint": hide_in_text(judge.endpoint),
+    }
     run_dir.storage.replace(f"judgements/{one}-{other}.json", json.dumps(summary, indent=1).encode())
     return summary
 
@@ -186,19 +191,24 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
             kept.save()
 
 
-def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
+def summarise(
+    judgements: Sequence[Judgement], one: str, other: str, groups: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Counts wins, ties and losses of ``one`` over prompts. The win rate counts a tie as half.
 
     A prompt is won if one order says so and the other does not contradict. Rates omit unclear prompts. ``agreement`` is
     the share of prompts with the same verdict in both orders. ``position_bias`` is the share of the first place among
     verdicts that are no tie, minus 0.5. A judge that ignores places has 0.
+
+    Args:
+        groups: result of ``conversation_groups``. None: prompts are independent.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_prompt.setdefault(judgement.prompt_id, []).append(judgement)
     counts = Counter({"wins": 0, "ties": 0, "losses": 0, "contradicting": 0, "unclear": 0})
-    scores, places, agreeing = [], Counter[str](), 0
-    for both in by_prompt.values():
+    scores, numbers, places, agreeing = [], [], Counter[str](), 0
+    for prompt_id, both in by_prompt.items():
         if any(judgement.verdict == "unclear" for judgement in both):
             counts["unclear"] += 1
             continue
@@ -209,8 +219,9 @@ def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str
         counts["contradicting"] += total == 0 and any(points)
         counts["wins" if total > 0 else "losses" if total < 0 else "ties"] += 1
         scores.append(1.0 if total > 0 else 0.0 if total < 0 else 0.5)
+        numbers.append(groups[prompt_id] if groups else len(numbers))
     rate = sum(scores) / len(scores) if scores else None
-    error = standard_error(np.asarray(scores), added=SHARE)
+    error = standard_error(np.asarray(scores), numbers, SHARE)
     placed = places["first"] + places["second"]
     return {
         "one": one, "other": other, **counts, "win_rate": rate, "standard_error": error,

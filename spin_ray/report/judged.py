@@ -11,7 +11,7 @@ import numpy as np
 
 from spin_ray.errors import first_line
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.report.uncertainty import CONFIDENCE, SHARE, standard_error
+from spin_ray.report.uncertainty import SHARE, interval_of_share, standard_error
 from spin_ray.run_dir.names import VOTES, iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -32,8 +32,7 @@ class Judged:
         """Returns the 95 % interval; None if unknown."""
         if self.win_rate is None or self.standard_error is None:
             return None
-        half = CONFIDENCE * self.standard_error
-        return max(self.win_rate - half, 0.0), min(self.win_rate + half, 1.0)
+        return interval_of_share(self.win_rate, self.standard_error, self.number)
 
 
 def read_judged(run: RunDir, unreadable: list[str]) -> list[Judged]:

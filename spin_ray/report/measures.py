@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from spin_ray.report.uncertainty import CONFIDENCE
+from spin_ray.report.uncertainty import CONFIDENCE, interval_of_share
 
 Evaluation = dict[str, Any]
 """Content of ``eval.json``."""
@@ -42,17 +42,19 @@ class Measure:
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
         if value is None or error is None or not math.isfinite(value + error):
             return None
+        if self.key in _SHARES and (rows := evaluation.get(_SHARES[self.key])):
+            return interval_of_share(value, error, rows)
         low, high = value - CONFIDENCE * error, value + CONFIDENCE * error
         return (max(low, 0.0), min(high, 1.0)) if self.key in _FRACTIONS else (low, high)
 
     def spread(self, evaluation: Evaluation) -> str:
-        """Returns ``± 0.05``, or ``0.00 to 0.06`` where the interval ends at 0 or 1; empty without one."""
+        """Returns ``± 0.05``, or ``(0.00 to 0.06)`` for a share, whose interval is not around it; empty without one."""
         value, interval = self.of(evaluation), self.interval(evaluation)
         if value is None or interval is None:
             return ""
         below, above = value - interval[0], interval[1] - value
         if self.key in _FRACTIONS and not math.isclose(below, above, abs_tol=1e-9):
-            return f"{interval[0]:.{self.digits}f} to {interval[1]:.{self.digits}f}"
+            return f"({interval[0]:.{self.digits}f} to {interval[1]:.{self.digits}f})"
         return f"± {below:,.{self.digits}f}"
 
 
@@ -125,7 +127,7 @@ MEASURES = (
     Measure(
         "against_opponent.margin_concentration", "margin concentration",
         "part of a pair's changes of log p (absolute) that lies in the tenth of its tokens with the largest changes; "
-        "mean over pairs, 0.1 is even",
+        "mean over pairs; even changes have little above 0.1, independent ones about 0.3",
         "Near 1: a few tokens (an opening, the end of the turn) make the margin, and the rest hardly counts.",
         2,
     ),
@@ -148,7 +150,7 @@ MEASURES = (
         "Near 1: nothing is left to learn, and more SPIN does harm.", 2,
     ),
     Measure(
-        "duplicate_share", "duplicates", "fraction of y′ that repeat the y′ of another prompt",
+        "duplicate_share", "duplicates", "fraction of y′ that repeat an earlier one, of another prompt",
         "Far above the duplicates among y: it gives the same answer to everything.", 2,
     ),
     Measure(
@@ -168,6 +170,10 @@ _FRACTIONS = {
     "answer_accuracy", "against_opponent.accuracy", "against_opponent.margin_concentration", "length_auc",
     "truncation_rate", "identical_share", "duplicate_share", "real_duplicate_share", "distinct_2", "real_distinct_2",
 }  # fmt: skip
+_SHARES = dict.fromkeys(("against_opponent.accuracy", "truncation_rate", "identical_share"), "rows") | {
+    "answer_accuracy": "answers_graded"
+}
+"""Keys of shares of rows, and of the number of these rows."""
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 

@@ -136,7 +136,8 @@ RULES = (
     Rule(
         "cut", "rise of truncation_rate since an earlier iterate, if beyond chance", 0.05, _more_cut,
         lambda it: f"{it.now('truncation_rate'):.0%} of y′ are cut at max_tokens ({it.before('truncation_rate'):.0%} "
-        f"at {it.since}): more answers reach the limit{f' of {it.limit} tokens' if it.limit else ''}.",
+        f"at {it.since}): more answers reach the limit{f' of {it.limit} tokens' if it.limit else ''}, or that of "
+        "model.max_length.",
     ),
     Rule(
         "length",
@@ -148,7 +149,7 @@ RULES = (
     ),
     Rule(
         "duplicates", "duplicate_share − real_duplicate_share", 0.15, _more_duplicates,
-        lambda it: f"{it.now('duplicate_share'):.0%} of y′ repeat another (of y: "
+        lambda it: f"{it.now('duplicate_share'):.0%} of y′ repeat an earlier one (of y: "
         f"{it.now('real_duplicate_share'):.0%}): the answers collapse onto a few.",
     ),
     Rule(

@@ -69,8 +69,8 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
         "warnings": [{"iterate": iterate, "text": text} for iterate, text in _warnings(run, config, evaluations)],
         "seconds": stage_seconds(events),
         "lost": lost_work(events),
-        "running": is_running(run),
-        "progress": read_progress(run),
+        "running": (running := is_running(run)),
+        "progress": read_progress(run) if running else {},
         "last_event": events[-1] if events else None,
     }
 

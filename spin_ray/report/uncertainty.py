@@ -18,7 +18,7 @@ from spin_ray.run_dir.names import prompt_of
 CONFIDENCE = 1.96
 """Standard errors on each side of a 95 % interval."""
 SHARE = (0.0, 0.0, 1.0, 1.0)
-"""Rows added for the error of a share: 0 of n is not certainly 0 (Agresti and Coull 1998, "plus four")."""
+"""Rows added for the interval of a share: 0 of n is not certainly 0 (Agresti and Coull 1998, "plus four")."""
 CHANGE_OF_SHARE = (-1.0, 1.0)
 """Differences added for the error of a change of a share (Bonett and Price 2012)."""
 
@@ -51,6 +51,9 @@ def standard_error(
 ) -> float | None:
     """Returns the mean's standard error; None for one group alone.
 
+    Few groups widen it, so that CONFIDENCE errors are the interval of Student's t with one degree of freedom less than
+    groups. Of independent shares, the rows added do that.
+
     Args:
         values: float [rows].
         groups: number of each row's conversation; its rows count as one draw (cluster-robust error of Liang and Zeger
@@ -63,7 +66,22 @@ def standard_error(
     every = np.concatenate([values.astype(np.float64), np.asarray(list(added))])
     own = np.concatenate([numbers, numbers.max() + 1 + np.arange(len(added))])
     sums = np.bincount(own, every - every.mean())
-    return float(math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(every))
+    error = math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(every)
+    if len(added) and numbers.max() + 1 == len(values):
+        return error
+    from scipy.special import stdtrit  # slow import, which scoring workers do not need
+
+    return error * float(stdtrit(numbers.max(), 0.975)) / CONFIDENCE
+
+
+def interval_of_share(share: float, error: float, rows: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share of ``rows``, around the mean with the rows of SHARE.
+
+    Args:
+        error: result of ``standard_error`` with SHARE.
+    """
+    centre, half = (share * rows + sum(SHARE)) / (rows + len(SHARE)), CONFIDENCE * error
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def standard_errors(by_row: Mapping[str, Any], groups: Mapping[str, int] | None = None) -> dict[str, float]:
@@ -126,6 +144,8 @@ def changes_by_row(before: pa.Table, now: pa.Table) -> dict[str, Any]:
         there = ~np.isnan(differences)
         if there.any():
             error = standard_error(differences[there], groups[there], added)
+            if error is not None:  # the interval is around the mean with those added; this one, around 0 as often
+                error *= (there.sum() + len(added)) / there.sum()
             found[name] = {"value": float(differences[there].mean()), "standard_error": error}
     return found
 

@@ -25,7 +25,7 @@ from spin_ray.run_dir.run_dir import RunDir
 _STAGES = ("prompts", "heldout", "sampling", "pairs", "training", "evaluation")
 """Order of colours and lanes."""
 _TRAIN_CHARTS = (
-    ("Loss", "loss", ""),
+    ("Loss", "loss", "Of the pairs; objective.sft_weight comes on top."),
     ("Margin", "margin", "In nats times beta."),
     ("Margin accuracy", "accuracy", "Fraction of margins above 0."),
     ("Drift of log p(y)", "real_logp_drift", "log p(y) minus that at the iteration's start, in nats per response."),

@@ -89,7 +89,7 @@ def test_the_card_names_base_data_and_results_in_the_hubs_form(run):
     metrics = {it["type"]: it["value"] for it in metadata["model-index"][0]["results"][0]["metrics"]}
     assert metrics["answer_accuracy"] == 0.45
     assert "by 2 iteration(s) of SPIN" in text
-    assert "| answer accuracy | 0.450 ± 0.039 |" in text
+    assert "| answer accuracy | 0.450 (0.439 to 0.518) |" in text
     assert "SECRET" not in text
 
 

@@ -52,6 +52,17 @@ def test_the_win_rate_counts_ties_half():
     assert found["standard_error"] == pytest.approx((8 / 7 * 1.71875) ** 0.5 / 8)
 
 
+def test_prompts_of_one_conversation_are_one_draw_of_the_win_rate():
+    verdicts = judgements(("first", "second"), ("first", "second"), ("second", "first"), ("tie", "tie"))
+    prompts = list(dict.fromkeys(each.prompt_id for each in verdicts))
+    alone, pairs, one = (
+        summarise(verdicts, "one", "other", dict(zip(prompts, numbers, strict=True)))["standard_error"]
+        for numbers in (range(4), (0, 0, 1, 1), (0, 0, 0, 0))
+    )
+    assert alone == summarise(verdicts, "one", "other")["standard_error"] < pairs
+    assert one is None
+
+
 def test_position_bias_and_agreement_are_kept():
     """Verdicts: 4 first, 3 second, 1 tie; both orders name one winner on the first prompt alone, of four clear ones."""
     found = summarise(

@@ -47,7 +47,8 @@ def test_the_interval_of_a_fraction_ends_at_0_and_1():
     errors = {"standard_errors": {"truncation_rate": 0.02, "against_opponent.loss": 0.02}}
     evaluation = {"truncation_rate": 0.01, "against_opponent": {"loss": 0.01}} | errors
     assert BY_KEY["truncation_rate"].interval(evaluation) == pytest.approx((0.0, 0.0492))
-    assert BY_KEY["truncation_rate"].spread(evaluation) == "0.00 to 0.05"
+    assert BY_KEY["truncation_rate"].spread(evaluation) == "(0.00 to 0.05)"
+    assert BY_KEY["truncation_rate"].interval(evaluation | {"rows": 96}) == pytest.approx((0.0, 0.0296 + 0.0392))
     assert BY_KEY["against_opponent.loss"].interval(evaluation) == pytest.approx((-0.0292, 0.0492))
     assert BY_KEY["against_opponent.loss"].spread(evaluation) == "± 0.0392"
     assert BY_KEY["length_auc"].spread(evaluation) == ""
@@ -75,7 +76,7 @@ def test_a_healthy_iterate_gives_no_warning():
         ({"against_self": {"generated_logp_drift": -1.0}}, "estimated below 0"),
         ({"identical_share": 0.9}, "90% of y′ equal y"),
         ({"truncation_rate": 0.4}, "40% of y′ are cut at max_tokens (10% at sft)"),
-        ({"duplicate_share": 0.5}, "50% of y′ repeat another (of y: 10%)"),
+        ({"duplicate_share": 0.5}, "50% of y′ repeat an earlier one (of y: 10%)"),
         ({"distinct_2": 0.4}, "distinct-2 fell to 0.40 from 0.80"),
         ({"length_auc": 0.03, "against_opponent": {"accuracy": 0.99}}, "length alone"),
     ],
@@ -163,7 +164,7 @@ def rows_with(right: int) -> pa.Table:
 
 def test_the_limit_that_more_answers_reach_is_named():
     [found] = warnings(HEALTHY | {"truncation_rate": 0.4}, [HEALTHY], limit=512)
-    assert found.endswith("(10% at sft): more answers reach the limit of 512 tokens.")
+    assert found.endswith("(10% at sft): more answers reach the limit of 512 tokens, or that of model.max_length.")
 
 
 # When to stop

@@ -188,9 +188,9 @@ def test_what_a_judge_and_voters_said_is_a_table(tmp_path):
     view = read_view(run)
     found = [(it.one, it.other, it.win_rate, it.number, it.by) for it in view.judged]
     assert found == [("iter_001", "sft", 0.95, 10, "big-model"), ("iter_001", "sft", 0.625, 4, "votes of the arena")]
-    assert view.judged[0].interval == (pytest.approx(0.852), 1.0)
+    assert view.judged[0].interval == (pytest.approx(11.5 / 14 - 0.098), pytest.approx(11.5 / 14 + 0.098))
     assert view.unreadable == ["judgements/broken.json cannot be read ('wins')."]
-    assert "0.85 to 1.00" in write_report([run], tmp_path / "page.html").read_text()
+    assert "0.72 to 0.92" in write_report([run], tmp_path / "page.html").read_text()
 
 
 def test_no_row_is_called_usable_before_one_was_read(tmp_path):
@@ -281,7 +281,7 @@ def test_two_runs_show_what_differs(finished, tmp_path):
 
 
 def test_runs_that_answered_the_same_rows_are_weighed_row_by_row(tmp_path):
-    """No row differs: the interval is of the added differences −1 and 1, √(5/4 · 2) / 5 a standard error."""
+    """No row differs: the interval is of the added differences −1 and 1, √(5/4 · 2) / 5 a standard error, by 5/3."""
     runs = [made_up_run(tmp_path / name) for name in ("one", "other")]
     rows = [
         {"prompt_id": f"p{number}", "conversation": number, "answer_accuracy": number % 2, "truncation_rate": 0,
@@ -293,7 +293,7 @@ def test_runs_that_answered_the_same_rows_are_weighed_row_by_row(tmp_path):
         run.storage.replace(run.heldout_rows_path(2), content)
     page = write_report(runs, tmp_path / "page.html").read_text()
     compared = page.partition('id="comparison-1">')[2].partition("</p>")[0]
-    assert "+0.0% (± 62.0%), no more than chance may give" in compared
+    assert "+0.0% (± 103.3%), no more than chance may give" in compared
 
 
 def compared_rows(tmp_path: Path, lengths: list[list[float]], **sections: Any) -> str:
