@@ -119,7 +119,7 @@ def test_a_process_that_dies_before_it_reads_a_row_is_not_started_without_end(
 ) -> None:
     monkeypatch.setattr(prompts, "RenderSlice", lambda *_: dies)
     with pytest.raises(
-        StageError, match=r"arithmetic.*: cannot be rendered: The worker died .*; run the command again"
+        StageError, match=r"arithmetic.*: cannot be rendered: its process died.*; run the command again"
     ):
         make_prompts(RunDir(Storage(tmp_path)), make_config())
 
@@ -256,6 +256,21 @@ def own_grader(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ray.cloudpickle.register_pickle_by_value(grading)  # workers get it as it is here
     yield "mine:grade"
     ray.cloudpickle.unregister_pickle_by_value(grading)
+
+
+def test_a_grader_whose_process_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's text only names a pattern of its log files."""
+    monkeypatch.setattr(grading, "graded", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(grading, "find_grader", lambda *_: None)
+    ray.cloudpickle.register_pickle_by_value(grading)
+    try:
+        with pytest.raises(StageError) as caught:
+            check_on_workers({"evaluation.grade": "mine:grade"}, 120, {"evaluation.grade": ("a", "a", "d:1")})
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(grading)
+    assert str(caught.value) == (
+        "evaluation.grade mine:grade: its process died: the code crashed or memory ran out; run the command again"
+    )
 
 
 def test_a_grader_that_hangs_is_an_error_that_names_setting_grader_and_rows_and_gives_its_cpu_back(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 from rich.console import Console
 
 from spin_ray.errors import ConfigError, StageError, UserError
@@ -197,6 +198,26 @@ def test_failed_parts_are_told_together_after_the_others():
     with pytest.raises(UserError, match=r"knows no one; lm-eval failed on sft, --tasks three: no disk"):
         ended((one, unknown), (three, RuntimeError("no disk")), (two, {"two": 1}))
     assert found == [{"two": 1}]
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "said"),
+    [
+        ("vllm", WorkerCrashedError(), "its process died"),
+        (
+            "vllm",
+            RuntimeError("CUDA out of memory"),
+            "CUDA out of memory; memory ran out: lower --max-length, generation.",
+        ),
+        ("hf", RuntimeError("CUDA out of memory"), "CUDA out of memory; memory ran out: lower --max-length or train."),
+    ],
+)
+def test_a_part_without_memory_is_told_with_its_settings(backend, error, said):
+    request = request_for(config_of(), 0, "/m", benchmarks=parse_benchmarks(["one"]), backend=backend)
+    with pytest.raises(StageError) as caught:
+        list(results_of([(request, error)]))
+    assert str(caught.value).startswith(f"lm-eval failed on sft, --tasks one: {said}")
+    assert "python-core-worker" not in str(caught.value)
 
 
 def test_a_dead_endpoint_is_named_before_lm_eval_starts(tmp_path):
