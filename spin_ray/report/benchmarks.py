@@ -49,7 +49,7 @@ PRESETS: dict[str, tuple[Benchmark, ...]] = {
     ),
 }  # fmt: skip
 _USE_LESS: dict[Backend, str] = {
-    "hf": "lower --max-length or train.workers, or take --backend vllm",
+    "hf": "lower --max-length or train.workers",
     "vllm": "lower --max-length, generation.engine.gpu_memory_utilization or cpu_kv_cache_gib, "
     "generation.engine.max_num_seqs, or generation.replicas",
 }
