@@ -3,6 +3,7 @@
 Results go to ``benchmarks`` in ``eval.json``. A later result of a task replaces the earlier one.
 """
 
+import logging
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +16,9 @@ from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
-from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line, user_error_in
+from spin_ray.errors import ConfigError, StageError, UserError, first_line, memory_advice, user_error_in
 from spin_ray.inputs.start_model import start_folder
+from spin_ray.report import harness_warnings
 from spin_ray.report.conditions import differing, shared_conditions
 from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
@@ -26,10 +28,12 @@ from spin_ray.report.redaction import hide_in_text
 from spin_ray.report.whole_model import write_whole_model
 from spin_ray.run_dir.names import api_name, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.runtime.actors import task_options
+from spin_ray.runtime.actors import cause_of, task_options
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.placement import in_the_cluster
 from spin_ray.runtime.waiting import wait_for_a_task
+
+logger = logging.getLogger(__name__)
 
 PRESETS: dict[str, tuple[Benchmark, ...]] = {
     # Open LLM Leaderboard, version 1: table 1 of the SPIN paper, which quotes the mean of the six.
@@ -44,6 +48,12 @@ PRESETS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark("leaderboard_gpqa"), Benchmark("leaderboard_musr"), Benchmark("leaderboard_mmlu_pro"),
     ),
 }  # fmt: skip
+_USE_LESS: dict[Backend, str] = {
+    "hf": "lower --max-length or train.workers",
+    "vllm": "lower --max-length, generation.engine.gpu_memory_utilization or cpu_kv_cache_gib, "
+    "generation.engine.max_num_seqs, or generation.replicas",
+}
+_CURE = "the score holds these rows too; for cut prompts give fewer examples (--tasks TASK:N) or a longer --max-length"
 MEANS = {f"mean of {name}": preset for name, preset in PRESETS.items()}
 
 
@@ -90,6 +100,8 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         counted["tasks"] = 0
         for found in _measure(run_dir, iterate, request, config):
+            for warning in harness_warnings.sentences(found.values()):
+                logger.warning("%s, %s; %s", iterate_name(iterate), warning, _CURE)
             results = _keep(run_dir, iterate, found)
             counted["tasks"] += len(found)
     return results
@@ -145,7 +157,7 @@ def averages(results: dict[str, Any]) -> dict[str, Any]:
             error = math.hypot(*(error for _, error in quoted)) / len(quoted)
             metrics = {"mean": {"value": mean, "standard_error": error}}
             found[name] = {"metrics": metrics, "shots": None, "rows": None, "task_version": None}
-            found[name] |= shared_conditions(tasks[0])
+            found[name] |= shared_conditions(tasks[0]) | {"warnings": harness_warnings.distinct(tasks)}
     return found
 
 
@@ -243,7 +255,8 @@ def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> I
             failures[str(found)] = UserError
         else:
             tasks = ",".join(benchmark.task for benchmark in part.benchmarks)
-            failures[f"lm-eval failed on {part.name}, --tasks {tasks}: {last_line(found)}"] = StageError
+            cause = f"{cause_of(found)}{memory_advice(found, _USE_LESS[part.backend])}"
+            failures[f"lm-eval failed on {part.name}, --tasks {tasks}: {cause}"] = StageError
     if failures:
         kind = UserError if UserError in failures.values() else StageError
         raise kind("; ".join(failures))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
+from spin_ray.report import harness_warnings
 from spin_ray.report.endpoint import Unanswered, ask
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.runtime import cpu
@@ -60,7 +61,7 @@ class Request:
 
 
 def measure(request: Request) -> dict[str, Any]:
-    """Runs the benchmarks; returns metrics, standard errors and conditions by task.
+    """Runs the benchmarks; returns metrics, standard errors, conditions and lm-eval's warnings by task.
 
     Raises:
         ConfigError: lm-eval is missing, or does not know a task.
@@ -87,17 +88,20 @@ def measure(request: Request) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with contextlib.chdir(request.include or "."):  # a task's own files are named relative to its folder
         for shots, group in groupby(sorted(request.benchmarks, key=_shots), key=_shots):
-            answer = simple_evaluate(
-                model=kind,
-                model_args=arguments,
-                tasks=[benchmark.task for benchmark in group],
-                num_fewshot=None if shots < 0 else shots,
-                task_manager=manager,
-                limit=request.limit,
-                apply_chat_template=request.chat,
-                log_samples=False,
-            )
-            found |= dict(_results(answer, request))
+            tasks = [benchmark.task for benchmark in group]
+            with harness_warnings.counted() as texts:
+                answer = simple_evaluate(
+                    model=kind,
+                    model_args=arguments,
+                    tasks=tasks,
+                    num_fewshot=None if shots < 0 else shots,
+                    task_manager=manager,
+                    limit=request.limit,
+                    apply_chat_template=request.chat,
+                    log_samples=False,
+                )
+            warnings = harness_warnings.warned(texts, tasks)
+            found |= {task: result | {"warnings": warnings} for task, result in _results(answer, request)}
     return found
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import name_of, sources_of
+from spin_ray.report import harness_warnings
 from spin_ray.report.conditions import in_words
 from spin_ray.report.measures import MEASURES
 from spin_ray.report.methods import how_made, tags_of
@@ -64,6 +65,8 @@ def model_card(run: RunDir, iterate: int) -> str:
     lines += ["## Evaluation", "", _results(evaluation, results), ""]
     if benchmarks:
         lines += ["## Benchmarks (lm-eval)", "", *_benchmark_rows(benchmarks), ""]
+        if warnings := [f"- {it}" for it in harness_warnings.sentences(benchmarks.values())]:
+            lines += [*warnings, ""]
     lines += ["## Inputs and versions", ""]
     lines += [f"- SHA-256 of {key}: `{value or 'none'}`" for key, value in description["inputs"].items()]
     lines += [f"- {', '.join(f'{package} {number}' for package, number in run.versions(iterate).items())}", ""]

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.exceptions
+from ray._private.worker import global_worker
 from ray.util.annotations import RayDeprecationWarning
 
 from spin_ray.config.sections import ResourcesConfig
+from spin_ray.errors import last_line
 
 
 def map_by_actors(
@@ -42,6 +45,32 @@ def map_by_actors(
             ray_remote_args_fn=lambda: {"max_restarts": restarts, **place()},
             **_asked(resources),
         )
+
+
+def map_by_tasks(
+    items: list[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]], *, retries: int
+) -> ray.data.Dataset:
+    """Returns a lazy data set; reading it calls ``function`` on each item in a task with one CPU.
+
+    Args:
+        retries: most further tries of a task whose process dies. Ray counts none that its memory monitor kills.
+    """
+    with warnings.catch_warnings():
+        # Ray 2.64 removes ray_remote_args. Ray Data's default is no limit: a process that crashes would start forever.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return ray.data.from_items(items, override_num_blocks=len(items)).map(function, num_cpus=1, max_retries=retries)
+
+
+def earlier_tries() -> int:
+    """Returns how many processes died with this Ray task; 0 outside of Ray."""
+    if not ray.is_initialized():
+        return 0
+    return global_worker.core_worker.get_current_task_attempt_number()  # pyrefly: ignore[missing-attribute] (set by Ray)
+
+
+def cause_of(error: BaseException, died: str = "its process died") -> str:
+    """Returns ``died`` for a dead process, of which Ray only names a pattern of log files, else the last line."""
+    return died if isinstance(error, ray.exceptions.WorkerCrashedError) else last_line(error)
 
 
 def task_options(resources: ResourcesConfig, *, retries: int) -> dict[str, Any]:

@@ -101,14 +101,16 @@ def rows_of(run: RunDir, path: str) -> list[dict[str, Any]]:
 @pytest.mark.e2e
 def test_sppo_judges_samples_and_learns_from_the_best_and_the_worst(tmp_path: Path) -> None:
     """While the policy stands still the log-ratios are 0, and the loss is the mean of ½[(P_w − ½)² + (P_l − ½)²]/β². At
-    a learning rate of 1e-12 it does; steps have 4 pairs, the last what is left.
+    a learning rate of 1e-12 it does; steps have 4 pairs, the last what is left. The judge reads long responses in part.
     """
     config = config_of(
         "sppo", generation={"samples_per_prompt": 3}, objective={"beta": 0.5}, train={"learning_rate": 1e-12},
-        scorer={"path": str(save_reward_model(tmp_path / "judge")), "resources": {"cpus": 0.5}},
+        scorer={"path": str(save_reward_model(tmp_path / "judge")), "max_length": 48, "resources": {"cpus": 0.5}},
     )  # fmt: skip
     run, log = run_of(tmp_path, config, VllmEngine)
     assert len(rows_of(run, "iter_000/preferences")) == 36
+    [judged] = [it for it in run.events() if (it["event"], it["stage"]) == ("commit", "iter_000/preferences")]
+    assert 0 < judged["responses_cut"] <= 36, "prompt and response have more than 48 tokens"
     wins = rows_of(run, "iter_000/wins")
     assert len(wins) == len(rows_of(run, "iter_000/pairs")) >= 8
     assert all(row["real_win"] > row["generated_win"] for row in wins)

@@ -1,7 +1,9 @@
 """Prompts, generation and pairs through real Ray Data, with a fake engine: what is written, resumed and refused."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.prompts import stage as prompts
+from spin_ray.loop.stages.prompts.slices import RenderSlice
 from spin_ray.report import grading
 from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir
@@ -82,6 +85,43 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], RunDir]
 
     made = cache(make)
     return lambda folder: RunDir(Storage(shutil.copytree(made(), folder, dirs_exist_ok=True)))
+
+
+class DiesOfHugeRows(RenderSlice):
+    """A slice of ``huge.jsonl`` takes its process along, as one that the kernel kills."""
+
+    def _render(self, item: dict[str, Any], read: Any) -> bytes:
+        if item["uri"].endswith("huge.jsonl"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._render(item, read)
+
+
+def test_rows_whose_process_dies_again_and_again_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data started it again without end; an hour later the error named no file."""
+    monkeypatch.setattr(prompts, "RenderSlice", DiesOfHugeRows)
+    for name in ("small", "huge"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    config = make_config(data={"train": f"{tmp_path}/*.jsonl"})
+    said = (
+        r"huge\.jsonl, bytes 0 to \d+: a process that rendered these rows died 3 times, most likely as memory ran out"
+    )
+    with pytest.raises(StageError, match=said):
+        make_prompts(RunDir(Storage(tmp_path / "run")), config)
+
+
+def dies(_: dict[str, Any]) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_a_process_that_dies_before_it_reads_a_row_is_not_started_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "RenderSlice", lambda *_: dies)
+    with pytest.raises(
+        StageError, match=r"arithmetic.*: cannot be rendered: its process died.*; run the command again"
+    ):
+        make_prompts(RunDir(Storage(tmp_path)), make_config())
 
 
 def test_every_prompt_is_answered_once_and_paired_once(tmp_path: Path, played: Callable[[Path], RunDir]) -> None:
@@ -216,6 +256,21 @@ def own_grader(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ray.cloudpickle.register_pickle_by_value(grading)  # workers get it as it is here
     yield "mine:grade"
     ray.cloudpickle.unregister_pickle_by_value(grading)
+
+
+def test_a_grader_whose_process_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's text only names a pattern of its log files."""
+    monkeypatch.setattr(grading, "graded", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(grading, "find_grader", lambda *_: None)
+    ray.cloudpickle.register_pickle_by_value(grading)
+    try:
+        with pytest.raises(StageError) as caught:
+            check_on_workers({"evaluation.grade": "mine:grade"}, 120, {"evaluation.grade": ("a", "a", "d:1")})
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(grading)
+    assert str(caught.value) == (
+        "evaluation.grade mine:grade: its process died: the code crashed or memory ran out; run the command again"
+    )
 
 
 def test_a_grader_that_hangs_is_an_error_that_names_setting_grader_and_rows_and_gives_its_cpu_back(

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from spin_ray.errors import writing
 from spin_ray.report.conditions import in_words
 from spin_ray.report.first_loss import first_loss, spelt
+from spin_ray.report.harness_warnings import sentences
 from spin_ray.report.measures import BY_KEY, GUESSING, MEASURES, Measure
 from spin_ray.report.page.charts import COLOURS, MOST_POINTS, Bar, Series, gantt, line_chart
 from spin_ray.report.page.comparison import compare
@@ -88,6 +89,7 @@ def report_page(runs: Sequence[RunDir]) -> str:
         key=max(views, key=lambda view: len(view.evaluations)).key(),
         measures=_table(views),
         benchmarks=_benchmarks(views),
+        benchmark_warnings=list(_benchmark_warnings(views, names)),
         judged=[(name, it) for view, name in zip(views, names, strict=True) for it in view.judged],
         eval_charts=list(_eval_charts(views, names)),
         train_charts=list(_train_charts(views, names)),
@@ -128,6 +130,13 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
         ]
         found.append((title, metric, cells))
     return found
+
+
+def _benchmark_warnings(views: Sequence[RunView], names: Sequence[str]) -> Iterator[str]:
+    for name, view in zip(names, views, strict=True):
+        for iterate, results in view.benchmarks.items():
+            place = f"{name}, {iterate}" if len(views) > 1 else iterate
+            yield from (f"{place}, {warning}" for warning in sentences(results.values()))
 
 
 def _by_title(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -169,6 +169,8 @@ def test_wins_that_a_dead_driver_did_not_commit_are_made_again(run, judged):
 class Longer:
     """Beats surely whatever is shorter."""
 
+    cut = 0
+
     def wins(self, prompt: list[dict[str, str]], responses: list[str]) -> torch.Tensor:
         assert prompt == [{"role": "user", "content": "q"}], "people's response must not be shown to the judge"
         length = torch.tensor([len(response) for response in responses], dtype=torch.float64)

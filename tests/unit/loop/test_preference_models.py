@@ -112,6 +112,22 @@ def test_a_text_that_is_too_long_is_cut_and_keeps_the_marks(pairrm):
 
 
 @pytest.mark.parametrize("kind", ["reward", "pairrm"])
+@pytest.mark.parametrize("has_template", [True, False])
+def test_responses_that_lose_their_end_are_counted(kind, has_template, reward, pairrm):
+    """Once each, however many it is compared with; so are all whose prompt loses its end."""
+    folder = {"reward": reward, "pairrm": pairrm}[kind]
+    scorer: Any = load_scorer(ScorerConfig(path=str(folder), kind=kind, max_length=80), folder, torch.device("cpu"))
+    if not has_template:
+        scorer._tokenizer.chat_template = None
+    scorer.wins(PROMPT, RESPONSES)
+    assert scorer.cut == 0
+    scorer.wins(PROMPT, ["a " * 200, "5", "b " * 200])
+    assert scorer.cut == 2
+    scorer.wins([{"role": "user", "content": "why " * 200}], ["a", "b", "c"])
+    assert scorer.cut == 5
+
+
+@pytest.mark.parametrize("kind", ["reward", "pairrm"])
 def test_a_model_of_another_kind_is_named(kind, reward, pairrm):
     other = {"reward": pairrm, "pairrm": reward}[kind]
     with pytest.raises(ModelError, match=f"is no {kind} model"):

@@ -1,15 +1,17 @@
 """Which tasks lm-eval is asked to run, how, and what is kept. On real models: tests/ray and tests/serving."""
 
 import io
+import logging
 import math
 from dataclasses import replace
 from datetime import datetime
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 from rich.console import Console
 
 from spin_ray.errors import ConfigError, StageError, UserError
-from spin_ray.report import benchmarks
+from spin_ray.report import benchmarks, harness_warnings
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
 from spin_ray.report.harness import Benchmark, Request, _model, measure
 from tests.support.fakes import config_of
@@ -49,6 +51,9 @@ def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
     assert averages(results | {"gsm8k": results["gsm8k"] | {"shots": 8}}) == {}
     assert averages(results | {"gsm8k": results["gsm8k"] | {"limit": 10}}) == {}
     assert averages({"gsm8k": results["gsm8k"]}) == {}
+    cut = {"text": "Truncating N tokens", "count": 12, "tasks": ["gsm8k", "winogrande"]}
+    warned = {task: results[task] | {"warnings": [cut]} for task in cut["tasks"]}
+    assert averages(results | warned)["mean of paper"]["warnings"] == [cut]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +150,23 @@ def test_results_are_kept_though_another_task_fails(tmp_path, monkeypatch):
     assert run.evaluation(0)["benchmarks"]["one"] == result
 
 
+def test_warnings_about_numbers_are_counted_alike_but_for_their_numbers():
+    """Those of tasks and settings, and what comes afterwards, are not counted. Credentials are hidden."""
+    with harness_warnings.counted() as texts:
+        for length in (18, 20):
+            logging.getLogger("lm_eval.models.huggingface").warning("context (%d)\n exceeds (16)", length)
+        logging.getLogger("lm_eval.utils").warning("at http://me:SECRET@host/")
+        logging.getLogger("lm_eval.models.huggingface").info("loaded 3")
+        logging.getLogger("lm_eval.evaluator").warning("Overwriting default num_fewshot")
+    logging.getLogger("lm_eval.models.huggingface").warning("context (18) exceeds (16)")
+    assert texts == {"context (N) exceeds (N)": 2, "at http://[hidden]@host/": 1}
+    once = {"text": "at http://[hidden]@host/", "count": 1, "tasks": ["mine"]}
+    results = [{"warnings": harness_warnings.warned(texts, ["mine"])}, {}, {"warnings": [once]}]
+    assert list(harness_warnings.sentences(results)) == [
+        "mine: lm-eval warned 2 times: context (N) exceeds (N)", "mine: lm-eval warned once: at http://[hidden]@host/"
+    ]  # fmt: skip
+
+
 def test_results_of_two_commands_at_once_are_both_kept(tmp_path, monkeypatch):
     run, averages, others = made_up_run(tmp_path / "run"), benchmarks.averages, iter(["two"])
 
@@ -176,6 +198,26 @@ def test_failed_parts_are_told_together_after_the_others():
     with pytest.raises(UserError, match=r"knows no one; lm-eval failed on sft, --tasks three: no disk"):
         ended((one, unknown), (three, RuntimeError("no disk")), (two, {"two": 1}))
     assert found == [{"two": 1}]
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "said"),
+    [
+        ("vllm", WorkerCrashedError(), "its process died"),
+        (
+            "vllm",
+            RuntimeError("CUDA out of memory"),
+            "CUDA out of memory; memory ran out: lower --max-length, generation.",
+        ),
+        ("hf", RuntimeError("CUDA out of memory"), "CUDA out of memory; memory ran out: lower --max-length or train."),
+    ],
+)
+def test_a_part_without_memory_is_told_with_its_settings(backend, error, said):
+    request = request_for(config_of(), 0, "/m", benchmarks=parse_benchmarks(["one"]), backend=backend)
+    with pytest.raises(StageError) as caught:
+        list(results_of([(request, error)]))
+    assert str(caught.value).startswith(f"lm-eval failed on sft, --tasks one: {said}")
+    assert "python-core-worker" not in str(caught.value)
 
 
 def test_a_dead_endpoint_is_named_before_lm_eval_starts(tmp_path):

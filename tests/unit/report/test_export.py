@@ -143,7 +143,13 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     evaluation = json.loads(run.storage.read(run.eval_path(2)))
     conditions = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
     arc = conditions | {"metrics": metrics, "shots": 25, "task_version": 1.0}
-    evaluation["benchmarks"] = {"arc_challenge": arc, "gsm8k": arc | {"backend": "vllm", "limit": 100}}
+    cut = [{"text": "Truncating N tokens from the left.", "count": 12, "tasks": ["arc_challenge", "mine"]}]
+    gsm8k = arc | {"backend": "vllm", "limit": 100}
+    evaluation["benchmarks"] = {
+        "arc_challenge": arc | {"warnings": cut},
+        "mine": arc | {"warnings": cut},
+        "gsm8k": gsm8k,
+    }
     evaluation["benchmarks"]["empty"] = arc | {"metrics": {"acc": {"value": math.nan, "standard_error": None}}}
     run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
     text = model_card(run, 2)
@@ -154,7 +160,9 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     ]
     assert "| arc_challenge, hf, float32 | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
     assert "| gsm8k, vllm, float32, first 100 rows | 25 |" in text
-    assert len(metadata["model-index"][0]["results"]) == 2, "neither a trial nor NaN is a result for the hub"
+    said = "- arc_challenge, mine: lm-eval warned 12 times: Truncating N tokens from the left.\n"
+    assert text.count(said) == text.count("lm-eval warned") == 1
+    assert len(metadata["model-index"][0]["results"]) == 3, "neither a trial nor NaN is a result for the hub"
 
 
 def test_the_card_beside_the_weights_is_no_part_of_the_model(run):

@@ -364,7 +364,8 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     run = made_up_run(tmp_path / "run")
     metrics = {"acc": {"value": 0.3125, "standard_error": 0.01}}
     conditions = {"backend": "vllm", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
-    result = {"gsm8k": conditions | {"metrics": metrics, "shots": 5, "task_version": 3.0}}
+    cut = {"text": "Truncating N tokens & more", "count": 12, "tasks": ["gsm8k"]}
+    result = {"gsm8k": conditions | {"metrics": metrics, "shots": 5, "task_version": 3.0, "warnings": [cut]}}
     evaluation = json.loads(run.storage.read("iter_000/eval.json"))
     run.storage.replace("iter_000/eval.json", json.dumps(evaluation | {"benchmarks": result}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
@@ -372,6 +373,8 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     assert "gsm8k, vllm, float32, 5 examples, version 3.0" in table
     assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
     evaluation = json.loads(run.storage.read("iter_001/eval.json"))
+    warnings = page.partition('id="benchmark-warnings"')[2].partition("</ul>")[0]
+    assert "<li>iter_000, gsm8k: lm-eval warned 12 times: Truncating N tokens &amp; more</li>" in warnings
     trial = {"gsm8k": result["gsm8k"] | {"backend": "hf", "chat": True, "limit": 10}}
     run.storage.replace("iter_001/eval.json", json.dumps(evaluation | {"benchmarks": trial}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
@@ -21,6 +22,9 @@ ROWS_AT_A_TIME = 8
 
 
 class PreferenceScorer(Protocol):
+    cut: int
+    """Number of responses, so far, that lost their end or the end of their prompt to ``scorer.max_length``."""
+
     def wins(self, prompt: Conversation, responses: list[str]) -> Float[Tensor, "responses responses"]:
         """Returns P(row beats column) on the CPU; 1/2 on the diagonal, [i, j] + [j, i] = 1."""
         ...
@@ -57,6 +61,7 @@ class RewardScorer:
     ) -> None:
         from transformers import AutoModelForSequenceClassification
 
+        self.cut = 0
         self._tokenizer, self._max_length, self._variables = tokenizer, max_length, variables
         self._model: Any = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32 if on_cpu else "auto"
@@ -78,12 +83,17 @@ class RewardScorer:
         return torch.sigmoid(rewards[:, None] - rewards[None, :])
 
     def _encode(self, prompt: Conversation, response: str) -> dict[str, list[int]]:
-        cut = {"truncation": True, "max_length": self._max_length}
         if self._tokenizer.chat_template:
             chat = [*prompt, {"role": "assistant", "content": response}]
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, **self._variables)
-            return self._tokenizer(text, add_special_tokens=False, **cut)
-        return self._tokenizer(_instruction(prompt), response, **cut)
+            tokens = partial(self._tokenizer, text, add_special_tokens=False)
+        else:
+            tokens = partial(self._tokenizer, _instruction(prompt), response)
+        whole = tokens(verbose=False)
+        if len(whole["input_ids"]) <= self._max_length:
+            return whole
+        self.cut += 1
+        return tokens(truncation=True, max_length=self._max_length)
 
     def _rewards(self, rows: list[dict[str, list[int]]]) -> Float[Tensor, "rows"]:
         """Returns the output at each row's last token.
@@ -114,6 +124,8 @@ class MarkedRow(NamedTuple):
     ids: list[int]
     marks: list[int]
     """Positions of the three marks; the texts may hold the same tokens."""
+    is_cut: bool
+    """Whether the prompt or the first response lost its end."""
 
 
 class PairRmScorer:
@@ -129,6 +141,7 @@ class PairRmScorer:
         from safetensors.torch import load_file
         from transformers import DebertaV2Config, DebertaV2Model
 
+        self.cut = 0
         self._tokenizer, self._max_length = tokenizer, max_length
         raw = json.loads((folder / "config.json").read_text())
         self._mark_ids = [raw[f"{name}_prefix_id"] for name in ("source", "cand1", "cand2")]
@@ -152,6 +165,7 @@ class PairRmScorer:
         count = len(responses)
         orders = list(itertools.permutations(range(count), 2))
         rows = [self._encode(_instruction(prompt), responses[one], responses[other]) for one, other in orders]
+        self.cut += len({one for (one, _), row in zip(orders, rows, strict=True) if row.is_cut})
         first_wins = torch.full((count, count), 0.5)
         if orders:
             scores = torch.cat([self._scores(batch) for batch in _batches(rows)]).cpu()
@@ -160,18 +174,22 @@ class PairRmScorer:
         return (first_wins + 1 - first_wins.T) / 2
 
     def _encode(self, source: str, first: str, second: str) -> MarkedRow:
-
-        def cut(text: str, length: int) -> list[int]:
-            return self._tokenizer.encode(text, truncation=True, max_length=length)
-
-        pieces = [cut(self.marks[0] + source, self._max_length * 3 // 5)]
-        room = (self._max_length - len(pieces[0])) // 2
-        pieces += [cut(self.marks[1] + first, room), cut(self.marks[2] + second, room)]
-        row = MarkedRow([], [])
-        for piece, mark in zip(pieces, self._mark_ids, strict=True):
+        prompt, cut_prompt = self._tokens(self.marks[0] + source, self._max_length * 3 // 5)
+        room = (self._max_length - len(prompt)) // 2
+        one, cut_one = self._tokens(self.marks[1] + first, room)
+        other, _ = self._tokens(self.marks[2] + second, room)
+        row = MarkedRow([], [], cut_prompt or cut_one)
+        for piece, mark in zip((prompt, one, other), self._mark_ids, strict=True):
             row.marks.append(len(row.ids) + piece.index(mark))
             row.ids.extend(piece)
         return row
+
+    def _tokens(self, text: str, length: int) -> tuple[list[int], bool]:
+        """Returns at most ``length`` tokens, and whether these are not all."""
+        whole = self._tokenizer.encode(text, verbose=False)
+        if len(whole) <= length:
+            return whole, False
+        return self._tokenizer.encode(text, truncation=True, max_length=length), True
 
     def _scores(self, rows: list[MarkedRow]) -> Float[Tensor, "rows"]:
         device = next(self._model.parameters()).device

@@ -1,6 +1,7 @@
 """Win probabilities of SPPO from a preference model, one actor per replica."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import ResourcesConfig, ScorerConfig
-from spin_ray.errors import StageError, last_line, user_error_in
+from spin_ray.errors import StageError, last_line, memory_advice, user_error_in
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, load_scorer
@@ -23,6 +24,9 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
+logger = logging.getLogger(__name__)
+
+_USE_LESS = "lower scorer.max_length or scorer.replicas, or give each preference model more by scorer.resources"
 PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]
 )
@@ -73,14 +77,23 @@ def run(
     with run_dir.stage(target.path) as counted:
         parts = sorted(generations.manifest().files)
         found = target.find_parts(parts, job.fingerprint)
-        entries = found.whole
+        entries, cut, compared = found.whole, 0, 0
         with StageProgress(target.path, len(parts), "parts", done=len(entries)) as progress:
             for row in _compare(job, found.missing, config):
                 entries[row["name"]] = FileEntry(**row["entry"])
+                cut += row["cut"]
+                compared += row["entry"]["rows"]
                 progress.advance(1, 0)
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values())}
         if found.damaged:
             counted["parts_damaged"] = found.damaged
+        if cut:
+            counted["responses_cut"] = cut
+            logger.warning(
+                "%s: %d of %d responses did not fit into scorer.max_length (%d) with their prompts and were judged "
+                "without the end; in another run, raise it if the preference model allows it",
+                target.path, cut, compared, config.scorer.max_length,
+            )  # fmt: skip
         target.commit(entries, inputs, settings)
 
 
@@ -104,7 +117,8 @@ def _compare(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
         if found := user_error_in(error):
             raise found from error
         raise StageError(
-            f"the preference model failed: {last_line(error)}; committed parts are kept, run the command again"
+            f"the preference model failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            "committed parts are kept, run the command again"
         ) from error
 
 
@@ -140,9 +154,11 @@ class _Comparing:
         name = item["name"]
         answers = self._job.generations.read_part(name, self._job.generations.manifest().files[name])
         texts = self._tokenizer.batch_decode(answers["token_ids"].to_pylist(), skip_special_tokens=True)
+        cut_before = self._scorer.cut
         table = win_table(answers, texts, self._messages, self._scorer)
         return {
             "name": name,
+            "cut": self._scorer.cut - cut_before,
             "entry": self._job.target.write_part(name, seal(table, self._job.fingerprint)).model_dump(),
         }
 

@@ -16,15 +16,19 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from spin_ray.errors import DataError, UserError
+from spin_ray.errors import DataError, StageError, UserError
 from spin_ray.inputs.conversations import Found, Unusable
+from spin_ray.inputs.files import TEXTS, kind_of
 from spin_ray.inputs.forms import shown
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.sources import Slice, SourceRow, read_slice
 from spin_ray.loop.stages.prompts.quarantine import QUARANTINE_SCHEMA, quarantine_row
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
+from spin_ray.runtime.actors import earlier_tries
 
+TRIES = 3
+"""Processes that may die with a slice before an error names it."""
 ROWS_AT_A_TIME = 1024
 """Rows held as Python objects by a task."""
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
@@ -47,7 +51,14 @@ class RenderedSlice:
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> Self:
-        """Returns what ``RenderSlice`` answered; raises its error as DataError."""
+        """Returns what ``RenderSlice`` answered.
+
+        Raises:
+            DataError: it answered with an error.
+            StageError: its processes died.
+        """
+        if answer["died"]:
+            raise StageError(answer["died"])
         if answer["error"]:
             raise DataError(answer["error"])
         forms, ignored, rows = json.loads(answer["read"])
@@ -66,7 +77,9 @@ class RenderSlice:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Returns a UserError as a value, because Ray keeps only an exception's text."""
-        answer = {"name": item["name"], "error": "", "ids": b"", "read": ""}
+        answer = {"name": item["name"], "error": "", "died": "", "ids": b"", "read": ""}
+        if (tries := earlier_tries()) >= TRIES:
+            return answer | {"died": _died(item, tries)}
         read = _Read()
         try:
             with _busy_with_rows():
@@ -99,6 +112,15 @@ class RenderSlice:
         self._storage.replace(f"{name}-rows", table_to_bytes(pa.concat_tables(good)))
         self._storage.replace(f"{name}-bad", table_to_bytes(pa.concat_tables(bad)))
         return bytes(ids)
+
+
+def _died(item: dict[str, Any], times: int) -> str:
+    unit = "bytes" if kind_of(item["uri"]) in TEXTS else "groups of rows"
+    return (
+        f"{item['uri']}, {unit} {item['start']} to {item['stop']}: a process that rendered these rows died {times} "
+        "times, most likely as memory ran out; free memory on its machine, or shorten or remove huge rows, then "
+        "run the command again"
+    )
 
 
 @lru_cache(maxsize=1)

@@ -12,12 +12,11 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import Source, Train, name_of, sources_of
-from spin_ray.errors import DataError, StageError, last_line
+from spin_ray.errors import DataError, StageError, memory_advice
 from spin_ray.inputs.forms import refuse_two_forms
 from spin_ray.inputs.held_out import none_held_out
 from spin_ray.inputs.mixture import draw, warn_of_limit
@@ -35,12 +34,13 @@ from spin_ray.loop.stages.prompts.quarantine import (
     quarantine_row,
 )
 from spin_ray.loop.stages.prompts.selection import Masks, first_of_each
-from spin_ray.loop.stages.prompts.slices import RenderedSlice, RenderSlice
+from spin_ray.loop.stages.prompts.slices import TRIES, RenderedSlice, RenderSlice
 from spin_ray.run_dir.artefact import Artefact, FileEntry
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
+from spin_ray.runtime.actors import cause_of, map_by_tasks
 from spin_ray.runtime.waiting import with_deadline
 
 logger = logging.getLogger(__name__)
@@ -147,12 +147,13 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
 def _render(pieces: Sequence[Slice], folder: str, render: RenderSlice, source: str) -> list[RenderedSlice]:
     """Renders slices in Ray tasks and keeps their order. A task has a CPU, as each process imports for seconds."""
     items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
-    rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(render, num_cpus=1)
+    rendered = map_by_tasks(items, render, retries=TRIES)
     try:
         found = with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data")
         return sorted((RenderedSlice.of(row) for row in found), key=lambda slice_: slice_.name)
-    except ray.exceptions.RayTaskError as error:
-        raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
+    except ray.exceptions.RayError as error:
+        advice = memory_advice(error, "free memory on the machines that render rows")
+        raise StageError(f"{source}: cannot be rendered: {cause_of(error)}{advice}; run the command again") from error
 
 
 def _refuse_mixed_files(slices: list[RenderedSlice], uris: list[str]) -> None:
