@@ -125,9 +125,7 @@ class _SaidOnce(DefaultFailurePolicy):
         if decision is FailureDecision.RETRY:
             cause = cause_of(training_failed_error)
             limit = f" of {retry_limit}" if math.isfinite(retry_limit) else ""
-            with suppress(Exception):  # a failed report never fails the run
-                self._mailbox.note_failure(cause)
-                self._mailbox.put(f"train workers failed ({cause}); restart {error_count}{limit}")
+            self._mailbox.put_failure(f"train workers failed ({cause}); restart {error_count}{limit}", cause)
 
 
 class TrainControllers:

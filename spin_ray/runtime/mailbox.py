@@ -32,12 +32,14 @@ class Mailbox:
             _internal_kv_del(key)
         return texts
 
-    def note_failure(self, cause: str) -> None:
-        """Keeps the first cause."""
-        _internal_kv_put(f"{self.name}/failure", cause, overwrite=False)
+    def put_failure(self, text: str, cause: str) -> None:
+        """Puts a text of a failure and keeps the first failure's cause."""
+        with suppress(Exception):  # a failed report never fails the work
+            _internal_kv_put(f"{self.name}/failure", cause, overwrite=False)
+            self.put(text)
 
     def first_failure(self) -> str:
-        """Returns the first noted cause; empty if there is none."""
+        """Returns the first failure's cause; empty if there was no failure."""
         return (_internal_kv_get(f"{self.name}/failure") or b"").decode()
 
     def remove(self) -> None:

@@ -169,10 +169,8 @@ def _fit(trainer: Trainer, prepare: Callable[[], None], max_failures: int) -> An
             if failures > max_failures:
                 raise
             cause = last_line(error)
-            trainer.mailbox.note_failure(cause)
-            trainer.mailbox.put(
-                f"the controller of the train workers died ({cause}); restart {failures} of {max_failures}"
-            )
+            told = f"the controller of the train workers died ({cause}); restart {failures} of {max_failures}"
+            trainer.mailbox.put_failure(told, cause)
 
 
 def _in_worker(loop: dict[str, Any]) -> Any:
