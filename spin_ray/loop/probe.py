@@ -218,4 +218,5 @@ def _scores(probe: _Probe, models: list[ModelFolder]) -> pa.Table:
     inputs = {f"model_{number}": model.digest for number, model in enumerate(models)}
     inputs["samples"] = probe.heldout_answers.manifest().digest
     tables = tuple((model, rows) for model in models)
-    return scoring.score(probe.spin, probe.config, probe.spin.artefact("heldout_scores"), tables, inputs)[0]
+    target = probe.spin.artefact("heldout_scores")
+    return scoring.score(probe.spin, probe.config, target, tables, inputs, stage=target.path)[0]

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -41,11 +42,12 @@ def score(
     tables: tuple[tuple[ModelFolder, pa.Table], ...],
     inputs: dict[str, str],
     *,
+    stage: str,
     by_token: bool = True,
 ) -> tuple[pa.Table, dict[str, float]]:
     """Scores each table of PAIR_SCHEMA rows under its model, and commits ``target``.
 
-    Returns SCORE_SCHEMA rows, and counts of the work done by this call.
+    Returns SCORE_SCHEMA rows, and counts of the work done by this call. Warnings are events of ``stage``.
     """
     settings = {
         "precision": config.train.precision,
@@ -66,7 +68,14 @@ def score(
             by_token=by_token,
         )
         folder = f"{target.path.rpartition('/')[0]}/scoring"
-        work = run_workers(_worker, job, config, f"scores-{model.digest[:16]}", run_dir.storage.where(folder))
+        work = run_workers(
+            _worker,
+            job,
+            config,
+            f"scores-{model.digest[:16]}",
+            run_dir.storage.where(folder),
+            warn=partial(run_dir.warn, stage),
+        )
         run_dir.storage.delete(folder)
         names = [part_name(rank) for rank in range(int(work.pop("ranks")))]
         target.commit({name: target.part_entry(name) for name in names}, inputs, settings)

@@ -17,7 +17,7 @@ from spin_ray.report.measures import MEASURES, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.signs import all_warnings
 from spin_ray.report.tracking import NOT_LOGGED
-from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, spans, stage_seconds
+from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, spans, stage_seconds, stage_warnings
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir, open_run
 
@@ -61,12 +61,13 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
     """Returns the status as JSON values. Times are Unix times or seconds."""
     config, events = run.config(), run.events()
     evaluations = read_evaluations(run, config)
+    warnings = [*_warnings(run, config, evaluations), *stage_warnings(events)]
     return {
         "run": str(run.storage.root),
         "latest": run.latest(),
         "iterations": config.iterations,
         "evaluations": evaluations,
-        "warnings": [{"iterate": iterate, "text": text} for iterate, text in _warnings(run, config, evaluations)],
+        "warnings": [{"iterate": iterate, "text": text} for iterate, text in warnings],
         "seconds": stage_seconds(events),
         "lost": lost_work(events),
         "running": (running := is_running(run)),
@@ -82,8 +83,12 @@ def print_status(run: RunDir, console: Console) -> None:
     if evaluations:
         console.print(_measures(evaluations))
     for iterate, text in _warnings(run, config, evaluations):
-        console.print(f"[yellow]Warning[/] {iterate}:", end=" ")
-        console.print(text, markup=False)
+        _print_warning(iterate, text, console)
+    by_text: dict[str, list[str]] = {}
+    for folder, text in stage_warnings(events):
+        by_text.setdefault(text, []).append(folder)
+    for text, folders in by_text.items():
+        _print_warning(", ".join(folders), text, console)
     console.print(_seconds(stage_seconds(events)))
     if any((lost := lost_work(events)).values()):
         console.print(f"Lost in failures and done again: at most {lost['shards']} shards, {lost['steps']} steps")
@@ -97,6 +102,11 @@ def print_status(run: RunDir, console: Console) -> None:
 
 def _warnings(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> list[tuple[str, str]]:
     return all_warnings(evaluations, read_all_rows(run, evaluations), config.generation.sampling.max_tokens)
+
+
+def _print_warning(where: str, text: str, console: Console) -> None:
+    console.print(f"[yellow]Warning[/] {where}:", end=" ")
+    console.print(text, markup=False)
 
 
 def show_status(run: RunDir, console: Console, as_json: bool) -> None:

@@ -270,6 +270,11 @@ class RunDir:
     def event(self, event: str, stage: str, **values: Any) -> None:
         write_event(self.storage, event, stage, **values)
 
+    def warn(self, stage: str, text: str) -> None:
+        """Logs a warning and keeps it as an event."""
+        logger.warning("%s: %s", stage, text)
+        self.event("warning", stage, text=text)
+
     def events(self) -> list[Event]:
         return read_events(self.storage)
 

@@ -6,6 +6,7 @@ resources.
 """
 
 import asyncio
+import math
 import os
 from contextlib import suppress
 from typing import Any
@@ -23,7 +24,8 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from spin_ray.errors import StageError, TransientError, UserError
+from spin_ray.errors import StageError, TransientError, UserError, last_line
+from spin_ray.runtime.mailbox import Mailbox
 
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 _idle: dict[tuple[str, str], Any] = {}
@@ -35,6 +37,11 @@ _ANSWERS_WITHIN_S = 60
 class Trainer(ray.train.torch.TorchTrainer):
     """A TorchTrainer whose controller's process serves the next trainer, too."""
 
+    def __init__(self, *arguments: Any, mailbox: Mailbox, **named: Any) -> None:
+        """Takes the ``mailbox`` that is told of restarts."""
+        super().__init__(*arguments, **named)
+        self.mailbox = mailbox
+
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         # First, because the others can take a minute, e.g. to connect the workers.
@@ -44,7 +51,7 @@ class Trainer(ray.train.torch.TorchTrainer):
         here = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().get_job_id()
         actor = _take(*here)
         try:
-            policy = _SaidOnce(self.run_config.failure_config)
+            policy = _SaidOnce(self.run_config.failure_config, self.mailbox)
             result = ray.get(actor.run.remote(get_env_vars_to_propagate(), arguments | {"failure_policy": policy}))
         except BaseException:
             with suppress(Exception):  # Ray itself may be gone
@@ -82,14 +89,43 @@ def first_failure(error: BaseException) -> BaseException:
     return next(lost_nobody, failures[0] if failures else error)
 
 
+def cause_of(error: BaseException) -> str:
+    """Returns what the first failure says in a line, with the type of an error that was not written for the reader."""
+    failure = first_failure(error)
+    raised, line = getattr(failure, "_base_exc", failure), last_line(failure)
+    kind = type(raised).__name__
+    is_sentence = isinstance(raised, UserError | StageError) or type(raised).__module__.startswith("ray.")
+    return line if is_sentence or f"{kind}:" in line or line == kind else f"{kind}: {line}"
+
+
 class _SaidOnce(DefaultFailurePolicy):
-    """A policy that starts no other workers after an error with a cure: the same would happen after the same work."""
+    """A policy that starts no other workers after an error with a cure: the same would happen after the same work.
+
+    Other restarts, and their causes, are put into the mailbox.
+    """
+
+    def __init__(self, failure_config: ray.train.FailureConfig, mailbox: Mailbox) -> None:
+        super().__init__(failure_config)
+        self._mailbox = mailbox
 
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
         said = said_by(training_failed_error)
         if said and not isinstance(said, TransientError):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+    def _log_decision(
+        self,
+        decision: FailureDecision,
+        training_failed_error: ray.train.TrainingFailedError,
+        error_count: int,
+        retry_limit: float,
+    ) -> None:
+        super()._log_decision(decision, training_failed_error, error_count, retry_limit)
+        if decision is FailureDecision.RETRY:
+            cause = cause_of(training_failed_error)
+            limit = f" of {retry_limit}" if math.isfinite(retry_limit) else ""
+            self._mailbox.put_failure(f"train workers failed ({cause}); restart {error_count}{limit}", cause)
 
 
 class TrainControllers:

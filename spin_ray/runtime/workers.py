@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import ray.train.torch
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
-from spin_ray.runtime.controllers import Trainer, first_failure, said_by
+from spin_ray.runtime.controllers import Trainer, cause_of, first_failure, said_by
 from spin_ray.runtime.garbage import collect_as_usual, skip_imports
+from spin_ray.runtime.mailbox import Mailbox, passed_on, warnings_into
 from spin_ray.runtime.placement import in_the_cluster, ray_train_asks
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
 
@@ -43,6 +45,7 @@ def run_workers(
     folder: str | Path,
     prepare: Callable[[], None] = lambda: None,
     progress: Callable[[], Any] = lambda: None,
+    warn: Callable[[str], Any] = logger.warning,
 ) -> Any:
     """Calls ``function(job)`` on every train worker and returns rank 0's result.
 
@@ -53,6 +56,8 @@ def run_workers(
         name: unique to this piece of work.
         prepare: called before each controller starts.
         progress: returns a value that changes as the work proceeds.
+        warn: called with each restart and its cause, and with each warning of a node's first worker: within half a
+            minute, with each text once.
 
     Raises:
         UserError: a worker raised it.
@@ -63,30 +68,36 @@ def run_workers(
     placing_s = min(train.start_timeout_s, ELASTIC_PLACING_S) if train.min_workers else train.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placing_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon Ray sees that workers are done
-    trainer = _make_trainer(function, job, config, name, folder)
-    try:
-        with ray_train_asks(config):
-            result = while_it_moves(
-                lambda: _fit(trainer, prepare, train.max_failures),
-                progress,
-                train.stall_timeout_s,
-                f"the train workers for {folder} to finish a step",
-            )
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        if said := said_by(error):
-            raise said from error
-        failure = first_failure(error)
-        raise StageError(
-            f"the train workers for {folder} failed: {last_line(failure)}{memory_advice(failure, _USE_LESS)}; "
-            f"{_cluster_now()}run the command again to go on"
-        ) from error
+    with passed_on(warn) as (mailbox, read):
+        trainer = _make_trainer(function, job, config, name, folder, mailbox)
+
+        def look() -> Any:
+            read()
+            return progress()
+
+        try:
+            with ray_train_asks(config):
+                result = while_it_moves(
+                    lambda: _fit(trainer, prepare, train.max_failures),
+                    look,
+                    train.stall_timeout_s,
+                    f"the train workers for {folder} to finish a step",
+                )
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            if said := said_by(error):
+                raise said from error
+            cause, advice = cause_of(error), memory_advice(first_failure(error), _USE_LESS)
+            raise StageError(
+                f"the train workers for {folder} failed: {cause}{advice}; {_before(mailbox, cause)}{_cluster_now()}"
+                "run the command again to go on"
+            ) from error
     if isinstance(result, HealthError):
         raise result
     return result
 
 
 def _make_trainer(
-    function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: str | Path
+    function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: str | Path, mailbox: Mailbox
 ) -> Trainer:
     train, resources = config.train, config.train.resources
     return Trainer(
@@ -96,7 +107,9 @@ def _make_trainer(
             "call": ray.cloudpickle.dumps((function, job)),
             "threads": resources.threads,
             "precision": train.precision,
+            "mailbox": mailbox,
         },
+        mailbox=mailbox,
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
             use_gpu=resources.gpus > 0,
@@ -128,6 +141,15 @@ def _process_group(config: SpinConfig) -> str:
     return "cpu:gloo,cuda:nccl" if config.train.offload else "nccl"
 
 
+def _before(mailbox: Mailbox, last: str) -> str:
+    """Names the failure before the first restart if the last one had another cause."""
+    try:
+        first = mailbox.first_failure()
+    except Exception:  # Ray itself may be gone
+        return ""
+    return f"first failure: {first}; " if first not in ("", last) else ""
+
+
 def _cluster_now() -> str:
     try:
         return f"{in_the_cluster()}; "
@@ -135,7 +157,7 @@ def _cluster_now() -> str:
         return ""
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, prepare: Callable[[], None], max_failures: int) -> Any:
+def _fit(trainer: Trainer, prepare: Callable[[], None], max_failures: int) -> Any:
     """Restarts a dead controller, as Ray restarts only workers."""
     failures = 0
     while True:
@@ -146,7 +168,9 @@ def _fit(trainer: ray.train.torch.TorchTrainer, prepare: Callable[[], None], max
             failures += 1
             if failures > max_failures:
                 raise
-            logger.warning("the controller of the train workers died (%s); a new one is started", last_line(error))
+            cause = last_line(error)
+            told = f"the controller of the train workers died ({cause}); restart {failures} of {max_failures}"
+            trainer.mailbox.put_failure(told, cause)
 
 
 def _in_worker(loop: dict[str, Any]) -> Any:
@@ -160,8 +184,10 @@ def _in_worker(loop: dict[str, Any]) -> Any:
     function, job = pickle.loads(loop["call"])  # noqa: S301 (from this run's driver, through Ray)
     skip_imports()
     collect_as_usual()
+    is_first_here = ray.train.get_context().get_local_rank() == 0
     try:
-        return function(job)
+        with warnings_into(loop["mailbox"]) if is_first_here else nullcontext():
+            return function(job)
     except HealthError as error:  # all workers raise it; Ray Train would retry an exception
         return error
 

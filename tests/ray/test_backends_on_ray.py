@@ -17,6 +17,7 @@ import ray.cloudpickle
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import BloomConfig, BloomForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
@@ -129,6 +130,31 @@ def test_a_tensor_group_that_loses_a_rank_goes_on_and_ends_as_plain_workers_do(
     assert not [event for event in run.events() if event["event"] == "lost"], "those before are in the checkpoint"
     assert commit["mesh"] == "{replicate: 1, shard: 1, tensor: 2}: the recipe says so"
     assert len(run.reference(0).manifest().files) == 1
+
+
+def test_what_workers_warn_of_is_told_by_the_driver_and_kept_as_events(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """BLOOM has no packed layout; it is loaded for the reference and the training, then three times for scoring."""
+    start, folder = tmp_path / "bloom", tmp_path / "run"
+    shutil.copytree(START, start, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = json.loads((START / "config.json").read_text())
+    settings = {name: sizes[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **settings)).save_pretrained(start)
+    changes = {
+        "model": {"path": str(start), "max_length": 160},
+        "data": {"train": "embedded:arithmetic-train", "heldout": "embedded:arithmetic-heldout", "max_rows": 12},
+        "evaluation": {"max_rows": 4},
+    }
+    run = run_spin(SpinConfig.model_validate(config_of().model_dump() | changes), folder, seed_engine).run
+    found = [(event["stage"], event["text"]) for event in run.events() if event["event"] == "warning" and event["kind"]]
+    assert [stage for stage, _ in found] == ["iter_000/training", "iter_000/evaluation"]
+    for stage, text in found:
+        assert text.startswith("BloomForCausalLM: packed (") and text.endswith("costs 2-4 times as much")
+        assert f"{stage}: {text}" in caplog.text
+    (commit,) = (event for event in run.events() if event["event"] == "commit" and event["kind"] == "training")
+    assert commit["recomputed"] is False
 
 
 def test_a_run_with_adapters_hands_on_plain_models(tmp_path: Path, plain: Callable[[], RunDir]) -> None:

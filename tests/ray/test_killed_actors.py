@@ -149,7 +149,19 @@ def test_train_workers_and_their_controller_that_are_killed_go_on_from_the_last_
         }
     )
     starts: list[int] = []
-    run_workers(_counts_to_four, tmp_path, config, "count", tmp_path / "checkpoints", prepare=lambda: starts.append(1))
+    told: list[str] = []
+    run_workers(
+        _counts_to_four,
+        tmp_path,
+        config,
+        "count",
+        tmp_path / "checkpoints",
+        prepare=lambda: starts.append(1),
+        warn=told.append,
+    )
+    of_workers, of_controller = told
+    assert of_workers.startswith("train workers failed (") and of_workers.endswith("); restart 1 of 1")
+    assert of_controller.startswith("the controller of the train workers died (") and "restart 1 of 1" in of_controller
     assert len(starts) == 2, "before each controller: the first may have been killed while it wrote its snapshot"
     assert (tmp_path / "killed").exists() and (tmp_path / "controller_killed").exists()
     for rank in (0, 1):

@@ -1,7 +1,9 @@
 """A group of train workers on a real local Ray: results come back, and so do errors."""
 
 import gc
+import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import ray
 import ray.cloudpickle
 import torch
 import torch.distributed as dist
+from ray.experimental.internal_kv import _internal_kv_list
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ClusterConfig
@@ -90,3 +93,65 @@ def _threshold() -> tuple[int, int, int]:
 
 def test_a_new_process_searches_for_cycles_rarely() -> None:
     assert ray.get(_threshold.remote()) == (100_000, 50, 10)
+
+
+def _fails_twice(folder: Path) -> str:
+    mine = folder / f"calls-{dist.get_rank()}"
+    calls = mine.read_text().splitlines() if mine.exists() else []
+    mine.write_text("".join(f"{line}\n" for line in [*calls, "called"]))
+    dist.barrier()
+    if len(calls) < 2:
+        raise RuntimeError(f"the card fell off the bus\nattempt {len(calls)}")
+    return "done"
+
+
+def test_each_restart_of_workers_is_told_with_its_cause(tmp_path: Path) -> None:
+    told: list[str] = []
+    config = CONFIG.with_train(max_failures=2, workers=1)
+    found = run_workers(_fails_twice, tmp_path, config, "twice", tmp_path / "checkpoints", warn=told.append)
+    assert found == "done"
+    assert told == [
+        f"train workers failed (RuntimeError: the card fell off the bus); restart {number} of 2" for number in (1, 2)
+    ]
+    assert not _internal_kv_list("spin-ray-mailbox"), "nothing is left behind"
+
+
+def _fails_otherwise(folder: Path) -> None:
+    first = not (folder / "failed").exists()
+    dist.barrier()
+    (folder / "failed").touch()
+    raise ValueError("no batch has these columns") if first else KeyError("optimizer")
+
+
+def test_the_last_error_names_the_first_cause_too_if_it_was_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIG.with_train(max_failures=1, workers=1)
+    with pytest.raises(StageError, match=r"failed: KeyError: 'optimizer'; first failure: ValueError: no batch has the"):
+        run_workers(_fails_otherwise, tmp_path, config, "otherwise", tmp_path / "checkpoints")
+    assert "train workers failed (ValueError: no batch has these columns); restart 1 of 1" in caplog.text
+
+
+def _warns(folder: Path) -> None:
+    logger = logging.getLogger("spin_ray.learner")
+    logger.info("nothing of note")
+    for _ in range(2):
+        logger.warning("%s in %s", "slow", dist.get_rank())
+    if dist.get_rank() == 0:
+        deadline = time.monotonic() + 30
+        while not (folder / "heard").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (folder / "heard").exists()
+    dist.barrier()
+
+
+def test_warnings_of_a_nodes_first_worker_reach_the_driver_while_it_works(tmp_path: Path) -> None:
+    """The driver looks every 2 s, as often as for a stall."""
+    config, told = CONFIG.with_train(stall_timeout_s=8), []
+
+    def hear(text: str) -> None:
+        told.append(text)
+        (tmp_path / "heard").touch()
+
+    run_workers(_warns, tmp_path, config, "warns", tmp_path / "checkpoints", progress=time.time, warn=hear)
+    assert told == ["slow in 0"]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -53,7 +54,8 @@ def compiles(wanted: bool | Literal["auto"], device: torch.device, *, split: boo
     no_triton = device.type == "cuda" and find_spec("triton") is None
     missing = "the package triton" if no_triton else missing_tools(cxx=device.type == "cpu")
     if missing and wanted == "auto":
-        logger.warning("train.compile: needs %s; training goes on uncompiled, which is slower", missing)
+        host = socket.gethostname()
+        logger.warning("train.compile: %s needs %s; training goes on uncompiled, which is slower", host, missing)
     elif missing:
         raise ModelError(f"train.compile: needs {missing}; install it or set train.compile: false")
     return missing is None

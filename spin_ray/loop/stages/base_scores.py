@@ -42,7 +42,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) 
             known = known_scores(rows_then.tables(), scores.tables()) | known
         unknown = unknown_responses(rows, known)
         if unknown.num_rows:
-            known |= _score(run_dir, config, base, unknown, f"{target.path}-{digest([inputs, settings])[:16]}")
+            known |= _score(run_dir, config, base, unknown, target.path, digest([inputs, settings])[:16])
         columns = [rows["pair_id"], *([known[name] for name in names] for names in names_of(rows))]
         entry = target.replace_part(part_name(0), pa.table(columns, schema=REFERENCE_SCHEMA))
         counted |= {"rows": rows.num_rows, "responses_scored": unknown.num_rows}
@@ -81,10 +81,13 @@ def unknown_responses(pairs: pa.Table, known: Scores) -> pa.Table:
     return pa.Table.from_pylist(list(found.values()), PAIR_SCHEMA)
 
 
-def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Table, name: str) -> Scores:
+def _score(
+    run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Table, stage: str, made_from: str
+) -> Scores:
     """Scores PAIR_SCHEMA rows without y′; returns log p of ``real_ids`` by pair_id."""
-    scratch = run_dir.artefact(f"{ATTEMPTS}/{name}/scores")
+    folder = f"{ATTEMPTS}/{stage}-{made_from}"
+    scratch = run_dir.artefact(f"{folder}/scores")
     inputs = {"base_model": base.digest}
-    scores, _ = scoring.score(run_dir, config, scratch, ((base, rows),), inputs, by_token=False)
-    run_dir.storage.delete(f"{ATTEMPTS}/{name}")
+    scores, _ = scoring.score(run_dir, config, scratch, ((base, rows),), inputs, stage=stage, by_token=False)
+    run_dir.storage.delete(folder)
     return dict(zip(scores["pair_id"].to_pylist(), scores["real_logp"].to_pylist(), strict=True))

@@ -5,7 +5,6 @@ Two margins of θ_t against θ_{t-1}:
     against_self       y′ ~ θ_t, to see whether θ_t tells its own samples from human responses.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,6 @@ from spin_ray.run_dir.names import heldout_pair_id, iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import pairs_of
 from spin_ray.run_dir.storage import bytes_digest, table_to_bytes
-
-logger = logging.getLogger(__name__)
 
 
 def run(
@@ -92,8 +89,7 @@ def run(
     earlier = [it for it in read_evaluations(run_dir, config) if iterate_number(it["iterate"]) < iterate]
     rows = read_all_rows(run_dir, [*earlier, result])
     for text in warnings(result, earlier, rows, config.generation.sampling.max_tokens):
-        logger.warning("%s: %s", model.name, text)
-        run_dir.event("warning", model.name, text=text)
+        run_dir.warn(model.name, text)
     return result
 
 
@@ -203,7 +199,8 @@ def _score(
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
     inputs |= {"model": model.digest, "opponent": previous.digest, "base": initial.digest}
     target = run_dir.artefact(f"{model.name}/heldout_scores")
-    return scoring.score(run_dir, config, target, ((model, both), (previous, both), *of_initial), inputs)
+    tables = ((model, both), (previous, both), *of_initial)
+    return scoring.score(run_dir, config, target, tables, inputs, stage=f"{model.name}/evaluation")
 
 
 def pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:

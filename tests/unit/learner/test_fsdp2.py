@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import socket
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +283,7 @@ def test_without_pythons_headers_layers_stay_uncompiled_with_the_cure(
     monkeypatch.setattr(modules, "find_spec", lambda name: name)
     monkeypatch.setattr(compilers.sysconfig, "get_path", lambda *_: str(tmp_path))
     assert not modules.compiles("auto", torch.device("cuda"))
+    assert f"train.compile: {socket.gethostname()} needs /" in caplog.text
     assert re.search(r"needs \S+/Python\.h \(apt-get install python3\.\d+-dev, or take a Python that", caplog.text)
     with pytest.raises(ModelError, match=r"^train\.compile: needs \S+/Python\.h"):
         modules.compiles(True, torch.device("cuda"))

@@ -34,7 +34,7 @@ def scored(monkeypatch):
     """Prompt and response that θ_0 was asked to score, by call; it gives −(10 + number of tokens)."""
     calls: list[list[tuple[int, list[int]]]] = []
 
-    def score(run_dir, config, base, rows: pa.Table, name):
+    def score(run_dir, config, base, rows: pa.Table, stage, made_from):
         calls.append([(row["prompt_ids"][1], row["real_ids"]) for row in rows.to_pylist()])
         return {row["pair_id"]: -10.0 - len(row["real_ids"]) for row in rows.to_pylist()}
 

@@ -206,6 +206,21 @@ def test_a_status_as_json_has_what_is_printed(run):
         assert warning["text"] in printed(print_status, run).replace("\n", " ")
 
 
+def test_a_warning_of_a_stage_is_listed_once_with_its_folders(run):
+    """Warnings of measures are events, too, and come from the measures."""
+    for stage in ("iter_000/training", "iter_000/evaluation", "iter_001/training"):
+        run.warn(stage, "the [padded] layout costs 2-4 times as much")
+    run.warn("iter_000/training", "train workers failed (RuntimeError: lost); restart 1 of 3")
+    run.warn("iter_000", "of a measure")
+    text = printed(print_status, run)
+    assert "Warning iter_000, iter_001: the [padded] layout costs 2-4 times as much\n" in text
+    assert text.count("2-4 times") == 1 and "Warning iter_000: train workers failed (RuntimeError: lost)" in text
+    assert [(it["iterate"], it["text"].split()[-1]) for it in status_as_json(run)["warnings"]] == [
+        ("iter_000", "much"), ("iter_001", "much"), ("iter_000", "3"),
+    ]  # fmt: skip
+    assert text.count("of a measure") == 1, "as the last event"
+
+
 def test_texts_of_examples_are_shown_as_they_are(run):
     write_evaluation(run, 0)
     write_example(run, "[bold]x[/bold] :cat:", "[/y] :dog:", {0: ["[z] :100:"], 1: ["w"]})

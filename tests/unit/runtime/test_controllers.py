@@ -3,12 +3,14 @@
 import os
 
 import pytest
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from spin_ray.errors import ConfigError, StageError, TransientError
 from spin_ray.runtime import controllers
+from spin_ray.runtime.mailbox import Mailbox
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -49,7 +51,7 @@ def test_a_controller_leaves_no_variable_to_the_next(monkeypatch, fails):
     ],
 )
 def test_workers_start_again_unless_an_error_has_a_cure(error, again):
-    policy = controllers._SaidOnce(FailureConfig(max_failures=3))
+    policy = controllers._SaidOnce(FailureConfig(max_failures=3), Mailbox("none"))
     decision = policy.make_decision(WorkerGroupError("failed", {0: error}))
     assert decision == (FailureDecision.RETRY if again else FailureDecision.RAISE)
 
@@ -60,3 +62,23 @@ def test_of_several_failures_that_of_a_rank_that_lost_no_other_is_told():
     assert controllers.first_failure(WorkerGroupError("failed", {0: cut_off, 1: cause})) is cause
     assert controllers.first_failure(WorkerGroupError("failed", {0: cut_off})) is cut_off
     assert controllers.first_failure(cause) is cause
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (KeyError("optimizer"), "KeyError: 'optimizer'"),
+        (
+            RuntimeError("CUDA error: unspecified launch failure\nadvice"),
+            "RuntimeError: CUDA error: unspecified launch failure",
+        ),
+        (RuntimeError(), "RuntimeError"),
+        (TransientError("s3://b/c: did not arrive"), "s3://b/c: did not arrive"),
+        (
+            UserExceptionWithTraceback(ValueError("x"), 'Traceback:\n  File "a.py", line 1\nValueError: x'),
+            "ValueError: x",
+        ),
+    ],
+)
+def test_a_cause_has_its_type_unless_it_is_a_sentence(failure, told):
+    assert controllers.cause_of(WorkerGroupError("failed", {0: failure})) == told

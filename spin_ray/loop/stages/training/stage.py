@@ -1,6 +1,7 @@
 """Training of θ_{t+1} from θ_t, and supervised fine-tuning."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
         return
     name, earlier = digest([job.inputs(), job.settings()])[:16], job.logged()
     checkpoint.refuse_other_settings(job, name)
-    with run_dir.stage(f"{job.name}/training") as counted:
+    stage = f"{job.name}/training"
+    with run_dir.stage(stage) as counted:
         with Watcher(job):
             counted |= run_workers(
                 work,
@@ -142,6 +144,7 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
                 run_dir.storage.where(job.checkpoints),
                 prepare=lambda: checkpoint.mend_snapshot(run_dir.storage, f"{job.checkpoints}/{name}"),
                 progress=lambda: run_dir.storage.find(job.log_path),
+                warn=partial(run_dir.warn, stage),
             )
         own = _added(earlier, job.logged())
         counted |= {"steps": len(own), "tokens": sum(line["tokens"] for line in own)}

@@ -60,7 +60,7 @@ def work(job: TrainJob) -> dict[str, Any]:
     own = rows_of_rank(epochs, rank, ranks)
     table = _share(_pairs(job.rows), own)
     steps = [step for epoch in epochs for step in epoch]
-    backend = _backend(job, total_steps=sum(map(len, planned)))
+    backend, recomputed = _backend(job, total_steps=sum(map(len, planned)))
     _warn_of_offload(job, max((ceil(len(step.packs) / ranks) for step in steps), default=0), choice.mesh)
     started = time.monotonic()
     audited = audit_engine(job, backend)
@@ -82,7 +82,8 @@ def work(job: TrainJob) -> dict[str, Any]:
         checkpoint.save(job, backend, len(steps))
     _export(job, backend)
     mesh = {"mesh": f"{choice.mesh}: {choice.reason}"} if choice.mesh.ranks > 1 else {}
-    return {"work_s": work_s} | audited | mesh
+    chosen = {"recomputed": recomputed} if job.recipe.train.gradient_checkpointing == "auto" else {}
+    return {"work_s": work_s} | audited | mesh | chosen
 
 
 def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Choice]:
@@ -100,12 +101,13 @@ def _warn_of_offload(job: TrainJob, packs: int, mesh: Mesh) -> None:
         logger.warning("%s", warning)
 
 
-def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
+def _backend(job: TrainJob, *, total_steps: int) -> tuple[TrainBackend, bool]:
+    """Returns the backend, and whether it computes activations again."""
     folder, adapter = job.start.parts_here()
     settings = replace(job.backend, total_steps=total_steps, seed=job.seed, adapter=adapter)
     assert settings.optimizer is not None
     recomputed = recomputes(job.recipe, settings.optimizer, folder, device(), job.backend.mesh)
-    return make_backend(folder, replace(settings, gradient_checkpointing=recomputed), device())
+    return make_backend(folder, replace(settings, gradient_checkpointing=recomputed), device()), recomputed
 
 
 def _pairs(rows: Artefact) -> Iterator[pa.Table]:
