@@ -16,7 +16,7 @@ from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
-from spin_ray.errors import ConfigError, StageError, UserError, first_line, memory_advice, user_error_in
+from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line, memory_advice, user_error_in
 from spin_ray.inputs.start_model import start_folder
 from spin_ray.report import harness_warnings
 from spin_ray.report.conditions import differing, shared_conditions
@@ -28,7 +28,7 @@ from spin_ray.report.redaction import hide_in_text
 from spin_ray.report.whole_model import write_whole_model
 from spin_ray.run_dir.names import api_name, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.runtime.actors import cause_of, task_options
+from spin_ray.runtime.actors import task_options
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.placement import in_the_cluster
 from spin_ray.runtime.waiting import wait_for_a_task
@@ -255,7 +255,7 @@ def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> I
             failures[str(found)] = UserError
         else:
             tasks = ",".join(benchmark.task for benchmark in part.benchmarks)
-            cause = f"{cause_of(found)}{memory_advice(found, _USE_LESS[part.backend])}"
+            cause = f"{last_line(found)}{memory_advice(found, _USE_LESS[part.backend])}"
             failures[f"lm-eval failed on {part.name}, --tasks {tasks}: {cause}"] = StageError
     if failures:
         kind = UserError if UserError in failures.values() else StageError

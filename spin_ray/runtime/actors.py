@@ -5,12 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.exceptions
 from ray._private.worker import global_worker
 from ray.util.annotations import RayDeprecationWarning
 
 from spin_ray.config.sections import ResourcesConfig
-from spin_ray.errors import last_line
 
 
 def map_by_actors(
@@ -66,11 +64,6 @@ def earlier_tries() -> int:
     if not ray.is_initialized():
         return 0
     return global_worker.core_worker.get_current_task_attempt_number()  # pyrefly: ignore[missing-attribute] (set by Ray)
-
-
-def cause_of(error: BaseException, died: str = "its process died") -> str:
-    """Returns ``died`` for a dead process, of which Ray only names a pattern of log files, else the last line."""
-    return died if isinstance(error, ray.exceptions.WorkerCrashedError) else last_line(error)
 
 
 def task_options(resources: ResourcesConfig, *, retries: int) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from spin_ray.errors import ConfigError, StageError, user_error_in
+from spin_ray.errors import ConfigError, StageError, last_line, user_error_in
 from spin_ray.learner.import_path import import_object
-from spin_ray.runtime.actors import cause_of
 from spin_ray.runtime.placement import in_the_cluster
 
 
@@ -69,8 +68,7 @@ def raised_there(what: str) -> Iterator[None]:
     except ray.exceptions.RayError as error:
         if there := user_error_in(error):
             raise there from error
-        cause = cause_of(error, "its process died: the code crashed or memory ran out")
-        raise StageError(f"{what}: {cause}; run the command again") from error
+        raise StageError(f"{what}: {last_line(error)}; run the command again") from error
 
 
 def _import(path: str, setting: str) -> None:

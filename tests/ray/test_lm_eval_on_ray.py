@@ -98,5 +98,5 @@ def test_a_benchmark_whose_process_dies_is_told_by_that(run: RunDir, monkeypatch
     monkeypatch.setattr(benchmarks, "_measure_there", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     asked = parse_benchmarks(["spin_ray_sums:0"])
     request = benchmarks.request_for(run.config(), 0, run.description()["start_model"], benchmarks=asked)
-    with pytest.raises(StageError, match=r"^lm-eval failed on sft, --tasks spin_ray_sums: its process died"):
+    with pytest.raises(StageError, match=r"^lm-eval failed on sft, --tasks spin_ray_sums: a process was killed"):
         benchmarks.run(run, run.config(), 0, request)

@@ -119,7 +119,8 @@ def test_a_process_that_dies_before_it_reads_a_row_is_not_started_without_end(
 ) -> None:
     monkeypatch.setattr(prompts, "RenderSlice", lambda *_: dies)
     with pytest.raises(
-        StageError, match=r"arithmetic.*: cannot be rendered: its process died.*; run the command again"
+        StageError,
+        match=r"arithmetic.*: cannot be rendered: a process was killed by the system or crashed.*; run the command again",
     ):
         make_prompts(RunDir(Storage(tmp_path)), make_config())
 
@@ -269,7 +270,7 @@ def test_a_grader_whose_process_dies_is_an_error_that_says_so(monkeypatch: pytes
     finally:
         ray.cloudpickle.unregister_pickle_by_value(grading)
     assert str(caught.value) == (
-        "evaluation.grade mine:grade: its process died: the code crashed or memory ran out; run the command again"
+        "evaluation.grade mine:grade: a process was killed by the system or crashed; run the command again"
     )
 
 

@@ -203,7 +203,7 @@ def test_failed_parts_are_told_together_after_the_others():
 @pytest.mark.parametrize(
     ("backend", "error", "said"),
     [
-        ("vllm", WorkerCrashedError(), "its process died"),
+        ("vllm", WorkerCrashedError(), "a process was killed by the system or crashed"),
         (
             "vllm",
             RuntimeError("CUDA out of memory"),

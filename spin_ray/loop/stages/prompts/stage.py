@@ -16,7 +16,7 @@ import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import Source, Train, name_of, sources_of
-from spin_ray.errors import DataError, StageError, memory_advice
+from spin_ray.errors import DataError, StageError, last_line, memory_advice
 from spin_ray.inputs.forms import refuse_two_forms
 from spin_ray.inputs.held_out import none_held_out
 from spin_ray.inputs.mixture import draw, warn_of_limit
@@ -40,7 +40,7 @@ from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
-from spin_ray.runtime.actors import cause_of, map_by_tasks
+from spin_ray.runtime.actors import map_by_tasks
 from spin_ray.runtime.waiting import with_deadline
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _render(pieces: Sequence[Slice], folder: str, render: RenderSlice, source: s
         return sorted((RenderedSlice.of(row) for row in found), key=lambda slice_: slice_.name)
     except ray.exceptions.RayError as error:
         advice = memory_advice(error, "free memory on the machines that render rows")
-        raise StageError(f"{source}: cannot be rendered: {cause_of(error)}{advice}; run the command again") from error
+        raise StageError(f"{source}: cannot be rendered: {last_line(error)}{advice}; run the command again") from error
 
 
 def _refuse_mixed_files(slices: list[RenderedSlice], uris: list[str]) -> None:
