@@ -1,11 +1,12 @@
-"""Causes of vLLM's failed starts. Its other processes write them to the output, and its error only points there."""
+"""Causes of vLLM's failures. Its other processes write them to the output, and its error only points there."""
 
 import os
 import re
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 
 _POINTS_THERE = "root cause"
 """Words of such errors, of vLLM 0.29: in v1/engine/utils.py and v1/executor/multiproc_executor.py."""
@@ -27,16 +28,30 @@ def root_cause_told() -> Iterator[None]:
     Raises:
         RuntimeError: the error of the process that failed first, or the signal that ended one.
     """
-    begun = {number: _size(number) for number in (_OUTPUT, _ERRORS)}
+    begun = output_sizes()
     try:
         yield
     except Exception as error:
         if _POINTS_THERE not in str(error):
             raise
-        found = (cause_in(_written(number, start)) for number, start in begun.items() if start is not None)
-        if told := next(filter(None, found), "") or _ended_by(str(error)):
+        if told := cause_since(begun) or _ended_by(str(error)):
             raise RuntimeError(f"vLLM: {told}") from error
         raise
+
+
+def output_sizes() -> dict[int, int]:
+    """Returns the bytes that stdout and stderr have by now, where they are files."""
+    return {number: size for number in (_OUTPUT, _ERRORS) if (size := _size(number)) is not None}
+
+
+def cause_since(begun: dict[int, int]) -> str:
+    """Returns the cause that was written after the output had the sizes ``begun``; empty if none was."""
+    return next(filter(None, (cause_in(_written(number, start)) for number, start in begun.items())), "")
+
+
+def end_of(processes: Iterable[BaseProcess]) -> str:
+    """Names the signal that ended one of vLLM's processes; empty if none did."""
+    return _ended_by(str({process.name: process.exitcode for process in processes}))
 
 
 def cause_in(output: str) -> str:

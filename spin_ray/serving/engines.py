@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
@@ -12,6 +13,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.util.metrics import Counter
 
+from spin_ray.errors import last_line, user_error_in
 from spin_ray.serving.errors import Refusal, from_engine
 from spin_ray.serving.names import Names
 from spin_ray.serving.poison import POISON_S, PoisonList, Served, request_digest
@@ -28,7 +30,12 @@ _HEAR_S = 10.0
 """Seconds after which the keeper answers even without news."""
 _SUSPECT_S = 12.0
 """Seconds for which an engine counts as down after its death was seen here. Then the keeper's table is up to date."""
+_NOTE_S = 10.0
+"""Fewest seconds between two failures of an iterate's answers of which the keeper is told."""
 DOWN_RETRY_S = 5
+RUN = "run"
+"""Name of the run among the ``troubles`` of the keeper's table."""
+ENDED = "its engine has ended and starts again"
 ENGINE_DIED = "the engine ended while it served this request; it starts again"
 
 
@@ -36,6 +43,8 @@ class Engines(Protocol):
     names: Names
     problems: dict[str, str]
     """Reasons why iterates do not serve, by name."""
+    troubles: dict[str, str]
+    """``troubles`` of the keeper's table."""
 
     @property
     def down(self) -> set[str]:
@@ -64,6 +73,7 @@ class ServeEngines:
         """Knows no engine until it follows ``keeper``; ``sees_all`` is that of ``PoisonList``."""
         self.names = Names()
         self.problems: dict[str, str] = {}
+        self.troubles: dict[str, str] = {}
         self._keeper = keeper
         self._engines: dict[str, Any] = {}
         self._handles: dict[str, Any] = {}
@@ -71,6 +81,7 @@ class ServeEngines:
         self._newest: str | None = None
         self._reported: set[str] = set()
         self._suspected: dict[str, float] = {}
+        self._noted: dict[str, float] = {}
         self._poison = PoisonList(sees_all=sees_all)
         self._poisoned = Counter(
             "spin_ray_poisoned_requests", "Requests refused because engines die of them.", ("model",)
@@ -117,7 +128,8 @@ class ServeEngines:
         engines = self._kept | table["engines"]
         apps = {engine["app"] for engine in engines.values()}
         known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
-        self._handles, self._engines, self.problems = known, engines, table["problems"]
+        self._handles, self._engines = known, engines
+        self.problems, self.troubles = table["problems"], table["troubles"]
         self._newest = table["newest"] or (self._newest if self._kept else None)
         running = apps if table["running"] is None else table["running"]
         gone = {name for name, engine in self._kept.items() if engine["app"] not in running}
@@ -139,8 +151,8 @@ class ServeEngines:
             ended = False
             try:
                 async for item in response:
-                    if isinstance(item, dict) and item.get("error", {}).get("code") == 503:
-                        self._note_death(iterate, request)
+                    if isinstance(item, dict) and (refused := item.get("error")):
+                        self._note_error(iterate, request, refused)
                     yield item
                 ended = True
             except RayActorError as error:
@@ -148,6 +160,10 @@ class ServeEngines:
                 raise Refusal(503, ENGINE_DIED, code="engine_down", retry_s=DOWN_RETRY_S) from error
             except RayTaskError as error:  # not about the request
                 logger.exception("%s failed", iterate)
+                lasting = user_error_in(error)
+                self._note_failure(iterate, str(lasting or last_line(error)))
+                if lasting:
+                    raise Refusal(404, f"{iterate} cannot answer: {lasting}", code="model_not_found") from error
                 raise Refusal(500, "the engine failed; the request may be repeated") from error
             except (RayServeException, RayError) as error:  # its replica is gone or not there yet
                 raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
@@ -164,6 +180,19 @@ class ServeEngines:
             )
         if iterate in self.down:  # its handle would let the request wait for the new engine
             raise Refusal(503, f"{iterate} is down: its engine starts again", code="engine_down", retry_s=DOWN_RETRY_S)
+
+    def _note_error(self, iterate: str, request: Served, error: dict[str, Any]) -> None:
+        status = from_engine(error).status
+        if status == 503:
+            self._note_death(iterate, request)
+        elif status == 500:
+            self._note_failure(iterate, str(error.get("message", "")))
+
+    def _note_failure(self, iterate: str, what: str) -> None:
+        """Tells the keeper, whose table says it to who runs the server."""
+        if time.monotonic() - self._noted.get(iterate, -math.inf) > _NOTE_S:
+            self._noted[iterate] = time.monotonic()
+            self._keeper.note_failure.remote(iterate, what)
 
     def _note_death(self, iterate: str, request: Served) -> None:
         self._suspected[request.engine] = time.monotonic() + _SUSPECT_S

@@ -76,9 +76,14 @@ class Front:
         self._thread.join(self._stop_s + STOP_MARGIN_S)
 
 
-def _log_beside_ray_serve() -> None:
+def serve_logs() -> Path:
+    """Returns the folder of Ray Serve's logs on this machine."""
     node: Any = global_worker.node
-    folder = Path(node.get_logs_dir_path()) / "serve"
+    return Path(node.get_logs_dir_path()) / "serve"
+
+
+def _log_beside_ray_serve() -> None:
+    folder = serve_logs()
     folder.mkdir(exist_ok=True)
     handler = RotatingFileHandler(folder / LOG, maxBytes=_LOG_BYTES, backupCount=5)
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s"))

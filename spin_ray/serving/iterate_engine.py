@@ -5,8 +5,10 @@ Unlike ``ray.serve.llm``, it checks files first and renders conversations as in 
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,11 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import FLASHINFER_SAMPLER, engine_arguments, lora_arguments
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.runtime.gpu import check_triton
-from spin_ray.runtime.root_cause import root_cause_told
+from spin_ray.runtime.root_cause import cause_since, end_of, output_sizes, root_cause_told
 from spin_ray.runtime.shared_cards import alone_on_card
 from spin_ray.serving.bodies import MAX_TOP_LOGPROBS
 from spin_ray.serving.bursts import in_bursts
+from spin_ray.serving.deaths import leave_cause
 from spin_ray.serving.engines import CHAT, COMPLETION, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
 from spin_ray.serving.held_back import without_held_back
 from spin_ray.serving.iterates import Iterate, open_iterate
@@ -46,6 +49,8 @@ TOO_LONG = "context_length_exceeded"
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
 """Seconds that the replica outlives vLLM's engine, so that running requests get their error."""
+_LAST_OUTPUT_S = 5.0
+"""Seconds before the end of vLLM's engine in whose output its cause is sought: earlier errors were none."""
 
 
 class LocalFolder(CallbackBase):
@@ -123,10 +128,22 @@ class IterateEngine(LLMServer):
             yield
 
     async def _end_with_the_engine(self) -> None:
-        """Ends this process after vLLM's engine has died: Ray Serve then starts another at once."""
+        """Ends this process after vLLM's engine has died: Ray Serve then starts another at once.
+
+        The keeper finds why the engine died.
+        """
+        processes = list[BaseProcess]()
+        with suppress(AttributeError):  # private
+            processes += self._client.engine_core.resources.engine_manager.processes
+        sizes = deque([output_sizes()], maxlen=round(_LAST_OUTPUT_S / _WATCH_S))
         while not self._client.errored:
             await asyncio.sleep(_WATCH_S)
+            sizes.append(output_sizes())
         await asyncio.sleep(_LAST_WORDS_S)
+        with suppress(Exception):
+            cause = cause_since(sizes[0]) or end_of(processes)
+            async with asyncio.timeout(1):
+                await asyncio.to_thread(leave_cause, serve.get_replica_context().app_name, cause)
         with suppress(Exception):  # Ray notices the end of a process only after some seconds
             async with asyncio.timeout(1):
                 await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor)

@@ -28,7 +28,8 @@ from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import last_line
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.garbage import collect_as_usual
-from spin_ray.serving.engines import CHAT, COMPLETION
+from spin_ray.serving.deaths import cause_of_death, forget_cause
+from spin_ray.serving.engines import CHAT, COMPLETION, ENDED, RUN
 from spin_ray.serving.iterates import Iterate, mark_of, open_iterate, wanted
 from spin_ray.serving.stopping import REPLICA
 
@@ -39,6 +40,8 @@ ENGINE_PREFIX = "engine."
 _LOOK_S = 0.5
 _COMPARE_S = 30.0
 """Seconds between two looks at the manifests of what serves, which cost a store's requests."""
+_FAILURE_S = 60.0
+"""Seconds for which the table tells of a failed answer."""
 _ERROR = re.compile(r"^((?:\w+\.)*\w+(?:Error|Exception)): (.+)$", re.MULTILINE)
 _NO_REASON = "no reason given"
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
@@ -54,8 +57,11 @@ class Keeper:
     ``{"keeper": "0c9f…", "run": "/shared/runs/my", "driver": "04000000", "version": 3, "newest": "iter-1",
     "engines": {"iter-1": {"app": "engine.iter-1.5f0c….81bd…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
+    "troubles": {"run": "cannot be followed ([Errno 116] Stale file handle: '…/LATEST'); trying again"},
     "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c….81bd…"], "settled": False}``
 
+    ``problems`` are of iterates that do not serve, or not as they are in the run. ``troubles`` pass by themselves: of
+    the run (``RUN``), of each iterate in ``down``, and of iterates whose answers failed within ``_FAILURE_S``.
     ``driver`` is the Ray job whose process stops the server, if there is one.
     ``running`` includes engines of an earlier keeper (None: not seen yet). ``settled``: nothing starts any more.
     """
@@ -99,7 +105,9 @@ class Keeper:
         self._has_seen = self._has_looked = False
         self._latest: str | None = None
         self._looked_for_strays = False
-        self._down: list[str] = []
+        self._ends: dict[str, str] = {}
+        self._failures: dict[str, tuple[str, float]] = {}
+        self._unfollowed: str | None = None
         collect_as_usual()
         loop = asyncio.get_running_loop()
         self._loops = (loop.create_task(self._look()), loop.create_task(self._keep()))
@@ -130,11 +138,21 @@ class Keeper:
             "newest": self._newest,
             "engines": dict(self._engines),
             "problems": dict(self._problems),
-            "down": list(self._down),
+            "down": list(self._ends),
+            "troubles": self._troubles(),
             "starting": dict(self._steps),
             "running": sorted(self._seen_running) if self._has_seen else None,
             "settled": self._has_looked and not self._steps and self._latest in (self._newest, None),
         }
+
+    async def note_failure(self, name: str, what: str) -> None:
+        """Notes that an answer of an iterate failed."""
+        self._failures[name] = (f"an answer failed ({what[:500]})", time.monotonic())
+        await self._announce()
+
+    def _troubles(self) -> dict[str, str]:
+        run = {} if self._unfollowed is None else {RUN: self._unfollowed}
+        return {name: text for name, (text, _) in self._failures.items()} | self._ends | run
 
     def _has_dealt_with_all(self) -> bool:
         return self._has_looked and self._steps.keys() <= self._engines.keys() | self._problems.keys()
@@ -150,15 +168,37 @@ class Keeper:
             await asyncio.sleep(_LOOK_S)
             try:
                 running = await self._running()
+                down = {name: engine["app"] for name, engine in self._engines.items() if engine["app"] not in running}
+                ends = {name: await self._end(app) for name, app in down.items()}
+                for app in self._used() & running - self._seen_running:
+                    await self._forget_cause(app)
             except Exception:
                 logger.exception("cannot see the engines; trying again")
                 continue
-            down = [name for name, engine in self._engines.items() if engine["app"] not in running]
-            if down != self._down:
+            if down.keys() != self._ends.keys():
                 logger.warning("engines that are down: %s", ", ".join(down) or "none any more")
-            if down != self._down or running != self._seen_running or not self._has_seen:
-                self._down, self._seen_running, self._has_seen = down, running, True
+            now = time.monotonic()
+            failures = {name: failed for name, failed in self._failures.items() if now - failed[1] < _FAILURE_S}
+            seen = (running, ends, failures)
+            if seen != (self._seen_running, self._ends, self._failures) or not self._has_seen:
+                (self._seen_running, self._ends, self._failures), self._has_seen = seen, True
                 await self._announce()
+
+    async def _end(self, app: str) -> str:
+        """Says why an engine that serves no more has ended, or why it does not start again, as far as is known.
+
+        Ray Serve is not asked for this: it may take seconds to answer after a death.
+        """
+        if (failed := _failed_start(self._applications.get(app))) != _NO_REASON:
+            return f"its engine has ended and cannot start again ({failed}); trying again"
+        cause = await self._cause_of_death(app)
+        return f"its engine has ended ({cause}) and starts again" if cause else ENDED
+
+    async def _cause_of_death(self, app: str) -> str:
+        return await asyncio.to_thread(cause_of_death, app)
+
+    async def _forget_cause(self, app: str) -> None:
+        await asyncio.to_thread(forget_cause, app)
 
     async def _running(self) -> set[str]:
         """Returns the applications that have a running replica.
@@ -184,10 +224,15 @@ class Keeper:
 
     async def _keep(self) -> None:
         while True:
+            unfollowed = None
             try:
                 await self._once()
-            except Exception:  # e.g. storage; serving goes on
+            except Exception as error:  # e.g. storage; serving goes on
                 logger.exception("cannot follow the run; trying again")
+                unfollowed = f"cannot be followed ({last_line(error)}); trying again"
+            if unfollowed != self._unfollowed:
+                self._unfollowed = unfollowed
+                await self._announce()
             await asyncio.sleep(self._config.serving.follow_interval_s)
 
     async def _once(self) -> None:
@@ -375,6 +420,12 @@ def _reason(*messages: str) -> str:
     kind, text = found[-1]
     is_told = kind in ("", "RuntimeError") or kind.startswith("spin_ray.")
     return (text if is_told else f"{kind}: {text}")[:500]
+
+
+def _failed_start(application: Any) -> str:
+    """Returns the last error of a deployment that has no replica running."""
+    deployments = application.deployments.values() if application else ()
+    return _reason(*(one.message for one in deployments if not one.replica_states.get(ReplicaState.RUNNING)))
 
 
 def _step(application: Any) -> str:

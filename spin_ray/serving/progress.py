@@ -11,7 +11,8 @@ from ray import serve
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import StageError
 from spin_ray.serving.app import APP
-from spin_ray.serving.front import Front
+from spin_ray.serving.engines import ENDED, RUN
+from spin_ray.serving.front import Front, serve_logs
 
 _LOOK_S = 1.0
 
@@ -28,8 +29,9 @@ class Progress:
         Raises:
             StageError: the server was deleted, or has ended.
         """
+        self._print(f"logs: {serve_logs()}{'' if self._front else ' of each node'}")
         keeper = serve.get_deployment_handle("keeper", APP)
-        table: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "starting": {}}
+        table: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "troubles": {}, "starting": {}}
         while True:
             with suppress(queue.Empty):
                 stop.get(timeout=_LOOK_S)
@@ -40,14 +42,19 @@ class Progress:
                 if APP not in serve.status().applications:  # asked only here: it costs CPU that answers need
                     raise StageError("the server was deleted by somebody else") from error
             for line in self.lines(table):
-                print(f"{time.monotonic() - self._began:5.0f} s  {line}", file=sys.stderr, flush=True)
+                self._print(line)
+
+    def _print(self, line: str) -> None:
+        print(f"{time.monotonic() - self._began:5.0f} s  {line}", file=sys.stderr, flush=True)
 
     def lines(self, table: dict[str, Any]) -> list[str]:
         """Returns what is new in the keeper's table since the last call."""
         now = {name: f"does not serve: {reason}" for name, reason in table["problems"].items()}
         now |= table["starting"] | dict.fromkeys(table["engines"], "ready")
-        now |= dict.fromkeys(table["down"], "its engine has ended and starts again")
+        now |= dict.fromkeys(table["down"], ENDED) | table["troubles"]
         new = [f"{name}: {state}" for name, state in now.items() if self._told.get(name) != state]
+        if RUN in self._told and RUN not in now:
+            new.append(f"{RUN}: is followed again")
         self._told = now
         if not self._is_up and (self._front is None or self._front.answers):
             self._is_up = True

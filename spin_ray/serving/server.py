@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from spin_ray.config.packages import check_installed
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
+from spin_ray.errors import ConfigError, ResourceError, StageError, last_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
 from spin_ray.runtime.engine_names import check_serving_engine
@@ -108,9 +108,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
             }
         )  # fmt: skip
     except (RayError, TimeoutError) as error:
-        raise StageError(
-            f"Ray Serve's proxy did not start ({first_line(error)}); is the machine overloaded?"
-        ) from error
+        raise StageError(f"Ray Serve's proxy did not start ({last_line(error)}); is the machine overloaded?") from error
     serve.run(application(folder, config, ray.get_runtime_context().get_job_id()), name=APP, route_prefix="/")
     return None
 

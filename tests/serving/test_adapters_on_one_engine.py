@@ -1,17 +1,23 @@
 """All iterates of a run of adapters on one engine: real Ray Serve and vLLM; PEFT says what each would write."""
 
+import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.run_dir.run_dir import RunDir
 from tests.support.ray_head import free_port
@@ -26,12 +32,17 @@ PROMPTS, TOKENS = ([5, 6, 7, 8], [9, 10, 11]), 16
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("adapters")
-    run, port = make_adapter_run(folder / "run", iterates=2), free_port()
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters") / "log"
+
+
+@pytest.fixture(scope="module")
+def server(log: Path) -> Iterator[Served]:
+    model = shutil.copytree(resolve("embedded:tiny-llama"), log.parent / "model")  # a test damages it
+    run, port = make_adapter_run(log.parent / "run", iterates=2, model=str(model)), free_port()
     command = [sys.executable, "-m", "spin_ray", "serve", str(run.storage.root), "--models", "all"]
     names = ("sft", "iter-0", "iter-1")
-    with serving(run, port, [*command, "--port", str(port)], folder / "log", {name: name for name in names}) as found:
+    with serving(run, port, [*command, "--port", str(port)], log, {name: name for name in names}) as found:
         yield found
 
 
@@ -93,11 +104,57 @@ def test_an_engine_that_died_loads_the_adapters_again(server: Served) -> None:
     (engine,) = server.replicas("engine.")
     engine.kill()
     engine.wait(30)
+    assert answer_once_back(client, "iter-1") == before
+
+
+def answer_once_back(client: openai.OpenAI, name: str) -> str:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         try:
-            assert answer(client, "iter-1", PROMPTS[0]) == before
-            return
-        except openai.APIStatusError:
+            return answer(client, name, PROMPTS[0])
+        except openai.InternalServerError:
             time.sleep(0.5)
-    raise AssertionError(f"iter-1 was not back within {START_S} s")
+    raise AssertionError(f"{name} was not back within {START_S} s")
+
+
+@contextmanager
+def damaged(file: Path) -> Iterator[None]:
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    try:
+        yield
+    finally:
+        file.write_bytes(sound)
+
+
+def told(server: Served, words: str) -> str:
+    """Returns what is said of iter-1 once ``words`` are in it; empty words: once it serves."""
+    deadline = time.monotonic() + START_S
+    while words not in (said := server.problems().get("iter-1", "")) or bool(said) != bool(words):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.1)
+    return said
+
+
+def test_why_an_engine_ends_does_not_start_again_and_cannot_load_an_adapter_is_told(server: Served, log: Path) -> None:
+    client = server.client()
+    told(server, "")
+    with damaged(log.parent / "model/model.safetensors"):
+        (core,) = server.engines()
+        core.rlimit(psutil.RLIMIT_AS, (2**20, 2**20))  # no more memory
+        with pytest.raises(openai.InternalServerError):
+            answer(client, "iter-1", [5] * 200)
+        ended = told(server, "has ended (")
+        assert re.fullmatch(r"its engine has ended \(\w+Error: .+\) and starts again", ended)
+        unusable = told(server, "cannot start again")
+        assert "changed after it was checked; restore it" in unusable
+    with damaged(Path(server.run.storage.path("iter_000/adapter/adapter_model.safetensors"))):
+        answer_once_back(client, "iter-1")
+        with pytest.raises(openai.NotFoundError, match=r"iter-0 cannot answer: .*digest") as refused:
+            answer(client, "iter-0", PROMPTS[0])
+    assert refused.value.code == "model_not_found"
+    time.sleep(3)
+    lines = log.read_text()
+    for line in (f"iter-1: {ended}", f"iter-1: {unusable}", "iter-1: ready", "iter-0: an answer failed (/"):
+        assert line in lines
+    answer(client, "iter-0", PROMPTS[0])

@@ -305,6 +305,19 @@ def test_the_list_of_models_says_why_one_does_not_serve() -> None:
     run(check())
 
 
+def test_the_list_of_models_says_what_ails_the_run_and_ended_engines_but_no_failed_answer() -> None:
+    """The text of a failure may cite what another client asked."""
+
+    async def check() -> None:
+        server = Server()
+        server.engines.down = {"sft"}
+        told = {"sft": "its engine has ended (out of memory) and starts again", "run": "cannot be followed"}
+        server.engines.troubles = told | {"iter-0": "an answer failed (of a secret)"}
+        assert (await server.client.get("/v1/models")).json()["problems"] == told
+
+    run(check())
+
+
 def test_head_is_get_without_a_body() -> None:
     async def check() -> None:
         server = Server()

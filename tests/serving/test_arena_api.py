@@ -21,6 +21,7 @@ from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.routes import FILES
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import Item
+from spin_ray.serving.errors import Refusal
 from spin_ray.serving.limits import access_log
 from tests.support.arena_app import SAYS, TalkingEngines, digest, make
 from tests.support.paths import ROOT
@@ -230,6 +231,22 @@ def test_a_side_that_fails_is_told_without_its_name_and_costs_the_vote(votes):
     assert "sft" not in json.dumps([battle, events])
     assert voted(client, battle["battle"]).status_code == 404
     assert rows(votes) == 0
+
+
+def test_a_side_whose_adapter_cannot_be_loaded_is_told_without_the_path_that_names_it(votes):
+    class Unloadable(TalkingEngines):
+        async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+            if iterate == "iter-1":
+                message = "iter-1 cannot answer: /r/iter_001/adapter: is no adapter of the model"
+                raise Refusal(404, message, code="model_not_found")
+            async for item in super().answer(iterate, operation, fields):
+                yield item
+
+    client = app(Unloadable(), votes)
+    told = events_of(client.post("/v1/battles", json=ASKED | {"models": ["sft", "iter-1"]}))
+    (error,) = [event["error"]["message"] for event in told if "error" in event]
+    assert error == "This iterate serves no more; start a new comparison"
+    assert "iter" not in json.dumps(told).replace(error, "")
 
 
 def test_an_answer_that_cannot_be_kept_is_shown_and_told(votes, tmp_path):

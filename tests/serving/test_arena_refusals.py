@@ -136,6 +136,15 @@ def test_a_refusal_that_is_replayed_is_the_same_and_changes_nothing(tmp_path, sa
     votes.close()
 
 
+def test_an_error_in_a_comparison_is_in_the_log_to_which_it_points(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    votes, engines = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite"), TalkingEngines()
+    broken(ZeroDivisionError())(app(engines, votes), engines, votes)()
+    assert {record.name for record in caplog.records if record.exc_info} == {"ray.serve"}
+    votes.close()
+
+
 KINDS = {500: "server_error", 503: "overloaded_error", 504: "timeout_error"}
 
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
+from spin_ray.errors import RunDirError
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, ServeEngines, whole
@@ -52,7 +53,8 @@ class Handle:
 
 TABLE: dict[str, Any] = {
     "keeper": "first", "version": 7, "newest": "iter-0", "problems": {}, "down": [], "running": ["sft", "iter-0"],
-    "settled": True, "starting": {}, "engines": {name: {"app": name, "digest": "d"} for name in ("sft", "iter-0")},
+    "troubles": {}, "settled": True, "starting": {},
+    "engines": {name: {"app": name, "digest": "d"} for name in ("sft", "iter-0")},
 }  # fmt: skip
 ADAPTERS = TABLE | {"engines": {name: {"app": "sft", "digest": "d"} for name in ("sft", "iter-0")}}
 """A table whose iterates share an engine."""
@@ -207,6 +209,59 @@ def test_an_engine_that_ended_is_down_for_all_iterates_that_share_it() -> None:
         assert await refusal(made, "iter-0", HARMLESS) == (503, "engine_down")
 
     asyncio.run(check())
+
+
+class Failing:
+    """A handle whose engine fails, and a keeper that hears of it."""
+
+    def __init__(self, failure: Exception | dict[str, Any]) -> None:
+        self.answer, self._failure = self, failure
+        self.heard = list[tuple[str, str]]()
+        self.note_failure = SimpleNamespace(remote=lambda *told: self.heard.append(told))
+
+    async def remote(self, operation: str, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        if isinstance(self._failure, Exception):
+            raise self._failure
+        yield {"error": self._failure}
+
+    async def refusal(self) -> Refusal:
+        made = engines(self)
+        made._keeper = self
+        for _ in range(2):
+            with pytest.raises(Refusal) as refused:
+                await whole(made, "iter-0", CHAT, HARMLESS)
+        return refused.value
+
+
+NO_KERNEL = "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RayTaskError("answer", f"Traceback (most recent call last):\n  File x\n{NO_KERNEL}", RuntimeError()),
+        {"code": 500, "message": NO_KERNEL},
+    ],
+)
+def test_an_answer_that_fails_may_be_repeated_and_the_keeper_hears_once_why(failure: Any) -> None:
+    failing = Failing(failure)
+    refusal = asyncio.run(failing.refusal())
+    assert (refusal.status, refusal.message) == (500, "the engine failed; the request may be repeated")
+    assert failing.heard == [("iter-0", NO_KERNEL)]
+
+
+def test_a_refusal_that_is_about_the_request_is_no_failure() -> None:
+    failing = Failing({"code": 400, "message": "prompt: is too long"})
+    assert asyncio.run(failing.refusal()).status == 400 and failing.heard == []
+
+
+def test_an_adapter_that_cannot_be_loaded_is_no_failure_that_a_repetition_gets_past() -> None:
+    told = "/r/iter_000/adapter: is no adapter of the model that this engine holds"
+    failing = Failing(RayTaskError("answer", "a traceback", RunDirError(told)))
+    refusal = asyncio.run(failing.refusal())
+    assert (refusal.status, refusal.code) == (404, "model_not_found")
+    assert refusal.message == f"iter-0 cannot answer: {told}"
+    assert failing.heard == [("iter-0", told)]
 
 
 class Ticks:

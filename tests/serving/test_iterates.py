@@ -9,9 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
+from ray import serve
+from ray.exceptions import RayTaskError
 from vllm import SamplingParams
 from vllm.envs import environment_variables
 from vllm.exceptions import VLLMValidationError
@@ -25,6 +28,7 @@ from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
 from spin_ray.runtime.engine import FLASHINFER_SAMPLER
+from spin_ray.serving import server
 from spin_ray.serving.app import build, check_devices
 from spin_ray.serving.batch import compare_rows, read_rows
 from spin_ray.serving.iterate_engine import IterateEngine, _environment, _for_adapters, build_engine
@@ -170,6 +174,18 @@ def test_a_port_that_is_taken_is_told_before_ray_starts(run: RunDir) -> None:
         config = override(run.config(), {"serving.port": str(taken.getsockname()[1])})
         with pytest.raises(ConfigError, match="Address already in use"):
             start(run, config)
+
+
+def test_a_proxy_that_does_not_start_is_told_by_its_error(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "OSError: [Errno 99] Cannot assign requested address"
+    printed = f"\x1b[36mray::ProxyActor.ready()\x1b[39m (pid=7)\nTraceback (most recent call last):\n  File x\n{told}"
+    for name in ("connect_for", "check_vacant"):
+        monkeypatch.setattr(server, name, Mock())
+    monkeypatch.setattr(serve, "status", Mock(return_value=Mock(proxies={})))
+    monkeypatch.setattr(serve, "start", Mock(side_effect=RayTaskError("ready", printed, OSError())))
+    with pytest.raises(StageError) as error:
+        start(run, override(run.config(), {"serving.ingress_replicas": "2"}))
+    assert str(error.value) == f"Ray Serve's proxy did not start ({told}); is the machine overloaded?"
 
 
 def test_a_service_on_a_cluster_needs_keys(run: RunDir) -> None:

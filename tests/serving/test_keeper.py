@@ -5,11 +5,14 @@ one is a wait for a signal.
 """
 
 import asyncio
+import errno
+import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -32,6 +35,7 @@ class SlowKeeper(Keeper):
         self.broken: set[str] = set()
         self.drained: list[str] = []
         self.dead: set[str] = set()
+        self.causes: dict[str, str] = {}
         await super().__init__(str(run.storage.root), run.config(), holds=holds)
 
     async def _ask_applications(self) -> dict[str, Any]:
@@ -50,7 +54,14 @@ class SlowKeeper(Keeper):
         """Notes what would be deleted without the grace time."""
         self.drained.append(app.split(".")[1])
 
+    async def _cause_of_death(self, app: str) -> str:
+        return self.causes.get(app.split(".")[1], "")
+
+    async def _forget_cause(self, app: str) -> None:
+        self.causes.pop(app.split(".")[1], None)
+
     async def _running(self) -> set[str]:
+        self._applications = self.applications
         return {engine["app"] for name, engine in self._engines.items() if name not in self.dead}
 
     def let(self, name: str) -> None:
@@ -313,6 +324,61 @@ def test_an_engine_that_died_is_told_within_two_seconds_and_again_once_it_is_bac
         assert set(table["engines"]) == {"sft", "iter-0"}
         keeper.dead = set()
         await asyncio.wait_for(keeper.until(lambda table: not table["down"]), 2)
+
+    follow(run, check)
+
+
+def test_an_engine_that_died_is_told_with_its_cause_and_then_with_why_it_does_not_start_again(run: RunDir) -> None:
+    out_of_memory = "torch.OutOfMemoryError: CUDA out of memory."
+
+    async def check(keeper: SlowKeeper) -> None:
+        async def told(text: str) -> None:
+            await asyncio.wait_for(keeper.until(lambda table: table["troubles"] == {"iter-0": text}), 2)
+
+        for name in ("sft", "iter-0"):
+            keeper.let(name)
+        table = await keeper.until(lambda table: len(table["engines"]) == 2)
+        assert table["troubles"] == {}
+        keeper.causes, keeper.dead = {"iter-0": out_of_memory}, {"iter-0"}
+        await told(f"its engine has ended ({out_of_memory}) and starts again")
+        deployment = SimpleNamespace(replica_states={ReplicaState.STARTING: 1}, message=f"Error:\n{out_of_memory}\n")
+        keeper.applications[table["engines"]["iter-0"]["app"]] = SimpleNamespace(
+            deployments={"engine": deployment}, status=ApplicationStatus.UNHEALTHY
+        )
+        await told(f"its engine has ended and cannot start again ({out_of_memory}); trying again")
+        deployment.replica_states, keeper.dead = {ReplicaState.RUNNING: 1}, set()
+        await asyncio.wait_for(keeper.until(lambda table: not table["troubles"]), 2)
+        keeper.dead = {"iter-0"}
+        await told("its engine has ended and starts again")
+
+    follow(run, check)
+
+
+def test_a_run_that_cannot_be_read_is_told_until_it_can(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system whose server has started again."""
+
+    async def check(keeper: SlowKeeper) -> None:
+        for name in ("sft", "iter-0"):
+            keeper.let(name)
+        await keeper.until(lambda table: table["settled"])
+        with monkeypatch.context() as patch:
+            stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/r/LATEST")
+            patch.setattr(keeper_module, "wanted", Mock(side_effect=stale))
+            table = await asyncio.wait_for(keeper.until(lambda table: bool(table["troubles"])), 5)
+        assert table["troubles"] == {"run": f"cannot be followed ({stale}); trying again"}
+        assert len(table["engines"]) == 2 and not table["problems"]
+        await asyncio.wait_for(keeper.until(lambda table: not table["troubles"]), 5)
+
+    follow(run, check)
+
+
+def test_a_failed_answer_is_told_for_a_while(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "_FAILURE_S", 2)
+
+    async def check(keeper: SlowKeeper) -> None:
+        await keeper.note_failure("sft", "CUDA error")
+        assert (await keeper.table(-1, 0))["troubles"] == {"sft": "an answer failed (CUDA error)"}
+        await asyncio.wait_for(keeper.until(lambda table: not table["troubles"]), 5)
 
     follow(run, check)
 

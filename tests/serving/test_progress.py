@@ -7,7 +7,7 @@ from spin_ray.config.sections import ServingConfig
 from spin_ray.serving.front import listen
 from spin_ray.serving.progress import Progress
 
-EMPTY: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "starting": {}}
+EMPTY: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "troubles": {}, "starting": {}}
 
 
 def test_each_step_of_an_engine_is_told_once_and_ready_means_that_something_answers() -> None:
@@ -23,6 +23,26 @@ def test_each_step_of_an_engine_is_told_once_and_ready_means_that_something_answ
         "http://127.0.0.1:9000 answers; Ctrl-C stops it",
     ]
     assert progress.lines(table | {"down": ["sft"]}) == ["sft: its engine has ended and starts again"]
+
+
+def test_troubles_are_told_when_they_come_when_they_change_and_when_they_have_passed() -> None:
+    progress = Progress(ServingConfig(port=9000))
+    table = EMPTY | {"engines": {"sft": {}, "iter-0": {}}}
+    progress.lines(table)
+    out_of_memory = "its engine has ended (torch.OutOfMemoryError: CUDA out of memory) and starts again"
+    stale = {"run": "cannot be followed ([Errno 116] Stale file handle: '/r/LATEST'); trying again"}
+    now = table | {"down": ["iter-0"], "troubles": {"iter-0": out_of_memory} | stale}
+    assert progress.lines(now) == [f"iter-0: {out_of_memory}", f"run: {stale['run']}"]
+    assert progress.lines(now) == []
+    again = "its engine has ended and cannot start again (ValueError: no room for a cache); trying again"
+    assert progress.lines(now | {"troubles": {"iter-0": again} | stale}) == [f"iter-0: {again}"]
+    failed = {"sft": "an answer failed (torch.AcceleratorError: CUDA error: no kernel image is available)"}
+    assert progress.lines(table | {"troubles": failed}) == [
+        f"sft: {failed['sft']}",
+        "iter-0: ready",
+        "run: is followed again",
+    ]
+    assert progress.lines(table) == ["sft: ready"]
 
 
 def test_iterates_that_share_an_engine_are_told_by_their_names() -> None:

@@ -39,6 +39,7 @@ class TalkingEngines:
         self.names = Names()
         self.names.serve_now(ITERATES, newest=ITERATES[-1])
         self.problems: dict[str, str] = {}
+        self.troubles: dict[str, str] = {}
         self.down: set[str] = set()
         self._word_s = word_s
 

@@ -19,6 +19,7 @@ class FakeEngines:
         self.names = Names()
         self.names.serve_now(["sft", "iter-0"], newest="iter-0")
         self.problems: dict[str, str] = {}
+        self.troubles: dict[str, str] = {}
         self.down: set[str] = set()
         self.asked: list[dict[str, Any]] = []
         self.active = 0

@@ -16,10 +16,10 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, Storage
 
 
-def tiny_config(train: dict[str, Any] | None = None, **serving: Any) -> SpinConfig:
+def tiny_config(train: dict[str, Any] | None = None, model: str = "embedded:tiny-llama", **serving: Any) -> SpinConfig:
     return SpinConfig.model_validate(
         {
-            "model": {"path": "embedded:tiny-llama", "max_length": 256},
+            "model": {"path": model, "max_length": 256},
             "data": {"train": "embedded:arithmetic-train", "max_rows": 8},
             "train": train or {"global_batch_pairs": 8},
             "iterations": 4,
@@ -45,9 +45,10 @@ def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
     return run
 
 
-def make_adapter_run(folder: Path, iterates: int) -> RunDir:
+def make_adapter_run(folder: Path, iterates: int, **settings: Any) -> RunDir:
     """Makes a run of rank-4 adapters that change every answer."""
-    run = make_run(folder, 0, train={"global_batch_pairs": 8, "lora": {"rank": 4, "alpha": 8, "merge": False}})
+    lora = {"rank": 4, "alpha": 8, "merge": False}
+    run = make_run(folder, 0, train={"global_batch_pairs": 8, "lora": lora}, **settings)
     for iterate in range(1, iterates + 1):
         add_adapter(run, iterate, seed=iterate)
         run.publish(iterate)

@@ -17,7 +17,7 @@ from spin_ray.serving.engines import CHAT, Engines
 from spin_ray.serving.errors import Refusal, from_engine
 from spin_ray.serving.metrics import Metrics
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
 Tell = Callable[[dict[str, Any] | None], None]
 Record = Callable[[str, Side, Answer], Awaitable[None]]
@@ -68,7 +68,7 @@ class _Side:
         except TimeoutError:
             self._fail(Refusal(504, f"The answer took longer than {limit_s:g} s"))
         except Refusal as refusal:
-            self._fail(refusal)
+            self._fail(_gone() if refusal.code == "model_not_found" else refusal)  # whose text names the iterate
         except Exception:
             logger.exception("%s failed in a comparison", self._model)
             self._fail(Refusal(500, "an error here, not in the request; the server's log has more"))
@@ -77,7 +77,7 @@ class _Side:
 
     async def _streamed(self) -> Answer:
         if self._model not in self._engines.names.iterates:  # gone since the draw
-            raise Refusal(503, "This iterate serves no more; start a new comparison")
+            raise _gone()
         digest, started = self._engines.digest(self._model), time.monotonic()
         said, finish_reason = "", None
         stream: Any = self._engines.answer(self._model, CHAT, self._battle.question.for_engine(self._model))
@@ -101,6 +101,10 @@ class _Side:
     def _fail(self, refusal: Refusal) -> None:
         refusal.message = refusal.message.replace(self._model, "this side's iterate")
         self._tell({"side": self._side, **refusal.content()})
+
+
+def _gone() -> Refusal:
+    return Refusal(503, "This iterate serves no more; start a new comparison")
 
 
 def _choices(streamed: str) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """What vLLM's other processes wrote, as vLLM 0.29 writes it, in place of an error that points there."""
 
+import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from spin_ray.runtime.root_cause import cause_in
+from spin_ray.runtime.root_cause import cause_in, end_of
 
 NO_ROOM = "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."
 OF_THE_CORE = f"""\
@@ -68,6 +70,30 @@ def test_an_error_that_points_to_the_output_is_told_by_what_is_there(
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
         subprocess.run([sys.executable, "-c", code, tmp_path / "told"], stdout=out, stderr=err, check=True)
     assert (tmp_path / "told").read_text() == told
+
+
+def test_of_what_was_written_only_the_last_is_searched(tmp_path: Path) -> None:
+    code = """
+import sys
+from spin_ray.runtime.root_cause import cause_since, output_sizes
+print("(EngineCore pid=7) ValueError: of a request that was refused", flush=True)
+begun = output_sizes()
+before = cause_since(begun)
+print("(EngineCore pid=7) torch.OutOfMemoryError: CUDA out of memory.", flush=True)
+open(sys.argv[1], "w").write(f"{before}|{cause_since(begun)}")
+"""
+    with open(tmp_path / "out", "w") as out:
+        subprocess.run([sys.executable, "-c", code, tmp_path / "told"], stdout=out, check=True)
+    assert (tmp_path / "told").read_text() == "|torch.OutOfMemoryError: CUDA out of memory."
+
+
+def test_a_process_that_a_signal_ended_is_named() -> None:
+    core = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), name="EngineCore")
+    core.start()
+    assert end_of([core]) == ""
+    core.kill()
+    core.join()
+    assert end_of([core]) == "EngineCore was ended by signal 9 (SIGKILL)"
 
 
 def test_an_output_that_is_no_file_leaves_vllms_error_as_it_is(tmp_path: Path) -> None:
