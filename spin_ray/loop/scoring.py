@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import torch
 import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
@@ -91,24 +91,31 @@ def _worker(job: ScoreJob) -> dict[str, float]:
         folder, adapter = model.parts_here()
         backend = Fsdp2Backend(folder, replace(settings, adapter=adapter), device())
         started = time.monotonic()
-        tables.append(_score_rows(backend, rows, shape, model.name, by_token=job.by_token))
+        scores, own = _score_rows(backend, rows, shape, model.name, by_token=job.by_token)
+        tables.append(scores)
         work_s += time.monotonic() - started
-        tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
+        tokens += own
         backend.close()
     rank, ranks = shape.place()
     if shape.writes():
         job.target.replace_part(part_name(rank), pa.concat_tables(tables))
-    dist.barrier()
-    return {"tokens": tokens, "work_s": work_s, "ranks": ranks}
+    of_all = torch.tensor(tokens, device=device())
+    dist.all_reduce(of_all)  # the ranks also wait here for each other's parts
+    return {"tokens": of_all.item() // shape.tensor, "work_s": work_s, "ranks": ranks}
 
 
-def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str, *, by_token: bool) -> pa.Table:
+def _score_rows(
+    backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str, *, by_token: bool
+) -> tuple[pa.Table, int]:
+    """Returns SCORE_SCHEMA rows of this rank's packs, and their tokens without padding."""
     rows: list[int] = []
+    tokens = 0
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
     rank, ranks = shape.place()
     steps = plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=ranks)[0]
     packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
-    for _, batch in feed(packs, table, shape, backend.device):
+    for own, batch in feed(packs, table, shape, backend.device):
+        tokens += own
         logps = backend.score_tokens(batch)
         real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
         rows += batch.pair_row.tolist()
@@ -120,4 +127,4 @@ def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model:
             own = [of_tokens[segment == number].tolist() for number in numbers] if by_token else [[]] * len(numbers)
             columns[f"{name}_token_logps"] += own
     pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))
-    return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA)
+    return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA), tokens

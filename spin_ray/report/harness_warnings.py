@@ -11,6 +11,8 @@ from spin_ray.report.redaction import hide_in_text
 
 _LOGGERS = ("lm_eval.models", "lm_eval.utils", "lm_eval.evaluator_utils")
 """Loggers of prompts, answers and scores. The others tell of tasks and settings, which say nothing about numbers."""
+_RETRIED = "Retrying"
+"""Word in warnings about requests that an endpoint is sent again, which say nothing about numbers either."""
 _MOST = 5
 """Warnings kept of one call of lm-eval, the most frequent ones."""
 _LONGEST = 240
@@ -26,7 +28,8 @@ class _Counting(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = hide_in_text(" ".join(record.getMessage().split()))
-        self.texts[re.sub(r"\d+", "N", text)[:_LONGEST]] += 1
+        if _RETRIED not in text:
+            self.texts[re.sub(r"\d+", "N", text)[:_LONGEST]] += 1
 
 
 @contextmanager

@@ -102,6 +102,23 @@ def test_each_iteration_plays_a_fresh_slice_and_keeps_the_window(smollm2_run: Pa
     assert sorted(opponents) == [0] * 8 + [1] * 8
 
 
+def test_an_evaluation_counts_the_tokens_that_its_models_read(smollm2_run: Path) -> None:
+    """Both models of the margins read prompt and y once, beside the answers of both; θ_0 has those of one."""
+    run = RunDir(Storage(smollm2_run))
+    rows = pa.concat_tables(list(run.heldout.tables())).to_pylist()
+    own, earlier = (
+        {row["prompt_id"]: row["token_ids"] for table in run.heldout_samples(t).tables() for row in table.to_pylist()}
+        for t in (2, 1)
+    )
+    read = 0
+    for row in rows:
+        prompt, name = len(row["prompt_ids"]), row["prompt_id"]
+        both = {tuple(row["real_ids"]), tuple(own[name]), tuple(earlier[name])}
+        read += 2 * (prompt + sum(map(len, both))) + prompt + len(row["real_ids"]) + len(own[name])
+    (commit,) = (it for it in run.events() if it["event"] == "commit" and it["stage"] == "iter_001/evaluation")
+    assert commit["tokens"] == read
+
+
 def test_evaluations_hold_what_the_readme_names(smollm2_run: Path) -> None:
     first = json.loads((smollm2_run / "sft" / "eval.json").read_text())
     last = json.loads((smollm2_run / "iter_001" / "eval.json").read_text())

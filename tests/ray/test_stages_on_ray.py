@@ -120,7 +120,7 @@ def test_a_process_that_dies_before_it_reads_a_row_is_not_started_without_end(
     monkeypatch.setattr(prompts, "RenderSlice", lambda *_: dies)
     with pytest.raises(
         StageError,
-        match=r"arithmetic.*: cannot be rendered: a process was killed by the system or crashed.*; run the command again",
+        match=r"arithmetic.*: cannot be rendered: a process was killed by the system or crashed.*; run",
     ):
         make_prompts(RunDir(Storage(tmp_path)), make_config())
 

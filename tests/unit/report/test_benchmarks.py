@@ -158,6 +158,7 @@ def test_warnings_about_numbers_are_counted_alike_but_for_their_numbers():
         logging.getLogger("lm_eval.utils").warning("at http://me:SECRET@host/")
         logging.getLogger("lm_eval.models.huggingface").info("loaded 3")
         logging.getLogger("lm_eval.evaluator").warning("Overwriting default num_fewshot")
+        logging.getLogger("lm_eval.models.api_models").warning("API request failed! Status code: 503. Retrying...")
     logging.getLogger("lm_eval.models.huggingface").warning("context (18) exceeds (16)")
     assert texts == {"context (N) exceeds (N)": 2, "at http://[hidden]@host/": 1}
     once = {"text": "at http://[hidden]@host/", "count": 1, "tasks": ["mine"]}
