@@ -42,6 +42,12 @@ class Found(NamedTuple):
     """Columns of ``FINISH_REASONS`` whose response reached ``max_tokens`` before its end."""
 
     @property
+    def conversation_id(self) -> str | None:
+        """Name of the conversation that the row is a part of; None if the data names none."""
+        name = self.row.get("conversation_id")
+        return str(name) if isinstance(name, str | int) and name != "" else None
+
+    @property
     def all(self) -> list[Conversation]:
         return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
 

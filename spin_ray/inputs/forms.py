@@ -141,8 +141,9 @@ FORMS: tuple[Form, ...] = (
 
 _ASKS = tuple(dict.fromkeys(form.asks for form in FORMS if form.asks is not None))
 BY_NAME = {form.name: form for form in FORMS}
-BESIDE = ("answer", "tools", "label", "chat_template_kwargs")
-"""Columns that every form may have: answer for grading, tools, KTO's label, and TRL's variables of a row."""
+BESIDE = ("answer", "tools", "label", "chat_template_kwargs", "conversation_id")
+"""Columns that every form may have: answer for grading, tools, KTO's label, TRL's variables of a row, and the name of
+the conversation that the row is a part of."""
 OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations", "kto_tag": "label"}
 """Other names of columns, read where a row has no value under the usual name."""
 _HINTS = {

@@ -157,7 +157,8 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable | None:
         else:
             found = question_of(source.content, task.data)
         if task.part and task.data.heldout_fraction:
-            mine = part_of(found.ending_with_real[0], task.data.heldout_fraction) == task.part
+            first, fraction = found.ending_with_real[0], task.data.heldout_fraction
+            mine = part_of(first, fraction, found.conversation_id) == task.part
             if not mine:
                 return None
         if found.tools and not task.takes_tools:
@@ -244,6 +245,7 @@ def _row(
         "answer": answer_of(answer),
         "rejected_ids": rejected.real_ids if rejected else None,
         "answer_text": text,
+        "conversation_id": found.conversation_id,
     }
 
 

@@ -128,16 +128,28 @@ def _made_from(run_dir: RunDir, recipe: SpinConfig, settings: ProbeConfig, initi
 def _take_rows(run_dir: RunDir, probe: RunDir, settings: ProbeConfig, seed: int) -> None:
     """Commits rows to train on and rows to measure on. Without held-out data both are training rows."""
     train = _rows(run_dir.prompts, settings.prompts, seed)
-    half = train.num_rows // 2
     if run_dir.heldout.is_committed:
-        measured = _rows(run_dir.heldout, settings.prompts - half, seed)
+        half = train.num_rows // 2
+        trained, measured = train.slice(0, half), _rows(run_dir.heldout, settings.prompts - half, seed)
     else:
-        measured = train.slice(half)
-    for target, rows in ((probe.prompts, train.slice(0, half)), (probe.heldout, measured)):
+        trained, measured = halves_of(train)
+    for target, rows in ((probe.prompts, trained), (probe.heldout, measured)):
         if not target.is_committed:
             target.discard_parts()
             entry = target.write_part(part_name(0), rows.combine_chunks())
             target.commit({part_name(0): entry}, {}, {})
+
+
+def halves_of(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Returns two halves of PROMPT_SCHEMA rows, in their order. A conversation is in one, unless it is all there is."""
+    groups = conversation_groups(rows)
+    numbers = np.array([groups[prompt_id] for prompt_id in rows["prompt_id"].to_pylist()])
+    rows = rows.take(pa.array(np.argsort(numbers, kind="stable")))
+    numbers.sort()
+    middle = len(numbers) // 2
+    first, end = (int(np.searchsorted(numbers, numbers[middle], side)) for side in ("left", "right"))
+    cut = first or (end if end < len(numbers) else middle)
+    return rows.slice(0, cut), rows.slice(cut)
 
 
 def _rows(prompts: Artefact, wanted: int, seed: int) -> pa.Table:

@@ -5,7 +5,7 @@ Samples are of all rows, before any training. Margins and log p are of rows that
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ProbeConfig
 from spin_ray.report.measures import BY_KEY
 from spin_ray.report.uncertainty import CONFIDENCE, standard_errors
+from spin_ray.run_dir.names import prompt_of
 from spin_ray.run_dir.run_dir import RunDir
 
 PROBE = "probe.json"
@@ -33,8 +34,9 @@ def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[s
         margins: by pair_id, as in ``row_margins``.
         groups: result of ``conversation_groups``. None: rows are independent.
     """
+    numbers = None if groups is None else [groups[prompt_of(row)] for row in margins.index]
     by_row = {
-        "loss": pd.Series(calibrated_losses(margins.to_numpy()), margins.index),
+        "loss": pd.Series(calibrated_losses(margins.to_numpy(), numbers), margins.index),
         "margin": margins,
         "accuracy": margins > 0,
         "real_logp_drift": real_drift,
@@ -47,17 +49,21 @@ def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[s
     return found | {"standard_errors": errors}
 
 
-def calibrated_losses(margins: np.ndarray) -> np.ndarray:
+def calibrated_losses(margins: np.ndarray, groups: Sequence[int] | None = None) -> np.ndarray:
     """Returns the logistic loss of each margin, at the best scale for the other half of the rows.
 
     A short training finds the margin's direction but not its size. A scale of 0 gives ln 2.
+
+    Args:
+        groups: number of each row's conversation, whose rows are in one half. None: rows are independent.
     """
     size = float(np.abs(margins).mean()) if len(margins) else 0.0
     if size == 0:
         return np.full(len(margins), math.log(2))
     scaled, losses = margins / size, np.empty(len(margins))
-    for half in (0, 1):
-        losses[half::2] = np.logaddexp(0.0, -_best_scale(scaled[1 - half :: 2]) * scaled[half::2])
+    halves = (np.arange(len(margins)) if groups is None else pd.factorize(np.asarray(groups))[0]) % 2
+    for half in (halves == 0, halves == 1):
+        losses[half] = np.logaddexp(0.0, -_best_scale(scaled[~half]) * scaled[half])
     return losses
 
 

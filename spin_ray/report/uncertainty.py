@@ -26,19 +26,24 @@ CHANGE_OF_SHARE = (-1.0, 1.0)
 def conversation_groups(rows: pa.Table) -> dict[str, int]:
     """Returns the number of each prompt_id's conversation.
 
-    Turns of one conversation share a number, and so do responses to one prompt.
+    Rows of one ``conversation_id`` share a number. So do, of rows without, turns of one conversation and responses to
+    one prompt.
 
     Args:
-        rows: PROMPT_SCHEMA rows. The messages of a later turn begin with those of an earlier one.
+        rows: PROMPT_SCHEMA rows. The messages of a later turn begin with those of an earlier one. Runs from before
+            ``conversation_id`` lack it.
     """
     conversations = [json.loads(each) for each in rows["messages"].to_pylist()]
     known = {_key(messages) for messages in conversations}
-    numbers: dict[str, int] = {}
+    has_ids = "conversation_id" in rows.column_names
+    ids = rows["conversation_id"].to_pylist() if has_ids else [None] * rows.num_rows
+    numbers: dict[tuple[str, str], int] = {}
     groups = {}
-    for prompt_id, messages in zip(rows["prompt_id"].to_pylist(), conversations, strict=True):
+    for prompt_id, messages, named in zip(rows["prompt_id"].to_pylist(), conversations, ids, strict=True):
         starts = (messages[:end] for end in range(1, len(messages)))
         first = next((start for start in starts if _key(start) in known), messages)
-        groups[prompt_id] = numbers.setdefault(_key(first[:-1]), len(numbers))
+        name = ("messages", _key(first[:-1])) if named is None else ("conversation_id", named)
+        groups[prompt_id] = numbers.setdefault(name, len(numbers))
     return groups
 
 

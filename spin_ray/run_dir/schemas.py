@@ -16,12 +16,14 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("answer", pa.float64()),
         pa.field("rejected_ids", TOKEN_IDS),
         pa.field("answer_text", pa.string()),
+        pa.field("conversation_id", pa.string()),
     ]
 )
 """One SFT row, tokenised once.
 
 ``real_ids`` is the human response with its end-of-turn token, empty for an unlabelled question. ``rejected_ids`` is the
-worse response of a preference pair. ``answer`` is a number. ``answer_text`` is any answer.
+worse response of a preference pair. ``answer`` is a number. ``answer_text`` is any answer. Rows of one
+``conversation_id`` are parts of a conversation.
 """
 
 GENERATION_SCHEMA = pa.schema(

@@ -310,8 +310,8 @@ def split_files(setting: Setting, train: Path, test: Path, folder: Path) -> dict
     """Writes files by role. No arm trains on ``dev``, the last rows of train; nothing is chosen on ``test``."""
     rows, measured = json_lines(train), json_lines(test)[: setting.test_rows]
     rows, dev = rows[: -setting.dev_rows], rows[-setting.dev_rows :]
-    chosen_by = {json.loads(row).get("conversation") for row in dev} - {None}
-    rows = [row for row in rows if json.loads(row).get("conversation") not in chosen_by][: setting.train_rows]
+    chosen_by = {json.loads(row).get("conversation_id") for row in dev} - {None}
+    rows = [row for row in rows if json.loads(row).get("conversation_id") not in chosen_by][: setting.train_rows]
     parts = {
         "train": rows, "dev": dev, "test": measured, "seed": rows[: setting.seed_rows],
         "questions": rows[setting.seed_rows :][: setting.question_rows],

@@ -36,7 +36,7 @@ def measure(
     rendered = renderer.render_all([conversations_of(row, data)[0] for row in rows])
     usable = [each for each in rendered if isinstance(each, Rendered)]
     assert len(usable) == len(rows), "a row that cannot be rendered"
-    conversations = [row["conversation"] for row in rows]
+    conversations = [row["conversation_id"] for row in rows]
     real = [each.real_ids for each in usable]
     people = _texts(tokenizer, real)
     found: dict[str, Any] = {

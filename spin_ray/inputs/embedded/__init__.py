@@ -37,8 +37,8 @@ ASSETS: dict[str, Asset] = {
     "arithmetic-heldout": _jsonl("arithmetic-heldout", 1, partial(data.arithmetic_rows, "heldout")),
     "chitchat-train": _jsonl("chitchat-train", 1, partial(data.chitchat_rows, "train")),
     "chitchat-heldout": _jsonl("chitchat-heldout", 1, partial(data.chitchat_rows, "heldout")),
-    "replies-train": _jsonl("replies-train", 1, partial(data.reply_rows, "train")),
-    "replies-heldout": _jsonl("replies-heldout", 1, partial(data.reply_rows, "heldout")),
+    "replies-train": _jsonl("replies-train", 2, partial(data.reply_rows, "train")),
+    "replies-heldout": _jsonl("replies-heldout", 2, partial(data.reply_rows, "heldout")),
 }
 
 

@@ -61,7 +61,7 @@ def chitchat_rows(split: Split) -> list[Row]:
 def reply_rows(split: Split) -> list[Row]:
     """Returns all 4,067 suitable replies; 80 % of the conversations are to train on.
 
-    A row also names its ``conversation``, whose rows stand together in one split.
+    A row also has its ``conversation_id``, whose rows stand together in one split.
 
     Raises:
         ConfigError: chitchat-dataset is not installed.
@@ -70,7 +70,7 @@ def reply_rows(split: Split) -> list[Row]:
     exchanges = sorted(_exchanges(conversations, people=5, shortest=3), key=lambda it: _rank(it.conversation))
     wanted = split == "heldout"
     return [
-        {"messages": _turns(*it.texts), "conversation": it.conversation}
+        {"messages": _turns(*it.texts), "conversation_id": it.conversation}
         for it in exchanges
         if (int(_rank(it.conversation)[:8], 16) >= 0.8 * 16**8) == wanted
     ]

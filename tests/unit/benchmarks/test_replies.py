@@ -42,7 +42,7 @@ def test_no_conversation_is_in_two_splits(tmp_path):
 
     def conversations(role: str) -> list[str]:
         lines = Path(experiment.files[role]).read_text().splitlines()
-        return [json.loads(line)["conversation"] for line in lines]
+        return [json.loads(line)["conversation_id"] for line in lines]
 
     train, dev, test = (set(conversations(role)) for role in ("train", "dev", "test"))
     assert train.isdisjoint(dev) and train.isdisjoint(test) and dev.isdisjoint(test)

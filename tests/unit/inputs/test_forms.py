@@ -296,6 +296,14 @@ def test_llama_factorys_tag_of_kto_is_the_label(tag):
         assert ignored_in(mapped(wanted, DATA), BY_NAME["messages"]) == (["kto_tag"] if "label" in wanted else [])
 
 
+@pytest.mark.parametrize(
+    ("given", "name"), [("c1", "c1"), (7, "7"), (0, "0"), ("", None), (None, None), (["c"], None), (1.5, None)]
+)
+def test_a_row_names_its_conversation_by_text_or_number(given, name):
+    row = {"messages": answer()["messages"], "conversation_id": given}
+    assert read_row(row, DataConfig(train="-")).conversation_id == name
+
+
 def test_messages_that_are_not_to_be_learnt_are_no_responses():
     unlearnt = {"role": "assistant", "content": "b", "weight": 0}
     row = {"messages": [*chat("a"), unlearnt, *chat("c", "d")]}

@@ -1,7 +1,34 @@
 """The recipe of the probe's trainings."""
 
-from spin_ray.loop.probe import _recipe
+import json
+
+import pyarrow as pa
+import pytest
+
+from spin_ray.loop.probe import _recipe, halves_of
 from tests.support.fakes import config_of
+
+
+@pytest.mark.parametrize(
+    ("conversations", "trained", "measured"),
+    [
+        ("abcd", "ab", "cd"),
+        ("abcab", "aa", "bbc"),
+        ("aaab", "aaa", "b"),
+        ("baaa", "b", "aaa"),
+        ("aaaa", "aa", "aa"),
+    ],
+)
+def test_a_conversation_is_trained_on_or_measured_on(conversations: str, trained: str, measured: str) -> None:
+    rows = pa.table(
+        {
+            "prompt_id": [f"p{number}" for number in range(len(conversations))],
+            "messages": [json.dumps([{"role": "user", "content": str(n)}, {}]) for n in range(len(conversations))],
+            "conversation_id": list(conversations),
+        }
+    )
+    found = ["".join(half["conversation_id"].to_pylist()) for half in halves_of(rows)]
+    assert found == [trained, measured]
 
 
 def test_only_the_limits_of_training_are_off() -> None:

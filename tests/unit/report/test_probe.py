@@ -94,3 +94,17 @@ def test_margins_without_sign_or_size_give_ln_2():
     assert found["loss"] == pytest.approx(math.log(2), abs=0.01)
     assert abs(found["jsd_lower_bound"]) < 1.96 * found["standard_errors"]["jsd_lower_bound"] + 0.005
     assert (calibrated_losses(np.zeros(4)) == math.log(2)).all()
+
+
+def test_a_conversation_does_not_choose_its_own_scale():
+    """Its rows are in one half. In alternate rows, each row would learn its conversation's sign from a neighbour."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=200)
+    margins, groups = np.repeat(signs, 2), list(np.repeat(np.arange(200), 2))
+    assert calibrated_losses(margins, groups)[0] == calibrated_losses(margins, groups)[1]
+    changed = margins.copy()
+    changed[1::2] *= 5
+    assert calibrated_losses(margins, list(range(400))) == pytest.approx(calibrated_losses(margins))
+    mine, others = calibrated_losses(changed, groups), calibrated_losses(changed)
+    halves = np.repeat(np.arange(200) % 2 == 0, 2)
+    expected = calibrated_losses(np.concatenate([changed[halves], changed[~halves]]), [0] * 200 + [1] * 200)
+    assert mine[halves] == pytest.approx(expected[:200]) and not np.allclose(mine, others)

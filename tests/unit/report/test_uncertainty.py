@@ -104,6 +104,18 @@ def test_turns_of_a_conversation_and_answers_to_one_prompt_belong_together():
     ) == [0, 0, 0, 0, 1, 2]
 
 
+def test_rows_of_one_conversation_id_belong_together_whatever_they_say():
+    """Windows of a conversation, which do not begin with each other. Rows without an id are known by their messages."""
+    messages = [
+        conversation("hi", "hello"),
+        conversation("how?", "so"),
+        conversation("hi", "you"),
+        conversation("a", "b"),
+    ]
+    rows = pa.table({"prompt_id": list("pqrs"), "messages": messages, "conversation_id": ["c", "c", None, "d"]})
+    assert list(conversation_groups(rows).values()) == [0, 0, 1, 2]
+
+
 def test_a_conversation_whose_first_turn_is_not_there_is_known_by_its_second():
     later = conversation("hi", "hello", "how are you?", "fine")
     assert groups_of(later, conversation("hi", "hello", "how are you?", "fine", "bye", "bye"), later) == [0, 0, 0]
