@@ -150,7 +150,7 @@ def changes_by_row(before: pa.Table, now: pa.Table) -> dict[str, Any]:
         if there.any():
             error = standard_error(differences[there], groups[there], added)
             if error is not None:  # the interval is around the mean with those added; this one, around 0 as often
-                error *= (there.sum() + len(added)) / there.sum()
+                error *= float((there.sum() + len(added)) / there.sum())
             found[name] = {"value": float(differences[there].mean()), "standard_error": error}
     return found
 

@@ -96,7 +96,9 @@ def test_lengths_truncation_and_identity_are_shares_of_the_rows():
         "distinct_2": 3 / 4, "real_distinct_2": 1.0,  # 52, 88, 88, 82; 52, 56, 62, 72
     }  # fmt: skip
     assert errors["truncation_rate"] == pytest.approx((12 / 7 / 6 / 7) ** 0.5)  # 0, 0, 1 and two of each more
-    assert errors["real_length"] == pytest.approx(1 / 3)  # 2, 3, 2: variance 1/3 over three rows
+    assert errors["real_length"] == pytest.approx(
+        1 / 3 * 4.302653 / 1.96
+    )  # 2, 3, 2: variance 1/3 over three rows; t(2)
     assert errors.keys() == {"real_length", "generated_length", "truncation_rate", "identical_share"}
 
 
@@ -174,8 +176,8 @@ def test_changes_since_the_start_model_are_told_row_by_row(run):
     assert found.pop("since") == "sft"
     assert found == {
         "generated_length": {"value": 2.0, "standard_error": 0.0},
-        # 1, 0 and the added −1, 1: mean ¼, squares 2.75
-        "truncation_rate": {"value": 0.5, "standard_error": pytest.approx((4 / 3 * 2.75) ** 0.5 / 4)},
+        # 1, 0 and the added −1, 1: mean ¼, squares 2.75; by 4/2, as the mean without those is ½
+        "truncation_rate": {"value": 0.5, "standard_error": pytest.approx((4 / 3 * 2.75) ** 0.5 / 4 * 2)},
     }
     rows = read_rows(run, 1).to_pylist()
     assert rows[0] == {
