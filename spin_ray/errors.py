@@ -148,6 +148,11 @@ def user_error_in(error: BaseException) -> UserError | None:
     return (UserError if kind is OtherRunError else kind)(named[2])
 
 
+def is_of_dead_process(error: BaseException) -> bool:
+    """Tells whether Ray says of an error only that a process has died."""
+    return bool(_ENDED_SAYS_RAY.search(str(error)))
+
+
 def memory_advice(error: BaseException | str, remedies: str) -> str:
     """Returns a clause with ``remedies`` if memory ran out, else an empty string.
 
@@ -156,6 +161,6 @@ def memory_advice(error: BaseException | str, remedies: str) -> str:
     text = str(error).lower()
     if any(words in text for words in ("out of memory", "outofmemory", "running low on memory", "(oom)")):
         return f"; memory ran out: {remedies}"
-    if "sigkill" in text or _ENDED_SAYS_RAY.search(str(error)):
+    if "sigkill" in text or (isinstance(error, BaseException) and is_of_dead_process(error)):
         return f"; if memory ran out, {remedies}"
     return ""

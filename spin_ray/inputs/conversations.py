@@ -45,7 +45,9 @@ class Found(NamedTuple):
     def conversation_id(self) -> str | None:
         """Name of the conversation that the row is a part of; None if the data names none."""
         name = self.row.get("conversation_id")
-        return str(name) if isinstance(name, str | int) and name != "" else None
+        if isinstance(name, float) and name.is_integer():  # whole numbers beside empty cells, as pandas writes them
+            name = int(name)
+        return str(name) if isinstance(name, str | int) and not isinstance(name, bool) and name != "" else None
 
     @property
     def all(self) -> list[Conversation]:

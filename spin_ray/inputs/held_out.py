@@ -11,17 +11,15 @@ from spin_ray.inputs.messages import Conversation
 Part = Literal["trained", "held out"]
 
 
-def part_of(conversation: Conversation, fraction: float, conversation_id: str | None = None) -> Part:
+def part_of(conversation: Conversation, fraction: float) -> Part:
     """Returns the part of the data that a conversation belongs to.
 
     A digest of the first question decides, so that conversations that begin with the same one stay together. Order,
-    other rows, system message and ``data.turns`` change nothing. Of a row with a ``conversation_id``, that decides, as
-    rows may be parts of a conversation that begin with other questions.
+    other rows, system message and ``data.turns`` change nothing.
     """
     asked = dropwhile(lambda message: message["role"] != "user", conversation)
     question = [message["content"] for message in takewhile(lambda message: message["role"] != "assistant", asked)]
-    decides = question if conversation_id is None else conversation_id
-    drawn = hashlib.blake2b(json.dumps(decides).encode(), digest_size=8).digest()
+    drawn = hashlib.blake2b(json.dumps(question).encode(), digest_size=8).digest()
     return "held out" if int.from_bytes(drawn, "big") < fraction * 2**64 else "trained"
 
 

@@ -157,8 +157,7 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable | None:
         else:
             found = question_of(source.content, task.data)
         if task.part and task.data.heldout_fraction:
-            first, fraction = found.ending_with_real[0], task.data.heldout_fraction
-            mine = part_of(first, fraction, found.conversation_id) == task.part
+            mine = part_of(found.ending_with_real[0], task.data.heldout_fraction) == task.part
             if not mine:
                 return None
         if found.tools and not task.takes_tools:

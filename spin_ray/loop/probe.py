@@ -141,14 +141,17 @@ def _take_rows(run_dir: RunDir, probe: RunDir, settings: ProbeConfig, seed: int)
 
 
 def halves_of(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Returns two halves of PROMPT_SCHEMA rows, in their order. A conversation is in one, unless it is all there is."""
+    """Returns about two halves of PROMPT_SCHEMA rows, in their order.
+
+    A conversation is in one of them, unless there is no other.
+    """
     groups = conversation_groups(rows)
     numbers = np.array([groups[prompt_id] for prompt_id in rows["prompt_id"].to_pylist()])
     rows = rows.take(pa.array(np.argsort(numbers, kind="stable")))
     numbers.sort()
     middle = len(numbers) // 2
-    first, end = (int(np.searchsorted(numbers, numbers[middle], side)) for side in ("left", "right"))
-    cut = first or (end if end < len(numbers) else middle)
+    begins = [number for number in range(1, len(numbers)) if numbers[number] != numbers[number - 1]]
+    cut = min(begins, key=lambda begin: abs(begin - middle), default=middle)
     return rows.slice(0, cut), rows.slice(cut)
 
 

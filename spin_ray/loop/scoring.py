@@ -114,8 +114,8 @@ def _score_rows(
     rank, ranks = shape.place()
     steps = plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=ranks)[0]
     packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
-    for own, batch in feed(packs, table, shape, backend.device):
-        tokens += own
+    for useful, batch in feed(packs, table, shape, backend.device):
+        tokens += useful
         logps = backend.score_tokens(batch)
         real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
         rows += batch.pair_row.tolist()

@@ -224,7 +224,7 @@ def summarise(
     error = standard_error(np.asarray(scores), numbers, SHARE)
     placed = places["first"] + places["second"]
     return {
-        "one": one, "other": other, **counts, "win_rate": rate, "standard_error": error,
+        "one": one, "other": other, **counts, "win_rate": rate, "standard_error": error, "draws": len(set(numbers)),
         "agreement": agreeing / len(scores) if scores else None,
         "position_bias": places["first"] / placed - 0.5 if placed else None,
     }  # fmt: skip

@@ -26,13 +26,15 @@ class Judged:
     number: int
     """Number of prompts judged or votes cast."""
     by: str
+    draws: int | None = None
+    """Number of their conversations; None: each is one."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """Returns the 95 % interval; None if unknown."""
         if self.win_rate is None or self.standard_error is None:
             return None
-        return interval_of_share(self.win_rate, self.standard_error, self.number)
+        return interval_of_share(self.win_rate, self.standard_error, self.draws or self.number)
 
 
 def read_judged(run: RunDir, unreadable: list[str]) -> list[Judged]:
@@ -48,7 +50,9 @@ def _judgements(run: RunDir, unreadable: list[str]) -> list[Judged]:
         try:
             it = json.loads(run.storage.read(f"judgements/{name}"))
             number, by = it["wins"] + it["ties"] + it["losses"], hide_in_text(it.get("judge", "a judge"))
-            found.append(Judged(it["one"], it["other"], it["win_rate"], it.get("standard_error"), number, by))
+            found.append(
+                Judged(it["one"], it["other"], it["win_rate"], it.get("standard_error"), number, by, it.get("draws"))
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             unreadable.append(f"judgements/{name} cannot be read ({hide_in_text(first_line(error))}).")
     return found

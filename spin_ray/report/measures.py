@@ -42,8 +42,9 @@ class Measure:
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
         if value is None or error is None or not math.isfinite(value + error):
             return None
-        if self.key in _SHARES and (rows := evaluation.get(_SHARES[self.key])):
-            return interval_of_share(value, error, rows)
+        draws = next((evaluation[name] for name in _DRAWS.get(self.key, ()) if name in evaluation), None)
+        if draws:
+            return interval_of_share(value, error, draws)
         low, high = value - CONFIDENCE * error, value + CONFIDENCE * error
         return (max(low, 0.0), min(high, 1.0)) if self.key in _FRACTIONS else (low, high)
 
@@ -170,10 +171,10 @@ _FRACTIONS = {
     "answer_accuracy", "against_opponent.accuracy", "against_opponent.margin_concentration", "length_auc",
     "truncation_rate", "identical_share", "duplicate_share", "real_duplicate_share", "distinct_2", "real_distinct_2",
 }  # fmt: skip
-_SHARES = dict.fromkeys(("against_opponent.accuracy", "truncation_rate", "identical_share"), "rows") | {
-    "answer_accuracy": "answers_graded"
-}
-"""Keys of shares of rows, and of the number of these rows."""
+_DRAWS = dict.fromkeys(
+    ("against_opponent.accuracy", "truncation_rate", "identical_share"), ("conversations", "rows")
+) | {"answer_accuracy": ("conversations_graded", "answers_graded")}
+"""Keys of shares, and of the number of independent draws; the second from before the first was stored."""
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 

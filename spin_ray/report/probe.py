@@ -17,7 +17,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ProbeConfig
 from spin_ray.report.measures import BY_KEY
-from spin_ray.report.uncertainty import CONFIDENCE, standard_errors
+from spin_ray.report.uncertainty import CONFIDENCE, interval_of_share, standard_errors
 from spin_ray.run_dir.names import prompt_of
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -46,7 +46,7 @@ def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[s
     found["jsd_lower_bound"] = (math.log(2) - found["loss"]) / 2
     if "loss" in errors:
         errors["jsd_lower_bound"] = errors["loss"] / 2
-    return found | {"standard_errors": errors}
+    return found | {"standard_errors": errors, "draws": len(margins) if numbers is None else len(set(numbers))}
 
 
 def calibrated_losses(margins: np.ndarray, groups: Sequence[int] | None = None) -> np.ndarray:
@@ -244,8 +244,7 @@ def print_probe(found: dict[str, Any], console: Console) -> None:
     table = Table("", "value", "±", title="Samples of θ_0; two short trainings, measured on other rows")
     for key, title in _SHOWN.items():
         if (value := evidence.get(key)) is not None:
-            error = evidence["standard_errors"].get(key)
-            table.add_row(title, f"{value:.3f}", "" if error is None else f"{CONFIDENCE * error:.3f}")
+            table.add_row(title, f"{value:.3f}", _shown_interval(evidence, key, value))
     if ngrams := evidence["ngrams"]:
         table.add_row(
             "accuracy of n-grams", f"{ngrams['accuracy']:.3f}", f"{ngrams['low']:.3f} to {ngrams['high']:.3f}"
@@ -253,6 +252,16 @@ def print_probe(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     for sentence in [*found["sentences"], *(f"Note: {caution}" for caution in found["cautions"])]:
         console.print(sentence, markup=False, soft_wrap=True)
+
+
+def _shown_interval(evidence: Evidence, key: str, value: float) -> str:
+    error = evidence["standard_errors"].get(key)
+    if error is None:
+        return ""
+    if key == "accuracy" and "draws" in evidence:
+        low, high = interval_of_share(value, error, evidence["draws"])
+        return f"{low:.3f} to {high:.3f}"
+    return f"{CONFIDENCE * error:.3f}"
 
 
 _SHOWN = {

@@ -26,8 +26,7 @@ CHANGE_OF_SHARE = (-1.0, 1.0)
 def conversation_groups(rows: pa.Table) -> dict[str, int]:
     """Returns the number of each prompt_id's conversation.
 
-    Rows of one ``conversation_id`` share a number. So do, of rows without, turns of one conversation and responses to
-    one prompt.
+    Turns of one conversation share a number, and so do responses to one prompt and rows of one ``conversation_id``.
 
     Args:
         rows: PROMPT_SCHEMA rows. The messages of a later turn begin with those of an earlier one. Runs from before
@@ -37,14 +36,25 @@ def conversation_groups(rows: pa.Table) -> dict[str, int]:
     known = {_key(messages) for messages in conversations}
     has_ids = "conversation_id" in rows.column_names
     ids = rows["conversation_id"].to_pylist() if has_ids else [None] * rows.num_rows
-    numbers: dict[tuple[str, str], int] = {}
-    groups = {}
-    for prompt_id, messages, named in zip(rows["prompt_id"].to_pylist(), conversations, ids, strict=True):
+    joined: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(name: tuple[str, str]) -> tuple[str, str]:
+        while (further := joined.setdefault(name, name)) != name:
+            name = further
+        return name
+
+    first_prompts = []
+    for messages, named in zip(conversations, ids, strict=True):
         starts = (messages[:end] for end in range(1, len(messages)))
         first = next((start for start in starts if _key(start) in known), messages)
-        name = ("messages", _key(first[:-1])) if named is None else ("conversation_id", named)
-        groups[prompt_id] = numbers.setdefault(name, len(numbers))
-    return groups
+        first_prompts.append(("messages", _key(first[:-1])))
+        if named is not None:
+            joined[root(("conversation_id", named))] = root(first_prompts[-1])
+    numbers: dict[tuple[str, str], int] = {}
+    return {
+        prompt_id: numbers.setdefault(root(prompt), len(numbers))
+        for prompt_id, prompt in zip(rows["prompt_id"].to_pylist(), first_prompts, strict=True)
+    }
 
 
 def _key(messages: list[Any]) -> str:
@@ -56,36 +66,39 @@ def standard_error(
 ) -> float | None:
     """Returns the mean's standard error; None for one group alone.
 
-    Few groups widen it, so that CONFIDENCE errors are the interval of Student's t with one degree of freedom less than
-    groups. Of independent shares, the rows added do that.
+    Few groups widen it: of a share by the rows added, else so that CONFIDENCE errors are the interval of Student's t
+    with one degree of freedom less than groups.
 
     Args:
         values: float [rows].
         groups: number of each row's conversation; its rows count as one draw (cluster-robust error of Liang and Zeger
             1986). None: rows are independent.
-        added: further independent rows, ``SHARE`` or ``CHANGE_OF_SHARE``.
+        added: further independent rows, ``SHARE`` or ``CHANGE_OF_SHARE``, each with the weight of a mean group.
     """
     numbers = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
     if len(numbers) == 0 or numbers.max() == 0:
         return None
-    every = np.concatenate([values.astype(np.float64), np.asarray(list(added))])
-    own = np.concatenate([numbers, numbers.max() + 1 + np.arange(len(added))])
-    sums = np.bincount(own, every - every.mean())
-    error = math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(every)
-    if len(added) and numbers.max() + 1 == len(values):
+    draws = int(numbers.max()) + 1
+    more, weight = np.asarray(list(added)), len(values) / draws
+    total = len(values) + weight * len(more)
+    mean = (values.astype(np.float64).sum() + weight * more.sum()) / total
+    sums = np.concatenate([np.bincount(numbers, values - mean), weight * (more - mean)])
+    error = math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / total
+    if len(more):
         return error
     from scipy.special import stdtrit  # slow import, which scoring workers do not need
 
-    return error * float(stdtrit(numbers.max(), 0.975)) / CONFIDENCE
+    return error * float(stdtrit(draws - 1, 0.975)) / CONFIDENCE
 
 
-def interval_of_share(share: float, error: float, rows: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of ``rows``, around the mean with the rows of SHARE.
+def interval_of_share(share: float, error: float, draws: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share, around the mean with the rows of SHARE.
 
     Args:
         error: result of ``standard_error`` with SHARE.
+        draws: number of independent rows or conversations.
     """
-    centre, half = (share * rows + sum(SHARE)) / (rows + len(SHARE)), CONFIDENCE * error
+    centre, half = (share * draws + sum(SHARE)) / (draws + len(SHARE)), CONFIDENCE * error
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
@@ -150,7 +163,8 @@ def changes_by_row(before: pa.Table, now: pa.Table) -> dict[str, Any]:
         if there.any():
             error = standard_error(differences[there], groups[there], added)
             if error is not None:  # the interval is around the mean with those added; this one, around 0 as often
-                error *= float((there.sum() + len(added)) / there.sum())
+                draws = len(np.unique(groups[there]))
+                error *= (draws + len(added)) / draws
             found[name] = {"value": float(differences[there].mean()), "standard_error": error}
     return found
 

@@ -51,7 +51,8 @@ def map_by_tasks(
     """Returns a lazy data set; reading it calls ``function`` on each item in a task with one CPU.
 
     Args:
-        retries: most further tries of a task whose process dies. Ray counts none that its memory monitor kills.
+        retries: most further tries of a task whose process dies. Ray sets no limit to those that its memory monitor
+            kills, which ``earlier_tries`` counts, too.
     """
     with warnings.catch_warnings():
         # Ray 2.64 removes ray_remote_args. Ray Data's default is no limit: a process that crashes would start forever.

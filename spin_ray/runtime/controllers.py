@@ -82,7 +82,7 @@ _CUT_OFF = (
 """Words of gloo and NCCL for a rank that has lost another one."""
 
 
-def first_failure(error: BaseException) -> BaseException:
+def own_failure(error: BaseException) -> BaseException:
     """Returns the failure of a worker that did not fail only because another one had."""
     failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
     lost_nobody = (failure for failure in failures if not any(words in str(failure) for words in _CUT_OFF))
@@ -91,7 +91,7 @@ def first_failure(error: BaseException) -> BaseException:
 
 def cause_of(error: BaseException) -> str:
     """Returns what the first failure says in a line, with the type of an error that was not written for the reader."""
-    failure = first_failure(error)
+    failure = own_failure(error)
     raised, line = getattr(failure, "_base_exc", failure), last_line(failure)
     kind = type(raised).__name__
     is_sentence = isinstance(raised, UserError | StageError) or type(raised).__module__.startswith("ray.")

@@ -14,6 +14,8 @@ from typing import Any
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Mailbox:
@@ -25,7 +27,7 @@ class Mailbox:
         _internal_kv_put(f"{self.name}/text/{time.time_ns():020d}-{os.getpid()}", text)
 
     def take(self) -> list[str]:
-        """Returns the texts that have come since the last call, in the order of their times."""
+        """Returns and removes the texts, in the order of their times."""
         texts = []
         for key in sorted(_internal_kv_list(f"{self.name}/text/")):
             texts.append(_internal_kv_get(key).decode())
@@ -61,7 +63,10 @@ def passed_on(warn: Callable[[str], Any]) -> Iterator[tuple[Mailbox, Callable[[]
         for text in texts:
             if text not in told:
                 told.add(text)
-                warn(text)
+                try:
+                    warn(text)
+                except Exception:  # such as a storage's: a failed report never fails the work
+                    logger.exception("a warning could not be kept: %s", text)
 
     try:
         yield mailbox, read

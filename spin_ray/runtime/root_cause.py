@@ -15,7 +15,7 @@ _LONGEST = 2**22
 """Most bytes that are read of a log."""
 _ERROR = re.compile(
     r"^((?:\([^)]*\) )*)(?:ERROR [^\]]*\] )?\s*"
-    r"((?:\w+\.)*\w*(?:Error|Exception): .+|Fatal Python error: .+|what\(\): .+)$",
+    r"((?:\w+\.)*\w*(?:Error|Exception)(?:: .+)?|Fatal Python error: .+|what\(\): .+)$",
     re.MULTILINE,
 )
 """Processes and text of a last line of a traceback, in vLLM's log or after it."""
@@ -55,8 +55,12 @@ def end_of(processes: Iterable[BaseProcess]) -> str:
 
 
 def cause_in(output: str) -> str:
-    """Returns the last error of the process that reported one first; empty if none did."""
-    found = [(match[1], match[2]) for match in _ERROR.finditer(output) if _POINTS_THERE not in match[2]]
+    """Returns the last error of the process that reported one first; empty if none did.
+
+    Lines without a process are those of the main one, whose errors before a failure were none.
+    """
+    every = [(match[1], match[2]) for match in _ERROR.finditer(output) if _POINTS_THERE not in match[2]]
+    found = [each for each in every if each[0]] or every
     return next((text for process, text in reversed(found) if process == found[0][0]), "")
 
 

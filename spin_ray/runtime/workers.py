@@ -17,7 +17,7 @@ import ray.train.torch
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
-from spin_ray.runtime.controllers import Trainer, cause_of, first_failure, said_by
+from spin_ray.runtime.controllers import Trainer, cause_of, own_failure, said_by
 from spin_ray.runtime.garbage import collect_as_usual, skip_imports
 from spin_ray.runtime.mailbox import Mailbox, passed_on, warnings_into
 from spin_ray.runtime.placement import in_the_cluster, ray_train_asks
@@ -86,7 +86,7 @@ def run_workers(
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             if said := said_by(error):
                 raise said from error
-            cause, advice = cause_of(error), memory_advice(first_failure(error), _USE_LESS)
+            cause, advice = cause_of(error), memory_advice(own_failure(error), _USE_LESS)
             raise StageError(
                 f"the train workers for {folder} failed: {cause}{advice}; {_before(mailbox, cause)}{_cluster_now()}"
                 "run the command again to go on"

@@ -100,7 +100,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk", run: RunDir | N
         """Lists the models that serve, and why others do not."""
         listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
         down = dict.fromkeys(engines.down, ENDED)
-        shown = engines.troubles.keys() & {*down, RUN}  # a failed answer's text may cite what another client asked
+        shown = engines.troubles.keys() & {*down, RUN}
         problems = engines.problems | down | {name: engines.troubles[name] for name in shown}
         return listed | ({"problems": problems} if problems else {})
 

@@ -58,10 +58,12 @@ class Keeper:
     "engines": {"iter-1": {"app": "engine.iter-1.5f0c….81bd…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
     "troubles": {"run": "cannot be followed ([Errno 116] Stale file handle: '…/LATEST'); trying again"},
-    "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c….81bd…"], "settled": False}``
+    "failures": {"iter-1": "an answer failed (…)"}, "starting": {"iter-3": "placed, loads"},
+    "running": ["engine.iter-1.5f0c….81bd…"], "settled": False}``
 
     ``problems`` are of iterates that do not serve, or not as they are in the run. ``troubles`` pass by themselves: of
-    the run (``RUN``), of each iterate in ``down``, and of iterates whose answers failed within ``_FAILURE_S``.
+    the run (``RUN``) and of each iterate in ``down``. ``failures`` are of answers that failed within ``_FAILURE_S``;
+    their texts may cite what a client asked.
     ``driver`` is the Ray job whose process stops the server, if there is one.
     ``running`` includes engines of an earlier keeper (None: not seen yet). ``settled``: nothing starts any more.
     """
@@ -139,7 +141,8 @@ class Keeper:
             "engines": dict(self._engines),
             "problems": dict(self._problems),
             "down": list(self._ends),
-            "troubles": self._troubles(),
+            "troubles": self._ends | ({} if self._unfollowed is None else {RUN: self._unfollowed}),
+            "failures": {name: text for name, (text, _) in self._failures.items()},
             "starting": dict(self._steps),
             "running": sorted(self._seen_running) if self._has_seen else None,
             "settled": self._has_looked and not self._steps and self._latest in (self._newest, None),
@@ -149,10 +152,6 @@ class Keeper:
         """Notes that an answer of an iterate failed."""
         self._failures[name] = (f"an answer failed ({what[:500]})", time.monotonic())
         await self._announce()
-
-    def _troubles(self) -> dict[str, str]:
-        run = {} if self._unfollowed is None else {RUN: self._unfollowed}
-        return {name: text for name, (text, _) in self._failures.items()} | self._ends | run
 
     def _has_dealt_with_all(self) -> bool:
         return self._has_looked and self._steps.keys() <= self._engines.keys() | self._problems.keys()
@@ -170,7 +169,7 @@ class Keeper:
                 running = await self._running()
                 down = {name: engine["app"] for name, engine in self._engines.items() if engine["app"] not in running}
                 ends = {name: await self._end(app) for name, app in down.items()}
-                for app in self._used() & running - self._seen_running:
+                for app in running - self._seen_running:
                     await self._forget_cause(app)
             except Exception:
                 logger.exception("cannot see the engines; trying again")
@@ -368,6 +367,7 @@ class Keeper:
         await asyncio.sleep(self._config.serving.drain_grace_s)  # until every ingress replica has the new table
         if app not in self._used():
             await self._ask_serve(serve.delete, app, _blocking=False)
+            await self._forget_cause(app)
 
     async def _remove_strays(self) -> None:
         """Ends unused engines of an earlier keeper, once."""

@@ -21,7 +21,9 @@ class Progress:
     def __init__(self, serving: ServingConfig, front: Front | None = None) -> None:
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
         self._url, self._front = f"http://{host}:{front.port if front else serving.port}", front
-        self._began, self._told, self._is_up, self._ready = time.monotonic(), dict[str, str](), False, False
+        self._began, self._is_up, self._ready = time.monotonic(), False, False
+        self._told: dict[str, str] = {}
+        self._failed: dict[str, str] = {}
 
     def follow(self, stop: "queue.SimpleQueue[int]") -> None:
         """Prints the engines' changes until a signal comes.
@@ -31,7 +33,14 @@ class Progress:
         """
         self._print(f"logs: {serve_logs()}{'' if self._front else ' of each node'}")
         keeper = serve.get_deployment_handle("keeper", APP)
-        table: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "troubles": {}, "starting": {}}
+        table: dict[str, Any] = {
+            "engines": {},
+            "problems": {},
+            "down": [],
+            "troubles": {},
+            "failures": {},
+            "starting": {},
+        }
         while True:
             with suppress(queue.Empty):
                 stop.get(timeout=_LOOK_S)
@@ -53,9 +62,10 @@ class Progress:
         now |= table["starting"] | dict.fromkeys(table["engines"], "ready")
         now |= dict.fromkeys(table["down"], ENDED) | table["troubles"]
         new = [f"{name}: {state}" for name, state in now.items() if self._told.get(name) != state]
+        new += [f"{name}: {text}" for name, text in table["failures"].items() if self._failed.get(name) != text]
         if RUN in self._told and RUN not in now:
             new.append(f"{RUN}: is followed again")
-        self._told = now
+        self._told, self._failed = now, table["failures"]
         if not self._is_up and (self._front is None or self._front.answers):
             self._is_up = True
             new.insert(0, f"{self._url} has the page; models start")

@@ -59,6 +59,13 @@ def _always_fails(spec: EngineSpec) -> FakeEngine:
     return FakeEngine(short=True, before=fail)
 
 
+def _fails_and_then_does_not_load(spec: EngineSpec, once: Path) -> FakeEngine:
+    if once.exists():
+        raise ValueError("No available memory for the cache blocks")
+    once.touch()
+    return _always_fails(spec)
+
+
 def _notes_its_group(spec: EngineSpec, note: Path) -> FakeEngine:
     group = ray.util.get_current_placement_group()
     placed: Any = ray.util.placement_group_table(group)
@@ -89,6 +96,14 @@ def test_an_engine_that_fails_on_a_gpu_again_and_again_is_told_by_its_own_error(
     make_prompts(run, config)
     with pytest.raises(StageError, match=f"^generation failed: {_ILLEGAL}; committed shards are kept"):
         play(run, config, _always_fails)
+
+
+def test_an_engine_that_does_not_load_again_is_told_before_the_failure_of_the_one_before(tmp_path: Path) -> None:
+    run, config = RunDir(Storage(tmp_path)), make_config(generation={"resources": {"cpus": 0.5, "gpus": 1}})
+    make_prompts(run, config)
+    told = rf"^generation failed: ValueError: No available memory .* \(an engine before it: {_ILLEGAL}\); committed"
+    with pytest.raises(StageError, match=told):
+        play(run, config, lambda spec: _fails_and_then_does_not_load(spec, tmp_path / "once"))
 
 
 def test_an_engine_of_a_pipeline_lies_in_a_group_of_its_own_that_the_stage_removes(tmp_path: Path) -> None:

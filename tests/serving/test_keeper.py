@@ -36,6 +36,7 @@ class SlowKeeper(Keeper):
         self.drained: list[str] = []
         self.dead: set[str] = set()
         self.causes: dict[str, str] = {}
+        self.probed: set[str] = set()
         await super().__init__(str(run.storage.root), run.config(), holds=holds)
 
     async def _ask_applications(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class SlowKeeper(Keeper):
 
     async def _running(self) -> set[str]:
         self._applications = self.applications
-        return {engine["app"] for name, engine in self._engines.items() if name not in self.dead}
+        return self.probed | {engine["app"] for name, engine in self._engines.items() if name not in self.dead}
 
     def let(self, name: str) -> None:
         self.gates.setdefault(name, asyncio.Event()).set()
@@ -354,6 +355,19 @@ def test_an_engine_that_died_is_told_with_its_cause_and_then_with_why_it_does_no
     follow(run, check)
 
 
+def test_the_cause_of_a_death_while_an_engine_was_probed_is_not_that_of_a_later_one(run: RunDir) -> None:
+    """The engine runs before it serves."""
+
+    async def check(keeper: SlowKeeper) -> None:
+        keeper.causes, keeper.probed = {"iter-0": "an old cause"}, {"engine.iter-0.ab"}
+        async with asyncio.timeout(5):
+            while keeper.causes:
+                await asyncio.sleep(0.05)
+        assert not (await keeper.table(-1, 0))["engines"]
+
+    follow(run, check)
+
+
 def test_a_run_that_cannot_be_read_is_told_until_it_can(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network file system whose server has started again."""
 
@@ -377,8 +391,9 @@ def test_a_failed_answer_is_told_for_a_while(run: RunDir, monkeypatch: pytest.Mo
 
     async def check(keeper: SlowKeeper) -> None:
         await keeper.note_failure("sft", "CUDA error")
-        assert (await keeper.table(-1, 0))["troubles"] == {"sft": "an answer failed (CUDA error)"}
-        await asyncio.wait_for(keeper.until(lambda table: not table["troubles"]), 5)
+        table = await keeper.table(-1, 0)
+        assert table["failures"] == {"sft": "an answer failed (CUDA error)"} and not table["troubles"]
+        await asyncio.wait_for(keeper.until(lambda table: not table["failures"]), 5)
 
     follow(run, check)
 

@@ -7,7 +7,7 @@ from spin_ray.config.sections import ServingConfig
 from spin_ray.serving.front import listen
 from spin_ray.serving.progress import Progress
 
-EMPTY: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "troubles": {}, "starting": {}}
+EMPTY: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "troubles": {}, "failures": {}, "starting": {}}
 
 
 def test_each_step_of_an_engine_is_told_once_and_ready_means_that_something_answers() -> None:
@@ -37,12 +37,13 @@ def test_troubles_are_told_when_they_come_when_they_change_and_when_they_have_pa
     again = "its engine has ended and cannot start again (ValueError: no room for a cache); trying again"
     assert progress.lines(now | {"troubles": {"iter-0": again} | stale}) == [f"iter-0: {again}"]
     failed = {"sft": "an answer failed (torch.AcceleratorError: CUDA error: no kernel image is available)"}
-    assert progress.lines(table | {"troubles": failed}) == [
-        f"sft: {failed['sft']}",
+    assert progress.lines(table | {"failures": failed}) == [
         "iter-0: ready",
+        f"sft: {failed['sft']}",
         "run: is followed again",
     ]
-    assert progress.lines(table) == ["sft: ready"]
+    assert progress.lines(table | {"failures": failed}) == []
+    assert progress.lines(table) == []
 
 
 def test_iterates_that_share_an_engine_are_told_by_their_names() -> None:

@@ -69,6 +69,7 @@ def run(
         heldout, answers = (table.filter(first) for table in every)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
         groups = conversation_groups(heldout)
+        result["conversations"] = len(set(groups.values()))
         by_row = row_measures(heldout, answers)
         texts = text_measures(heldout, answers, by_row, groups)
         grades = _grades(*every, config, model.whole.path)
@@ -140,10 +141,15 @@ def _accuracy(grades: dict[str, list[float]], groups: Mapping[str, int]) -> dict
         return {}
     by_row = np.asarray([np.mean(of_row) for of_row in grades.values()])
     counted = sum(map(len, grades.values()))
-    found: dict[str, Any] = {"answer_accuracy": float(by_row.mean()), "answers_graded": len(grades)}
+    numbers = [groups[prompt_id] for prompt_id in grades]
+    found: dict[str, Any] = {
+        "answer_accuracy": float(by_row.mean()),
+        "answers_graded": len(grades),
+        "conversations_graded": len(set(numbers)),
+    }
     if counted > len(grades):
         found["samples_graded"] = counted
-    error = standard_error(by_row, [groups[prompt_id] for prompt_id in grades], SHARE)
+    error = standard_error(by_row, numbers, SHARE)
     return found | ({} if error is None else {"standard_errors": {"answer_accuracy": error}})
 
 

@@ -297,7 +297,8 @@ def test_llama_factorys_tag_of_kto_is_the_label(tag):
 
 
 @pytest.mark.parametrize(
-    ("given", "name"), [("c1", "c1"), (7, "7"), (0, "0"), ("", None), (None, None), (["c"], None), (1.5, None)]
+    ("given", "name"),
+    [("c1", "c1"), (7, "7"), (0, "0"), ("", None), (None, None), (["c"], None), (1.5, None), (2.0, "2"), (True, None)],
 )
 def test_a_row_names_its_conversation_by_text_or_number(given, name):
     row = {"messages": answer()["messages"], "conversation_id": given}

@@ -134,7 +134,7 @@ def test_pass_at_1_is_the_mean_over_all_samples_with_an_interval_over_rows(run):
     heldout = heldout.drop_columns("answer_text").append_column("answer_text", pa.array(["yes"] * heldout.num_rows))
     grades = evaluation._grades(heldout, samples, config, TINY)
     assert evaluation._accuracy(grades, conversation_groups(heldout)) == {
-        "answer_accuracy": 0.5, "answers_graded": 3, "samples_graded": 6,
+        "answer_accuracy": 0.5, "answers_graded": 3, "conversations_graded": 3, "samples_graded": 6,
         "standard_errors": {"answer_accuracy": pytest.approx(1.75**0.5 / 7)},
     }  # fmt: skip
 

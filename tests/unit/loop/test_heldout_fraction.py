@@ -102,23 +102,6 @@ def test_the_few_held_out_rows_are_not_judged_by_the_limit_of_a_source(tmp_path,
     assert run.prompts.manifest().rows == 60 - len(held_out)
 
 
-def test_rows_of_one_conversation_id_are_in_one_part(tmp_path, monkeypatch) -> None:
-    """Windows of twenty conversations, each with a question of its own."""
-    small_run.in_this_process(monkeypatch)
-    rows = [
-        {"prompt": f"{number} + 1 = ?", "response": "1", "conversation_id": number // 4}
-        for number in range(80)
-    ]  # fmt: skip
-    small_run.run(of_one_file(tmp_path, rows, **{"data.heldout_fraction": 0.3}), tmp_path / "run")
-    run = RunDir(Storage(tmp_path / "run"))
-    trained, held_out = (
-        [name for table in part.tables() for name in table["conversation_id"].to_pylist()]
-        for part in (run.prompts, run.heldout)
-    )
-    assert len(trained) + len(held_out) == 80
-    assert set(trained) and set(held_out) and not set(trained) & set(held_out)
-
-
 def test_a_part_without_rows_is_told_with_the_cure(tmp_path, monkeypatch) -> None:
     small_run.in_this_process(monkeypatch)
     rows = [{"prompt": f"{number} + 1 = ?", "response": "1"} for number in range(60)]

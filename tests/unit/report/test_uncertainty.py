@@ -80,6 +80,22 @@ def test_intervals_of_shares_hold_the_truth_as_often_as_they_say(share, rows):
     assert held > 0.94
 
 
+@pytest.mark.parametrize(
+    ("conversations", "windows", "share"), [(10, 20, 0.9), (30, 20, 0.95), (10, 20, 0.5), (100, 5, 0.98)]
+)
+def test_intervals_of_shares_of_conversations_hold_the_truth_as_often_as_they_say(conversations, windows, share):
+    """All windows of a conversation are right, or none: the share of ``conversations`` independent draws."""
+    groups, held = np.repeat(np.arange(conversations), windows), 0.0
+    for right in range(conversations + 1):
+        values = groups < right
+        low, high = interval_of_share(values.mean(), standard_error(values, groups, SHARE), conversations)
+        alone = np.arange(conversations) < right
+        expected = interval_of_share(alone.mean(), standard_error(alone, added=SHARE), conversations)
+        assert (low, high) == pytest.approx(expected)
+        held += stats.binom.pmf(right, conversations, share) * (low <= share <= high)
+    assert held > 0.94
+
+
 # Conversations
 
 
@@ -105,7 +121,7 @@ def test_turns_of_a_conversation_and_answers_to_one_prompt_belong_together():
 
 
 def test_rows_of_one_conversation_id_belong_together_whatever_they_say():
-    """Windows of a conversation, which do not begin with each other. Rows without an id are known by their messages."""
+    """Windows of a conversation, which do not begin with each other, and another answer to the prompt of one."""
     messages = [
         conversation("hi", "hello"),
         conversation("how?", "so"),
@@ -113,7 +129,7 @@ def test_rows_of_one_conversation_id_belong_together_whatever_they_say():
         conversation("a", "b"),
     ]
     rows = pa.table({"prompt_id": list("pqrs"), "messages": messages, "conversation_id": ["c", "c", None, "d"]})
-    assert list(conversation_groups(rows).values()) == [0, 0, 1, 2]
+    assert list(conversation_groups(rows).values()) == [0, 0, 0, 1]
 
 
 def test_a_conversation_whose_first_turn_is_not_there_is_known_by_its_second():

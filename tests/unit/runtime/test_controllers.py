@@ -59,9 +59,9 @@ def test_workers_start_again_unless_an_error_has_a_cure(error, again):
 def test_of_several_failures_that_of_a_rank_that_lost_no_other_is_told():
     cut_off = RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     cause = RuntimeError("CUDA out of memory")
-    assert controllers.first_failure(WorkerGroupError("failed", {0: cut_off, 1: cause})) is cause
-    assert controllers.first_failure(WorkerGroupError("failed", {0: cut_off})) is cut_off
-    assert controllers.first_failure(cause) is cause
+    assert controllers.own_failure(WorkerGroupError("failed", {0: cut_off, 1: cause})) is cause
+    assert controllers.own_failure(WorkerGroupError("failed", {0: cut_off})) is cut_off
+    assert controllers.own_failure(cause) is cause
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ OF_A_WORKER = """\
 (EngineCore pid=7) (Worker_TP0 pid=8) ERROR 11-29 11:04:01 [x.py:944] RuntimeError: Connection closed by peer
 (EngineCore pid=7) ERROR 11-29 11:04:02 [core.py:1374] Exception: WorkerProc failed. See stack trace for root cause.
 """
+OF_THE_MAIN_PROCESS = f"ModuleNotFoundError: No module named 'optional'\n{OF_THE_CORE}"
+WITHOUT_TEXT = "(EngineCore pid=7) ERROR 11-29 11:04:00 [core.py:1374] AssertionError\n"
 CRASHED = "(EngineCore pid=7) Fatal Python error: Segmentation fault\n"
 START = """
 import os, sys
@@ -44,6 +46,8 @@ FAILED = "Engine core initialization failed. See root cause above. Failed core p
     [
         (OF_THE_CORE, NO_ROOM),
         (OF_A_WORKER, "torch.OutOfMemoryError: CUDA out of memory."),
+        (OF_THE_MAIN_PROCESS, NO_ROOM),
+        (WITHOUT_TEXT, "AssertionError"),
         (CRASHED, "Fatal Python error: Segmentation fault"),
         ("(EngineCore pid=7) INFO 11-29 11:04:00 [x.py:1] Error: none\nall is well\n", ""),
     ],

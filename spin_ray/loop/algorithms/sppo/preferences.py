@@ -1,7 +1,6 @@
 """Win probabilities of SPPO from a preference model, one actor per replica."""
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +22,6 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
-
-logger = logging.getLogger(__name__)
 
 _USE_LESS = "lower scorer.max_length or scorer.replicas, or give each preference model more by scorer.resources"
 PREFERENCE_SCHEMA = pa.schema(
@@ -89,11 +86,12 @@ def run(
             counted["parts_damaged"] = found.damaged
         if cut:
             counted["responses_cut"] = cut
-            logger.warning(
-                "%s: %d of %d responses did not fit into scorer.max_length (%d) with their prompts and were judged "
-                "without the end; in another run, raise it if the preference model allows it",
-                target.path, cut, compared, config.scorer.max_length,
-            )  # fmt: skip
+            run_dir.warn(
+                target.path,
+                f"{cut} of {compared} responses did not fit into scorer.max_length ({config.scorer.max_length}) with "
+                "their prompts and were judged without the end; in another run, raise it if the preference model "
+                "allows it",
+            )
         target.commit(entries, inputs, settings)
 
 

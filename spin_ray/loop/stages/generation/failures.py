@@ -18,12 +18,13 @@ def tell(target: Artefact, error: Exception) -> None:
 
 
 def take(targets: Iterable[Artefact]) -> str:
-    """Returns and removes what was told; empty if nothing was."""
+    """Returns and removes what was told; empty if nothing was, or if the storage fails."""
     told = ""
     for target in targets:
-        if (found := target.storage.find(_path(target))) is not None:
-            told = found.decode(errors="replace")
-            target.storage.delete(_path(target))
+        with suppress(Exception):
+            if (found := target.storage.find(_path(target))) is not None:
+                told = found.decode(errors="replace")
+                target.storage.delete(_path(target))
     return told
 
 

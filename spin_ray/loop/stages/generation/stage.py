@@ -18,7 +18,7 @@ import ray
 import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import StageError, UserError, last_line, memory_advice, user_error_in
+from spin_ray.errors import StageError, UserError, is_of_dead_process, last_line, memory_advice, user_error_in
 from spin_ray.loop.stages.generation import failures
 from spin_ray.loop.stages.generation.shards import Job, Shard, cut_into_shards, find_parts, row_count
 from spin_ray.report.progress import StageProgress
@@ -77,7 +77,7 @@ def run(
                 entries[report["target"]][report["name"]] = FileEntry(**report["entry"])
                 if report["lost"]:
                     why = _why(failures.take(job.target for job in jobs))
-                    logger.warning("%s: %s; another one does its shard", names, why)
+                    run_dir.warn(names, f"{why}; another one does its shard")
                     run_dir.event("lost", names, shards=report["lost"], why=why)
                 tokens += report["tokens"]
                 work_s += report["seconds"] / config.generation.replicas
@@ -129,9 +129,13 @@ def _finished(played: ray.data.Dataset, shards: list[Shard], config: SpinConfig)
         if found := user_error_in(error):
             raise found from error
         told = failures.take(dict.fromkeys(shard.target for shard in shards))
+        if told and is_of_dead_process(error):
+            said, advice = told, memory_advice(told, _USE_LESS)
+        else:
+            said, advice = last_line(error), memory_advice(error, _USE_LESS)
+            said += f" (an engine before it: {told})" if told else ""
         raise StageError(
-            f"generation failed: {told or last_line(error)}{memory_advice(told or error, _USE_LESS)}; "
-            "committed shards are kept, run the command again"
+            f"generation failed: {said}{advice}; committed shards are kept, run the command again"
         ) from error
 
 

@@ -27,7 +27,7 @@ from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
 from spin_ray.runtime.actors import earlier_tries
 
-TRIES = 3
+TRIES = 6
 """Processes that may die with a slice before an error names it."""
 ROWS_AT_A_TIME = 1024
 """Rows held as Python objects by a task."""
