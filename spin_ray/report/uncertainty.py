@@ -49,7 +49,7 @@ def conversation_groups(rows: pa.Table) -> dict[str, int]:
         first = next((start for start in starts if _key(start) in known), messages)
         first_prompts.append(("messages", _key(first[:-1])))
         if named is not None:
-            joined[root(("conversation_id", named))] = root(first_prompts[-1])
+            joined[root(first_prompts[-1])] = root(("conversation_id", named))  # a name joins many prompts
     numbers: dict[tuple[str, str], int] = {}
     return {
         prompt_id: numbers.setdefault(root(prompt), len(numbers))

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm
 from spin_ray.loop.stages import pairs
+from spin_ray.report.uncertainty import CONFIDENCE
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
@@ -40,8 +42,8 @@ def test_the_kl_to_the_base_is_measured_for_every_iterate_on_its_own_samples(
         )
         assert len(ratios) == small_run.HELDOUT_ROWS
         assert evaluation["kl_to_base"] == pytest.approx(ratios.mean(), abs=1e-4)
-        error = ratios.std(ddof=1) / math.sqrt(len(ratios))
-        assert evaluation["standard_errors"]["kl_to_base"] == pytest.approx(error, abs=1e-4)
+        half = stats.sem(ratios) * stats.t.ppf(0.975, len(ratios) - 1)
+        assert CONFIDENCE * evaluation["standard_errors"]["kl_to_base"] == pytest.approx(half, abs=2e-4)
         for whose in ("against_opponent", "against_self"):
             assert 0.1 < evaluation[whose]["margin_concentration"] <= 1
             assert f"{whose}.margin_concentration" in evaluation["standard_errors"]

@@ -103,7 +103,7 @@ def test_rows_whose_process_dies_again_and_again_are_named(tmp_path: Path, monke
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     config = make_config(data={"train": f"{tmp_path}/*.jsonl"})
     said = (
-        r"huge\.jsonl, bytes 0 to \d+: a process that rendered these rows died 3 times, most likely as memory ran out"
+        r"huge\.jsonl, bytes 0 to \d+: a process that rendered these rows died 6 times, most likely as memory ran out"
     )
     with pytest.raises(StageError, match=said):
         make_prompts(RunDir(Storage(tmp_path / "run")), config)
