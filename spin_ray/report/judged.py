@@ -59,23 +59,32 @@ def _judgements(run: RunDir, unreadable: list[str]) -> list[Judged]:
 
 
 def _votes(run: RunDir, unreadable: list[str]) -> list[Judged]:
-    """Reads the votes in the run's folder; those of another database are not looked for."""
+    """Reads the votes in the run's folder; those of another database are not looked for.
+
+    Votes on a model of which newer weights have votes do not count: an iterate that was trained anew is another.
+    """
     file = Path(run.storage.root) / VOTES
     if not isinstance(run.storage.root, Path) or not file.exists():
         return []
     try:
         with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
             votes = connection.execute(
-                "SELECT model_a, model_b, verdict, COUNT(*) FROM battles WHERE verdict IS NOT NULL GROUP BY 1, 2, 3"
+                "SELECT model_a, digest_a, model_b, digest_b, verdict FROM battles WHERE verdict IS NOT NULL "
+                "ORDER BY created"
             ).fetchall()
     except sqlite3.Error as error:
         unreadable.append(f"{VOTES} cannot be read ({error}).")
         return []
+    newest: dict[str, str] = {}
+    for a, digest_a, b, digest_b, _ in votes:
+        newest |= {a: digest_a, b: digest_b}
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for a, b, verdict, count in votes:
+    for a, digest_a, b, digest_b, verdict in votes:
+        if (digest_a, digest_b) != (newest[a], newest[b]):
+            continue
         newer, older = sorted((a, b), key=lambda name: (read_iterate(name) or 0, name), reverse=True)
         score = 0.5 if verdict not in ("a", "b") else float((a if verdict == "a" else b) == newer)
-        scores[newer, older] += [score] * count
+        scores[newer, older].append(score)
     return [
         Judged(_spelt(one), _spelt(other), float(np.mean(each)), standard_error(np.asarray(each), added=SHARE),
                len(each), "votes of the arena")

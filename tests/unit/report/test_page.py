@@ -179,10 +179,10 @@ def test_what_a_judge_and_voters_said_is_a_table(tmp_path):
     run.storage.replace("judgements/iter_001-sft.json", json.dumps(summary).encode())
     run.storage.replace("judgements/broken.json", b"{}")
     votes = VoteStore(f"sqlite:///{tmp_path / 'run' / 'votes.sqlite'}")
-    for verdict in ("a", "a", "tie", "b"):
+    for verdict, digest in (("b", "trained anew since"), ("a", "d"), ("a", "d"), ("tie", "d"), ("b", "d")):
         battle = votes.start("iter-1", "sft", Question([{"role": "user", "content": "x"}], {"seed": 0}))
-        for side in ("a", "b"):
-            votes.record(battle.id, side, Answer("x", "stop", "d"))
+        votes.record(battle.id, "a", Answer("x", "stop", digest))
+        votes.record(battle.id, "b", Answer("x", "stop", "d"))
         votes.vote(battle.id, verdict)
     votes.close()
     view = read_view(run)
