@@ -3,6 +3,7 @@
 Results go to ``benchmarks`` in ``eval.json``. A later result of a task replaces the earlier one.
 """
 
+import logging
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from spin_ray.runtime.actors import task_options
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.placement import in_the_cluster
 from spin_ray.runtime.waiting import wait_for_a_task
+
+logger = logging.getLogger(__name__)
 
 PRESETS: dict[str, tuple[Benchmark, ...]] = {
     # Open LLM Leaderboard, version 1: table 1 of the SPIN paper, which quotes the mean of the six.
@@ -98,7 +101,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         counted["tasks"] = 0
         for found in _measure(run_dir, iterate, request, config):
             for warning in harness_warnings.sentences(found.values()):
-                run_dir.warn(f"{iterate_name(iterate)}/benchmarks", f"{warning}; {_CURE}")
+                logger.warning("%s, %s; %s", iterate_name(iterate), warning, _CURE)  # no event: it goes with the score
             results = _keep(run_dir, iterate, found)
             counted["tasks"] += len(found)
     return results

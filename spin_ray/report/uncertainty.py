@@ -40,7 +40,7 @@ def conversation_groups(rows: pa.Table) -> dict[str, int]:
 
     def root(name: tuple[str, str]) -> tuple[str, str]:
         while (further := joined.setdefault(name, name)) != name:
-            name = further
+            name = joined[name] = joined.setdefault(further, further)  # halves the way for the next
         return name
 
     first_prompts = []

@@ -13,9 +13,10 @@ _POINTS_THERE = "root cause"
 _OUTPUT, _ERRORS = 1, 2
 _LONGEST = 2**22
 """Most bytes that are read of a log."""
+_CRASHES = ("Fatal Python error", "what()")
 _ERROR = re.compile(
     r"^((?:\([^)]*\) )*)(?:ERROR [^\]]*\] )?\s*"
-    r"((?:\w+\.)*\w*(?:Error|Exception)(?:: .+)?|Fatal Python error: .+|what\(\): .+)$",
+    r"((?:\w+\.)*(?!Cancelled)\w*(?:Error|Exception)(?:: .+)?|Fatal Python error: .+|what\(\): .+)$",
     re.MULTILINE,
 )
 """Processes and text of a last line of a traceback, in vLLM's log or after it."""
@@ -57,10 +58,12 @@ def end_of(processes: Iterable[BaseProcess]) -> str:
 def cause_in(output: str) -> str:
     """Returns the last error of the process that reported one first; empty if none did.
 
-    Lines without a process are those of the main one, whose errors before a failure were none.
+    Python's errors without a process are those of the main one, which did not fail, and count only if there is no
+    other. A crash is written without its process. A name without text counts only if there is nothing else.
     """
     every = [(match[1], match[2]) for match in _ERROR.finditer(output) if _POINTS_THERE not in match[2]]
-    found = [each for each in every if each[0]] or every
+    others = [each for each in every if each[0] or each[1].startswith(_CRASHES)]
+    found = [each for each in others if ": " in each[1]] or others or [each for each in every if ": " in each[1]]
     return next((text for process, text in reversed(found) if process == found[0][0]), "")
 
 

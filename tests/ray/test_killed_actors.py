@@ -76,7 +76,7 @@ def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_s
 @pytest.mark.parametrize(
     ("raised", "cause", "told", "text"),
     [
-        (ValueError("no room for it"), None, StageError, "generation failed: .*no room for it; committed"),
+        (ValueError("no room for it"), None, StageError, "^generation failed: ValueError: no room for it; committed"),
         (ConfigError("a.setting: is wrong, mend it"), None, UserError, "^a.setting: is wrong, mend it$"),
         (ConfigError("a.setting: is wrong, mend it"), ImportError("b"), UserError, "^a.setting: is wrong, mend it$"),
     ],
@@ -97,6 +97,16 @@ def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(
     with pytest.raises(told, match=text):
         play(run, config, refuse)
     assert tried.read_text().split() == ["once"]
+
+
+def test_an_engine_that_fails_again_and_again_on_cpus_is_told_once(tmp_path: Path) -> None:
+    def fail(call: int) -> None:
+        raise RuntimeError("Executor failed.")
+
+    run, config = RunDir(Storage(tmp_path / "run")), make_config()
+    make_prompts(run, config)
+    with pytest.raises(StageError, match=r"^generation failed: RuntimeError: Executor failed.; committed shards"):
+        play(run, config, lambda spec: FakeEngine(before=fail))
 
 
 def test_an_engine_that_is_killed_again_and_again_is_told_with_what_takes_less_memory(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_prompts_that_lm_eval_cut_are_told_beside_the_score(
     [warning] = benchmarks.run(run, run.config(), 0, request)["spin_ray_sums"]["warnings"]
     assert (warning["count"], warning["tasks"]) == (len(SUMS), ["spin_ray_sums"])
     assert "runcat" in warning["text"] and not any(letter.isdigit() for letter in warning["text"])
-    said = f"sft/benchmarks: spin_ray_sums: lm-eval warned {len(SUMS)} times: {warning['text']}; the score holds"
+    said = f"sft, spin_ray_sums: lm-eval warned {len(SUMS)} times: {warning['text']}; the score holds"
     assert [it.startswith(said) for it in caplog.messages].count(True) == 1
 
 

@@ -133,7 +133,7 @@ def _finished(played: ray.data.Dataset, shards: list[Shard], config: SpinConfig)
             said, advice = told, memory_advice(told, _USE_LESS)
         else:
             said, advice = last_line(error), memory_advice(error, _USE_LESS)
-            said += f" (an engine before it: {told})" if told else ""
+            said += f" (an engine before it: {told})" if told not in said else ""
         raise StageError(
             f"generation failed: {said}{advice}; committed shards are kept, run the command again"
         ) from error
