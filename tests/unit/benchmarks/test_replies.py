@@ -9,7 +9,7 @@ import numpy as np
 import page_replies
 import pytest
 import torch
-from analyse_replies import against_sft, analyse, beyond, shared
+from analyse_replies import against_sft, analyse, beyond, load, shared
 from arms import SFT, WARM_UP, recipe_of
 from likeness import DISCRIMINATORS, mauve, self_bleu, tokens
 from measure_replies import replies
@@ -48,6 +48,18 @@ def test_no_conversation_is_in_two_splits(tmp_path):
     assert train.isdisjoint(dev) and train.isdisjoint(test) and dev.isdisjoint(test)
     assert len(conversations("train")) > 2500 and len(conversations("dev")) == 600
     assert resolve("embedded:replies-heldout").endswith("replies-heldout.jsonl")
+
+
+def test_runs_of_two_starts_are_not_compared(tmp_path):
+    """The warm-up's best epoch may be another one on another machine. Its own start does not count."""
+    for arm, start in ((WARM_UP, "base"), (SFT, "iter_001"), ("spin", "iter_001")):
+        run = {"arm": arm, "seed": 0, "recipe": {"model": {"path": start}}}
+        (tmp_path / f"{arm}.seed-0.json").write_text(json.dumps(run))
+    assert load(tmp_path).keys() == {WARM_UP, SFT, "spin"}
+    run = {"arm": "spin", "seed": 1, "recipe": {"model": {"path": "iter_000"}}}
+    (tmp_path / "spin.seed-1.json").write_text(json.dumps(run))
+    with pytest.raises(SystemExit, match=r"different models: iter_001 \(.*\); iter_000 \(spin, seed 1\); compare"):
+        load(tmp_path)
 
 
 def test_the_divergence_of_one_distribution_is_near_1_and_of_two_near_0():
