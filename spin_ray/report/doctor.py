@@ -229,7 +229,9 @@ def as_json(surveys: Sequence[Survey], facts: TemplateFacts, tokenizer: Any) -> 
 def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
     """Returns quantiles, interpolated and rounded."""
     places = {"min": 0.0, "median": 0.5, "p90": 0.9, "max": 1.0}
-    return {name: round(float(np.quantile(lengths, place))) for name, place in places.items()} if lengths else {}
+    if not lengths:
+        return {}
+    return dict(zip(places, map(round, np.quantile(lengths, list(places.values())).tolist()), strict=True))
 
 
 def _quoted(text: str) -> str:

@@ -22,7 +22,7 @@ from spin_ray.serving.arena.routes import arena_router
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, Sampling, plain
 from spin_ray.serving.compare import compare
-from spin_ray.serving.engines import CHAT, COMPLETION, ENDED, RUN, Engines, Item
+from spin_ray.serving.engines import CHAT, COMPLETION, ENDED, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
 from spin_ray.serving.events import END, HeldStream, event
 from spin_ray.serving.leaving import while_listened_to
@@ -99,9 +99,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk", run: RunDir | N
     async def models() -> dict[str, Any]:
         """Lists the models that serve, and why others do not."""
         listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
-        down = dict.fromkeys(engines.down, ENDED)
-        shown = engines.troubles.keys() & {*down, RUN}
-        problems = engines.problems | down | {name: engines.troubles[name] for name in shown}
+        problems = engines.problems | dict.fromkeys(engines.down, ENDED) | engines.troubles
         return listed | ({"problems": problems} if problems else {})
 
     @router.get("/v1/models/{name}")

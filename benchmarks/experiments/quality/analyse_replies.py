@@ -111,10 +111,6 @@ _OF_TOKENS = (
 )  # fmt: skip
 
 
-def start_of(run: Run) -> str:
-    return run["recipe"].get("model", {}).get("path", "")
-
-
 def load(folder: Path) -> Runs:
     """Reads the runs of a folder by arm and seed.
 
@@ -122,13 +118,12 @@ def load(folder: Path) -> Runs:
         SystemExit: arms start from different models, as machines may choose another plateau of the warm-up.
     """
     runs: Runs = {}
+    starts: dict[str | None, str] = {}
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text())
         runs.setdefault(run["arm"], {})[run["seed"]] = run
-    starts: dict[str, str] = {}
-    for arm, of in runs.items():
-        if arm != WARM_UP:
-            starts |= {start_of(run): f"{arm}, seed {seed}" for seed, run in of.items()}
+        if run["arm"] != WARM_UP:
+            starts[run["recipe"].get("model", {}).get("path")] = f"{run['arm']}, seed {run['seed']}"
     if len(starts) > 1:
         told = "; ".join(f"{path} ({run})" for path, run in starts.items())
         raise SystemExit(f"{folder}: the arms start from different models: {told}; compare each start by itself")

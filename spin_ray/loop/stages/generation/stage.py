@@ -76,7 +76,8 @@ def run(
             for report in _play(missing, config, spec, start_engine):
                 entries[report["target"]][report["name"]] = FileEntry(**report["entry"])
                 if report["lost"]:
-                    why = _why(failures.take(job.target for job in jobs))
+                    told = failures.take(job.target for job in jobs)
+                    why = f"an engine died ({told})" if told else "an engine died"
                     run_dir.warn(names, f"{why}; another one does its shard")
                     run_dir.event("lost", names, shards=report["lost"], why=why)
                 tokens += report["tokens"]
@@ -87,10 +88,6 @@ def run(
         counted |= {"rows": total, "tokens": tokens, "work_s": work_s, "shards_found": len(shards) - len(missing)}
         if damaged := sum(parts.damaged for parts in found.values()):
             counted["shards_damaged"] = damaged
-
-
-def _why(told: str) -> str:
-    return f"an engine died ({told})" if told else "an engine died"
 
 
 def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
