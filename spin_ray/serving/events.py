@@ -30,7 +30,7 @@ class HeldStream(StreamingResponse):
         self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str], limit_s: float
     ) -> None:
         headers = headers | {"X-Accel-Buffering": "no"}  # nginx would hold events back
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(_on_one_line(events), media_type="text/event-stream", headers=headers)
         self._held, self._limit_s = held, limit_s + LAST_EVENTS_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,6 +43,16 @@ class HeldStream(StreamingResponse):
                 if abort := scope.get("extensions", {}).get(ABORT):
                     abort()
                 logger.warning("%s: a client that does not read its stream is cut off", scope["path"])
+
+
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""What clients take for the end of a line that split at more than \\n and \\r (``str.splitlines``, httpx)."""
+
+
+async def _on_one_line(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Escapes ``_LINE_ENDS``, which an engine leaves in its JSON as they are."""
+    async for piece in events:
+        yield piece if piece.isascii() else piece.translate(_LINE_ENDS)
 
 
 END = f"data: {DONE}\n\n"

@@ -9,7 +9,7 @@ import pytest
 from spin_ray.serving.api import DIGEST_HEADER, make_app
 from spin_ray.serving.limits import access_log
 from tests.support.api_server import CHAT, COMPARE, COMPLETIONS, HELLO, JSON, Server, refused, run
-from tests.support.fake_engines import FakeEngines, empty_votes
+from tests.support.fake_engines import SAID, FakeEngines, empty_votes
 from tests.support.tiny_runs import tiny_config
 
 
@@ -56,6 +56,18 @@ def test_streams_pass_as_server_sent_events_and_free_their_place() -> None:
             response = await server.post(CHAT, HELLO | {"stream": True})
             assert response.headers["content-type"].startswith("text/event-stream")
             assert response.text.endswith("data: [DONE]\n\n")
+
+    run(check())
+
+
+def test_no_client_takes_a_text_for_the_end_of_an_event() -> None:
+    """httpx, like ``str.splitlines``, also ends lines at U+0085, U+2028 and U+2029."""
+
+    async def check() -> None:
+        async with Server().client.stream("POST", CHAT, json=HELLO | {"stream": True}) as response:
+            lines = [line async for line in response.aiter_lines() if line]
+        *told, end = [line.removeprefix("data: ") for line in lines]
+        assert [json.loads(each)["choices"][0]["delta"]["content"] for each in told] == [SAID] * 2 and end == "[DONE]"
 
     run(check())
 

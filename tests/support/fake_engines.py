@@ -11,6 +11,9 @@ from spin_ray.serving.names import Names
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
+SAID = "é\u2028a\u2029b\x85c"
+"""A streamed piece; vLLM does not escape the ends of lines in it either."""
+
 
 class FakeEngines:
     """Engines that answer with their model's name, count active answers and keep requests."""
@@ -44,7 +47,8 @@ class FakeEngines:
                 await self.gate.wait()
                 yield _whole(iterate, operation, fields)
                 return
-            event = f'data: {{"model":"{iterate}","system_fingerprint":"fp-{iterate}","choices":[]}}\n\n'
+            choice = f'{{"index":0,"delta":{{"content":"{SAID}"}}}}'
+            event = f'data: {{"model":"{iterate}","system_fingerprint":"fp-{iterate}","choices":[{choice}]}}\n\n'
             yield event + event  # an engine's pieces may hold several
             await self.gate.wait()
             yield "data: [DONE]\n\n"

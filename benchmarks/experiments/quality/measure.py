@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arms import json_lines
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
@@ -212,7 +213,7 @@ def main() -> None:
     found = {}
     for each in options.rows:
         name, _, file = each.partition("=")
-        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        rows = [json.loads(line) for line in json_lines(Path(file))]
         found[name] = measure(model, renderer, tokenizer, rows, options.extractor, options.longest, options.temperature)
     options.out.write_text(json.dumps(found))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import likeness
 import torch
+from arms import json_lines
 from measure import BATCH, SEED, answer_batch
 from transformers import AutoModelForCausalLM
 
@@ -105,7 +106,7 @@ def main() -> None:
     found = {}
     for each in options.rows:
         name, _, file = each.partition("=")
-        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        rows = [json.loads(line) for line in json_lines(Path(file))]
         found[name] = measure(model, renderer, tokenizer, rows, options.longest, options.temperatures)
     options.out.write_text(json.dumps(found))
 
