@@ -118,3 +118,24 @@ def test_a_step_that_the_trained_part_cannot_fill_is_refused_at_the_start(tmp_pa
     rows = [{"prompt": f"{number} + 1 = ?", "response": "1"} for number in range(10)]
     with pytest.raises(DataError, match=r"at most 5 pairs, fewer than train.global_batch_pairs 8"):
         small_run.run(of_one_file(tmp_path, rows, **{"train.global_batch_pairs": 8}), tmp_path / "run")
+
+
+def test_windows_of_a_held_out_conversation_that_are_trained_on_are_told(tmp_path, monkeypatch, caplog) -> None:
+    """Three windows of each of 20 conversations; a digest of the first question holds out half of the windows."""
+    small_run.in_this_process(monkeypatch)
+    rows = [
+        {"prompt": f"{number} + {window} = ?", "response": "1", "conversation_id": f"c{number}"}
+        for number in range(20)
+        for window in range(3)
+    ]
+    small_run.run(of_one_file(tmp_path, rows), tmp_path / "run")
+    parts = [part_of([{"role": "user", "content": row["prompt"]}], 0.5) for row in rows]
+    held_out = {row["conversation_id"] for row, part in zip(rows, parts, strict=True) if part == "held out"}
+    divided = sum(row["conversation_id"] in held_out and part == "trained" for row, part in zip(rows, parts, strict=True))
+    assert 10 < divided < 40
+    assert f"{divided} rows to train on are parts of held-out conversations (conversation_id)" in caplog.text
+
+    caplog.clear()
+    whole = [row | {"conversation_id": row["prompt"] if number % 2 else None} for number, row in enumerate(rows)]
+    small_run.run(of_one_file(tmp_path, whole), tmp_path / "other")
+    assert "parts of held-out conversations" not in caplog.text

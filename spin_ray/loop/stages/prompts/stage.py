@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.exceptions
 
@@ -131,6 +132,8 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
             counted["sources"] = _draw(firsts, sources, source_of, config.seed, rows.setting)
         if rows.every_id is not None:
             _commit_ids(rows.every_id, slices, firsts, inputs, settings)
+        if rows.without is not None and (divided := _count_divided(run_dir, slices, firsts, source)):
+            counted["divided"] = divided
         entries, reasons = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         quarantined = sum(reasons, Counter[str]())
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
@@ -178,6 +181,24 @@ def _count_kept_leaks(slices: list[RenderedSlice], leaked: np.ndarray, source: s
         logger.warning(
             "%s: %d rows are held out, too, and are trained on (data.keep_leaks): evaluations on them say little",
             source, count,
+        )  # fmt: skip
+    return count
+
+
+def _count_divided(run_dir: RunDir, slices: list[RenderedSlice], firsts: list[Masks], source: str) -> int:
+    """Counts rows to train on that have the ``conversation_id`` of a held-out row."""
+    held_out = {each for table in run_dir.heldout.tables() for each in table["conversation_id"].unique().to_pylist()}
+    if not (held_out := held_out - {None}):
+        return 0
+    names = pa.array(sorted(held_out), pa.string())
+    count = 0
+    for name, masks in zip([each.name for each in slices], firsts, strict=True):
+        of = _columns(run_dir.storage.read(f"{name}-rows"), ["conversation_id"])["conversation_id"]
+        count += int((pc.is_in(of, value_set=names).to_numpy() & masks.keep).sum())
+    if count:
+        logger.warning(
+            "%s: %d rows to train on are parts of held-out conversations (conversation_id), so evaluations on these "
+            "are too good; hold whole conversations out by data.heldout", source, count,
         )  # fmt: skip
     return count
 
