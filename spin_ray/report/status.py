@@ -61,7 +61,8 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
     """Returns the status as JSON values. Times are Unix times or seconds."""
     config, events = run.config(), run.events()
     evaluations = read_evaluations(run, config)
-    warnings = [*_warnings(run, config, evaluations), *stage_warnings(events)]
+    of_stages = [(folder, text) for text, folders in stage_warnings(events).items() for folder in folders]
+    warnings = [*_warnings(run, config, evaluations), *of_stages]
     return {
         "run": str(run.storage.root),
         "latest": run.latest(),
@@ -84,10 +85,7 @@ def print_status(run: RunDir, console: Console) -> None:
         console.print(_measures(evaluations))
     for iterate, text in _warnings(run, config, evaluations):
         _print_warning(iterate, text, console)
-    by_text: dict[str, list[str]] = {}
-    for folder, text in stage_warnings(events):
-        by_text.setdefault(text, []).append(folder)
-    for text, folders in by_text.items():
+    for text, folders in stage_warnings(events).items():
         _print_warning(", ".join(folders), text, console)
     console.print(_seconds(stage_seconds(events)))
     if any((lost := lost_work(events)).values()):

@@ -192,10 +192,13 @@ def lost_work(events: list[Event]) -> dict[str, int]:
     return {what: sum(event.get(what, 0) for event in lost) for what in ("shards", "steps")}
 
 
-def stage_warnings(events: list[Event]) -> list[tuple[str, str]]:
-    """Returns the folder and text of each warning of a stage, once. Warnings of a measure have no kind of stage."""
-    found = [event for event in events if event["event"] == "warning" and event["kind"]]
-    return list(dict.fromkeys((event["folder"], event["text"]) for event in found))
+def stage_warnings(events: list[Event]) -> dict[str, list[str]]:
+    """Returns the folders of each warning of a stage, by its text. Warnings of a measure have no kind of stage."""
+    folders: dict[str, dict[str, None]] = defaultdict(dict)
+    for event in events:
+        if event["event"] == "warning" and event["kind"]:
+            folders[event["text"]][event["folder"]] = None
+    return {text: list(found) for text, found in folders.items()}
 
 
 def stage_seconds(events: list[Event]) -> dict[str, dict[str, float]]:

@@ -27,7 +27,7 @@ from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.run_dir.events import BESIDE, Event, Span, exact_duration, spans
+from spin_ray.run_dir.events import BESIDE, Event, Span, exact_duration, spans, stage_warnings
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, table_from_bytes
@@ -84,6 +84,9 @@ class RunView:
     judged: list[Judged]
     rows_read: bool
     warnings: list[tuple[str, str]]
+    """Iterate and text of each sign."""
+    stage_warnings: list[tuple[str, str]]
+    """Folders and text of each warning that a stage told."""
     """(iterate, sentence), the newest iterate's first."""
     unreadable: list[str]
     """Sentences on parts of the run that the page leaves out, because their files are missing or damaged."""
@@ -253,6 +256,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
             all_warnings(evaluations, rows, config.generation.sampling.max_tokens),
             key=lambda warning: -iterate_number(warning[0]),
         ),
+        stage_warnings=[(", ".join(folders), hide_in_text(text)) for text, folders in stage_warnings(events).items()],
         unreadable=unreadable,
     )
 

@@ -131,7 +131,9 @@ def test_windows_of_a_held_out_conversation_that_are_trained_on_are_told(tmp_pat
     small_run.run(of_one_file(tmp_path, rows), tmp_path / "run")
     parts = [part_of([{"role": "user", "content": row["prompt"]}], 0.5) for row in rows]
     held_out = {row["conversation_id"] for row, part in zip(rows, parts, strict=True) if part == "held out"}
-    divided = sum(row["conversation_id"] in held_out and part == "trained" for row, part in zip(rows, parts, strict=True))
+    divided = sum(
+        row["conversation_id"] in held_out and part == "trained" for row, part in zip(rows, parts, strict=True)
+    )
     assert 10 < divided < 40
     assert f"{divided} rows to train on are parts of held-out conversations (conversation_id)" in caplog.text
 
@@ -139,3 +141,14 @@ def test_windows_of_a_held_out_conversation_that_are_trained_on_are_told(tmp_pat
     whole = [row | {"conversation_id": row["prompt"] if number % 2 else None} for number, row in enumerate(rows)]
     small_run.run(of_one_file(tmp_path, whole), tmp_path / "other")
     assert "parts of held-out conversations" not in caplog.text
+
+
+def test_held_out_rows_that_are_kept_in_training_are_told(tmp_path, monkeypatch) -> None:
+    small_run.in_this_process(monkeypatch)
+    rows = [{"prompt": f"{number} + 1 = ?", "response": "1", "conversation_id": f"c{number}"} for number in range(20)]
+    config = of_one_file(tmp_path, rows, **{"data.heldout_fraction": None, "data.keep_leaks": True})
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    small_run.run(override(config, {"data.heldout": str(tmp_path / "held.jsonl")}), tmp_path / "run")
+    run = RunDir(Storage(tmp_path / "run"))
+    [told] = [event["text"] for event in run.events() if event["event"] == "warning" and event["stage"] == "prompts"]
+    assert run.prompts.manifest().rows == 20 and "rows.jsonl: 3 rows are held out, too, and are trained on" in told

@@ -133,13 +133,6 @@ def test_rows_that_are_held_out_are_not_trained_on_and_do_not_count_as_bad(tmp_p
         check(Made(tmp_path, rows[1:2], leaked=held_out), 1.0)
 
 
-def test_leaks_that_are_kept_are_counted(tmp_path, caplog):
-    made = Made(tmp_path, [{"prompt": f"q{i}", "response": "r"} for i in (0, 1, 2)])
-    held_out = made.slices[0].ids[1:]
-    assert prompts._count_kept_leaks(made.slices, held_out, "d.jsonl") == 2
-    assert "d.jsonl: 2 rows are held out, too, and are trained on (data.keep_leaks)" in caplog.text
-
-
 def test_forms_and_unread_columns_are_found_over_all_slices_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "SLICE_BYTES", 50)
     rows = [{"prompt": f"q{i}", "response": "r", "id": i, "system": None} for i in range(3)]

@@ -104,6 +104,17 @@ def test_a_warning_takes_the_place_of_the_all_clear(tmp_path):
     assert iterate == "iter_001" and text.startswith("80% of y′ equal y")
 
 
+def test_a_warning_of_a_stage_stands_on_the_page_with_its_folders(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    for stage in ("iter_000/training", "iter_001/training", "iter_001/training"):
+        run.warn(stage, "slow <because> of it")
+    assert read_view(run).stage_warnings == [("iter_000, iter_001", "slow <because> of it")]
+    assert (
+        "<li><strong>iter_000, iter_001</strong> slow &lt;because&gt; of it</li>"
+        in write_report([run], tmp_path / "page.html").read_text()
+    )
+
+
 def test_nothing_is_said_of_a_change_when_only_sft_was_measured(tmp_path):
     caution = read_view(made_up_run(tmp_path / "run", iterations=2, done=0)).verdict()[1]
     assert caution.startswith("Its responses have 9.0 tokens (human: 5.0)")

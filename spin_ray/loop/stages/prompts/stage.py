@@ -46,6 +46,12 @@ from spin_ray.runtime.waiting import with_deadline
 
 logger = logging.getLogger(__name__)
 
+_KEPT = "rows are held out, too, and are trained on (data.keep_leaks): evaluations on them say little"
+_DIVIDED = (
+    "rows to train on are parts of held-out conversations (conversation_id), so evaluations on these are too good; "
+    "hold whole conversations out by data.heldout"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsOf:
@@ -123,17 +129,15 @@ def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> No
         _refuse_mixed_files(slices, [piece.uri for piece in pieces])
         if ignored := sum((each.ignored for each in slices), Counter[str]()):
             logger.warning("%s: not read: %s", source, ", ".join(f"{n} in {k} rows" for n, k in ignored.most_common()))
-        leaked = _ids_of(rows.without)
-        if config.data.keep_leaks and leaked is not None:
-            counted["leaks_kept"] = _count_kept_leaks(slices, leaked, source)
-            leaked = None
+        held_out = _ids_of(rows.without)
+        leaked = None if config.data.keep_leaks else held_out
         firsts = first_of_each([each.ids for each in slices], source_of, rows.max_rows, leaked)
         if is_drawn:
             counted["sources"] = _draw(firsts, sources, source_of, config.seed, rows.setting)
         if rows.every_id is not None:
             _commit_ids(rows.every_id, slices, firsts, inputs, settings)
-        if rows.without is not None and (divided := _count_divided(run_dir, slices, firsts, source)):
-            counted["divided"] = divided
+        if held_out is not None:
+            _warn_of_known(run_dir, artefact, slices, firsts, source, held_out)
         entries, reasons = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         quarantined = sum(reasons, Counter[str]())
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
@@ -175,32 +179,27 @@ def _ids_of(prompts: Artefact | None) -> np.ndarray | None:
     return np.frombuffer(b"".join(ids), dtype=np.uint64)
 
 
-def _count_kept_leaks(slices: list[RenderedSlice], leaked: np.ndarray, source: str) -> int:
-    count = sum(int(np.isin(each.ids, leaked).sum()) for each in slices)
-    if count:
-        logger.warning(
-            "%s: %d rows are held out, too, and are trained on (data.keep_leaks): evaluations on them say little",
-            source, count,
-        )  # fmt: skip
-    return count
+def _warn_of_known(
+    run_dir: RunDir, artefact: Artefact, slices: list[RenderedSlice], firsts: list[Masks], source: str, ids: np.ndarray
+) -> None:
+    """Warns of rows to train on that are held out, too, or parts of held-out conversations.
 
-
-def _count_divided(run_dir: RunDir, slices: list[RenderedSlice], firsts: list[Masks], source: str) -> int:
-    """Counts rows to train on that have the ``conversation_id`` of a held-out row."""
+    Args:
+        ids: uint64 [held-out rows].
+    """
+    kept = sum(int((np.isin(each.ids, ids) & masks.keep).sum()) for each, masks in zip(slices, firsts, strict=True))
+    if kept:
+        run_dir.warn(artefact.path, f"{source}: {kept} {_KEPT}")
     held_out = {each for table in run_dir.heldout.tables() for each in table["conversation_id"].unique().to_pylist()}
-    if not (held_out := held_out - {None}):
-        return 0
-    names = pa.array(sorted(held_out), pa.string())
-    count = 0
-    for name, masks in zip([each.name for each in slices], firsts, strict=True):
-        of = _columns(run_dir.storage.read(f"{name}-rows"), ["conversation_id"])["conversation_id"]
-        count += int((pc.is_in(of, value_set=names).to_numpy() & masks.keep).sum())
-    if count:
-        logger.warning(
-            "%s: %d rows to train on are parts of held-out conversations (conversation_id), so evaluations on these "
-            "are too good; hold whole conversations out by data.heldout", source, count,
-        )  # fmt: skip
-    return count
+    if not (names := held_out - {None}):
+        return
+    divided = 0
+    for each, masks in zip(slices, firsts, strict=True):
+        of = _columns(run_dir.storage.read(f"{each.name}-rows"), ["conversation_id"])["conversation_id"]
+        is_known = pc.is_in(of, value_set=pa.array(names, pa.string())).to_numpy() & masks.keep
+        divided += int((is_known & ~np.isin(each.ids, ids)).sum())
+    if divided:
+        run_dir.warn(artefact.path, f"{source}: {divided} {_DIVIDED}")
 
 
 def _draw(
