@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from spin_ray.errors import ConfigError, RunDirError, writing
 from spin_ray.inputs.ends import other_ends
+from spin_ray.inputs.forms import FINISH_REASONS
 from spin_ray.inputs.messages import Conversation, Message
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, open_renderer
 from spin_ray.report.history import find_iterate, model_path
@@ -32,7 +33,8 @@ def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Prefer
 
     Args:
         counts: gets ``other ids``, the responses whose text gives other token ids than the pair has. The tokenizer may
-            split a sampled text otherwise, and a response cut at ``max_tokens`` gets an end.
+            split a sampled text otherwise, and a response cut at ``max_tokens`` gets an end from trainers that do not
+            read its finish reason, which is ``length``.
 
     Raises:
         RunDirError: the iterate was not trained on pairs.
@@ -75,7 +77,14 @@ class _Reader:
             stored, real_ids = conversations[row["prompt_id"]]
             messages = json.loads(stored)
             own = messages[-1] if row["real_ids"] == real_ids else self._message(row["real_ids"])
-            found.append(Preferred(messages[:-1], own, self._message(row["generated_ids"])))
+            beside = {
+                column: "stop" if row[ids][-1] in self._ends else "length"
+                for column, ids in (
+                    (FINISH_REASONS["chosen"], "real_ids"),
+                    (FINISH_REASONS["rejected"], "generated_ids"),
+                )
+            }
+            found.append(Preferred(messages[:-1], own, self._message(row["generated_ids"]), beside))
             ids += [row["prompt_ids"] + row["real_ids"], row["prompt_ids"] + row["generated_ids"]]
         written = [[*row.prompt, response] for row in found for response in (row.chosen, row.rejected)]
         for rendered, expected in zip(self._renderer.render_all(written, [None] * len(written)), ids, strict=True):

@@ -62,8 +62,11 @@ def test_exported_pairs_are_read_back_with_the_ids_that_were_trained_on(run, tmp
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     [pair, cut] = [row for table in run.pairs(0).tables() for row in table.to_pylist()]
     renderer = ChatRenderer(TOKENIZER)
-    for row in rows:
-        assert form_of(row, DATA).name == named
+    assert [[row[f"{which}_finish_reason"] for which in ("chosen", "rejected")] for row in rows] == [
+        ["stop", "stop"], ["stop", "length"],
+    ]  # fmt: skip
+    for row, has_end in zip(rows, (True, False), strict=True):
+        assert form_of(row, DATA).name == named and read_row(row, DATA).has_end == [True, has_end]
         better, worse = renderer.render_all([*conversations_of(row, DATA), read_row(row, DATA).rejected])
         assert (better.prompt_ids, better.real_ids) == (pair["prompt_ids"], pair["real_ids"])
         assert worse.real_ids == pair["generated_ids"] == [*cut["generated_ids"], better.real_ids[-1]]
@@ -75,11 +78,13 @@ def test_trls_form_has_the_columns_of_its_conversational_preference_rows(run, tm
     datasets = pytest.importorskip("datasets")
     path = write_rows(pairs_of(run, "0", Counter()), "trl", str(tmp_path / "pairs.jsonl"), Counter())
     loaded = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded.column_names == ["prompt", "chosen", "rejected"]
+    finish = {"chosen_finish_reason": "stop", "rejected_finish_reason": "stop"}
+    assert loaded.column_names == ["prompt", "chosen", "rejected", *finish]
     assert loaded[0] == {
         "prompt": ASKED,
         "chosen": [{"role": "assistant", "content": " 4"}],
         "rejected": [{"role": "assistant", "content": "It is 5.\n"}],
+        **finish,
     }
 
 
