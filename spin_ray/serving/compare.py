@@ -64,19 +64,27 @@ def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConf
     """Returns the SPIN margins of the newest iterate p against each other iterate q.
 
     A margin is beta · [log p(y)/q(y) − log p(y′)/q(y′)]: y is the answer of p (not a human response), y′ that of q.
-    beta is that of the iteration that made p.
+    beta is that of the iteration that made p. With ``objective.length_normalised`` each log-ratio is divided by the
+    tokens of its answer.
     """
     policy = max(range(len(iterates)), key=lambda index: iterate_number(iterates[index]))
     if iterates[policy] == "sft":
         return []
     beta = config.at(iterate_number(iterates[policy]) - 1).beta
-    p, y = iterates[policy], answers[policy]["logps"]
+    per_token = config.objective.length_normalised
+    p, y = iterates[policy], answers[policy]
+
+    def log_ratio(answer: dict[str, Any], q: str) -> float:
+        tokens = max(1, len(answer["choices"][0]["token_ids"])) if per_token else 1
+        return (answer["logps"][p] - answer["logps"][q]) / tokens
+
     return [
         {
             "policy": p,
             "opponent": q,
             "beta": beta,
-            "value": beta * ((y[p] - y[q]) - (own["logps"][p] - own["logps"][q])),
+            "length_normalised": per_token,
+            "value": beta * (log_ratio(y, q) - log_ratio(own, q)),
         }
         for q, own in zip(iterates, answers, strict=True)
         if q != p

@@ -6,7 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
+from spin_ray.config.load import override
 from spin_ray.serving.api import DIGEST_HEADER, make_app
+from spin_ray.serving.compare import margins
 from spin_ray.serving.limits import access_log
 from tests.support.api_server import CHAT, COMPARE, COMPLETIONS, HELLO, JSON, Server, refused, run
 from tests.support.fake_engines import SAID, FakeEngines, empty_votes
@@ -285,9 +287,22 @@ def test_comparison_pairs_seeds_scores_answers_and_takes_the_margin() -> None:
         assert [answer["logps"] for answer in result["answers"]] == [
             {"sft": -2.0, "iter-0": -4.0}, {"sft": -4.0, "iter-0": -2.0},
         ]  # fmt: skip
-        assert result["engine_margins"] == [{"policy": "iter-0", "opponent": "sft", "beta": 0.5, "value": 2.0}]
+        margin = {"policy": "iter-0", "opponent": "sft", "beta": 0.5, "length_normalised": False, "value": 2.0}
+        assert result["engine_margins"] == [margin]
 
     run(check())
+
+
+def test_a_margin_is_per_token_where_the_objective_is() -> None:
+    """Ratios of 3 nats over 3 tokens and of −2 over 1 token: 10 · (3 / 3 + 2 / 1), as in training."""
+    answers = [
+        {"logps": {"sft": -4.0, "iter-0": -6.0}, "choices": [{"token_ids": [7]}]},
+        {"logps": {"sft": -9.0, "iter-0": -6.0}, "choices": [{"token_ids": [8, 8, 9]}]},
+    ]
+    for length_normalised, value in ((True, 30.0), (False, 50.0)):
+        config = override(tiny_config(), {"objective.beta": 10.0, "objective.length_normalised": length_normalised})
+        [margin] = margins(["sft", "iter-0"], answers, config)
+        assert (margin["value"], margin["length_normalised"]) == (value, length_normalised)
 
 
 def test_given_answers_are_scored_and_not_sampled_again() -> None:

@@ -21,7 +21,8 @@ export function showScores({ answers, engine_margins: margins, note }) {
     line.hidden = false;
   }
   const told = margins.map(
-    ({ policy, opponent, beta, value }) => `SPIN margin of ${policy} against ${opponent}: ${inNats(value)} (beta ${beta})`,
+    ({ policy, opponent, beta, value, length_normalised: perToken }) =>
+      `SPIN margin of ${policy} against ${opponent}: ${inNats(value)} (beta ${beta}${perToken ? ", log-ratios per token" : ""})`,
   );
   $("#margin").textContent = told.join("; ");
   $("#margin-told").hidden = !told.length;
