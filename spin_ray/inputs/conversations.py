@@ -1,13 +1,10 @@
 """Checked conversations of a row."""
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
-from spin_ray.inputs.answers import MINUS
 from spin_ray.inputs.forms import (
     FINISH_REASONS,
     FORMS,
@@ -21,7 +18,7 @@ from spin_ray.inputs.forms import (
 )
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
-__all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
+__all__ = ["Conversation", "Message", "Unusable", "conversations_of", "question_of", "read_row"]
 
 
 class Found(NamedTuple):
@@ -123,24 +120,6 @@ def _tools_in(row: dict[str, Any]) -> list[Any] | None:
         raise Unusable("malformed", f"tools: expected a list, found {type(tools).__name__}")
     refuse_surrogates(tools, "tools")
     return tools
-
-
-_TO_MINUS = str.maketrans(MINUS, "-" * len(MINUS))
-_NUMBER = re.compile(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*")
-
-
-def answer_of(value: Any) -> float | None:
-    """Returns ``value`` as a finite number, or None; texts may be ``1,234`` or end with ``#### 12``."""
-    if value is None or isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        value = value.rpartition("####")[2].translate(_TO_MINUS)
-        value = value.replace(",", "") if _NUMBER.fullmatch(value) else value
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _form_of(content: dict[str, Any] | None, data: DataConfig, unread: Iterable[str]) -> tuple[dict[str, Any], Form]:

@@ -13,8 +13,8 @@ from typing import Any
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError, first_line
-from spin_ray.inputs.answers import extract_number, is_correct
-from spin_ray.inputs.conversations import Unusable, answer_of, read_row
+from spin_ray.inputs.answers import answer_of, extract_number, is_correct
+from spin_ray.inputs.conversations import Unusable, read_row
 from spin_ray.inputs.files import SourceRow
 from spin_ray.learner.import_path import import_object
 
@@ -110,15 +110,20 @@ def multiple_choice(response: str, answer: str) -> float | None:
 def json_value(response: str, answer: str) -> float | None:
     """Compares JSON values; a code fence may hold the response's."""
     try:
-        wanted = json.loads(answer)
+        wanted = _loaded(answer)
     except ValueError:
         return None
     fenced = _FENCED.findall(response)
     try:
-        found = json.loads(fenced[-1] if fenced else response)
+        found = _loaded(fenced[-1] if fenced else response)
     except (ValueError, RecursionError):
         return 0.0
     return float(_canonical(found) == _canonical(wanted))
+
+
+def _loaded(text: str) -> Any:
+    """Reads JSON, where 12.0 is the number 12."""
+    return json.loads(text, parse_float=lambda digits: int(it) if (it := float(digits)).is_integer() else it)
 
 
 def _canonical(value: Any) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin_ray.inputs.answers import extract_number, is_correct
+from spin_ray.inputs.answers import answer_of, extract_number, is_correct
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,19 @@ from spin_ray.inputs.answers import extract_number, is_correct
         ("= ", None),
         ("=", None),
         ("", None),
-        ("= .5", None),
+        ("= .5", 0.5),
+        ("y = 2, x = 1,5", None),  # a decimal comma, or a list
+        ("= 3,14159", None),
+        ("= 1,2,3", None),
+        ("= 18, 19", 18.0),
+        ("= 18,", 18.0),
+        ("= 1,00,000 rupees", 100000.0),
+        ("= 3/4", 0.75),
+        ("= 12 / 4 = 3", 3.0),
+        ("= 3/0", None),
+        ("= 1.5e3", 1500.0),
+        ("= 1e-05", 1e-5),
+        ("= 2e", 2.0),
         ("#### 16", None),
     ],
 )
@@ -59,6 +71,24 @@ def test_equals_takes_the_number_after_the_last_equals_sign_that_has_one(text, n
 )
 def test_hashes_takes_the_number_after_the_last_four_hashes_that_have_one(text, number):
     assert extract_number(text, "hashes") == number
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        (12, 12.0), (" 12.5 ", 12.5), ("1e-05", 1e-5), ("so 2 + 2 = 4\n#### 4", 4.0), ("1,234,567.5", 1234567.5),
+        ("#### $18", 18.0), ("#### 12%", 12.0), ("#### **18**", 18.0), ("#### 1{,}234", 1234.0), (r"#### \$18", 18.0),
+        (r"$\boxed{-4}$", -4.0), (r"\(18\)", 18.0), ("−5", -5.0), ("3/4", 0.75), ("18.", 18.0),
+        ("#### 18 apples", None),
+        ("1,5", None), ("#### 3 or 4", None), ("3/0", None), ("B", None), ("", None), (True, None), (None, None),
+        ("nan", None), ("9" * 400, None), ([1], None),
+    ],
+)  # fmt: skip
+def test_a_reference_is_read_as_responses_are(answer, number):
+    assert answer_of(answer) == number
+    if isinstance(answer, str) and number is not None:
+        told = answer.rpartition("####")[2]
+        assert extract_number(f"so #### {told}", "hashes") == extract_number(f"so = {told}", "equals") == number
 
 
 @pytest.mark.parametrize(
