@@ -71,15 +71,17 @@ def _side_by_side(config: Settings, place: str) -> int:
     serving, lora = config.serving, config.train.lora
     if place == "generation":
         return config.generation.replicas
-    moves = bool({"latest", "all"} & set(serving.models))
-    iterates = 1 if lora and not lora.merge else len(serving.models) + moves
-    return iterates * serving.most_engines
+    named = set(serving.models)
+    iterates = config.iterations + 1 if "all" in named else len(named) + ("latest" in named)
+    return (1 if lora and not lora.merge else iterates) * serving.most_engines
 
 
 def _batch_problems(config: Settings) -> Iterator[str]:
     for place, resources, setting, engine in _engines(config):
         if place not in setting:
             continue  # the endpoint has generation's settings, which may be meant for GPUs alone
+        if place == "generation" and "max_num_seqs" not in engine.model_fields_set:
+            continue  # settle_sizes lowers it
         on_cpu = None if resources.gpus else max(config.model.max_length, 2048)  # see runtime.engine._whole_prefill
         tokens = engine.extra.get("max_num_batched_tokens", on_cpu)
         if isinstance(tokens, int) and tokens < engine.max_num_seqs:

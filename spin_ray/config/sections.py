@@ -25,6 +25,7 @@ _number = BeforeValidator(_no_flag)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _number]
 Fraction = Annotated[float, Field(ge=0, le=1), _number]
+PositiveFraction = Annotated[float, Field(gt=0, le=1), _number]
 HeldOut = Annotated[float, Field(gt=0, le=0.5), _number]
 Count = Annotated[int, Field(ge=1), _number]
 CountOrZero = Annotated[int, Field(ge=0), _number]
@@ -220,7 +221,7 @@ class SamplingConfig(Section):
     temperature: NonNegative = 1.0
     """Temperature: 1 samples from the model, 0 takes the likeliest token; else 0.01 to 2. Any but 1 departs from the
     method."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: PositiveFraction = 1.0
     """Total probability of the likeliest tokens. Less likely tokens are never sampled. 1: no limit."""
     top_k: CountOrZero = 0
     """Number of likeliest tokens that are sampled from. 0: no limit."""
@@ -243,7 +244,7 @@ class EngineConfig(Section):
     max_num_seqs: Count = 256
     """Responses that are decoded together. More use the hardware better and need more memory. Not set: 512 on GPUs,
     256 on CPUs. A run keeps its number."""
-    gpu_memory_utilization: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
+    gpu_memory_utilization: MayChange[PositiveFraction] = 0.9
     """Fraction of the GPU's memory for weights and key-value cache. Engines that share a GPU need less each, e.g. 0.45
     for two, and start one after another."""
     cpu_kv_cache_gib: MayChange[Count] = 2
@@ -584,7 +585,7 @@ class HealthConfig(Section):
     max_real_logp_drop: Positive | None = 0.5
     """Largest fall of log p(y) within an iteration, as a fraction of its absolute value: at 0.5, -100 nats may become
     -150. Not checked without a reference (T-SPIN), as only that says what log p(y) was."""
-    max_length_change: Annotated[float, Field(gt=1)] | None = 4.0
+    max_length_change: Annotated[float, Field(gt=1, allow_inf_nan=False), _number] | None = 4.0
     """Largest factor by which the mean length of y′ may grow or shrink against θ_0's."""
     max_engine_difference: Positive | None = 0.1
     """Largest difference, in nats a token, between log p of y′ by the engine and by the model that is trained. A few
@@ -627,7 +628,7 @@ class ServingConfig(Section):
     """Iterates that have an engine: ``sft``, ``iter-0``, …, ``latest`` (follows RUN/LATEST), or ``all``."""
     host: str = "127.0.0.1"
     """Address to listen at. An address that other machines reach needs ``keys`` and Ray's token authentication."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    port: Annotated[int, Field(ge=0, le=65535), _number] = 8000
     """TCP port. 0: a free one, which is printed."""
     keys: str | None = None
     """File of hashed API keys, one line of ``spin-ray serve-key`` each. Not set: all who reach the port may ask."""
@@ -682,7 +683,7 @@ class ServingConfig(Section):
 class ProbeConfig(Section):
     """The measurement, before iteration 0, of what is left to learn from θ_0 (docs/probe.md)."""
 
-    prompts: Annotated[int, Field(ge=2)] = 256
+    prompts: Annotated[int, Field(ge=2), _number] = 256
     """Prompts that θ_0 answers. Half are trained on. The others, of ``data.heldout`` if there is one, are measured."""
     epochs: Count = 2
     """Passes over the trained half, by SPIN and by SFT."""

@@ -90,6 +90,19 @@ def test_a_combination_with_a_section_that_has_an_unknown_key_is_not_complained_
         ({"data.train": "x"}, "data.train: unknown key (write it as data: {train: …})"),
         ({"train.lora.rank": 8}, "train.lora.rank: unknown key (write it as train: {lora: {rank: …}})"),
         ({"seed": True}, "seed: input should be a number (got True)"),
+        (
+            {"generation": {"sampling": {"top_p": True}}},
+            "generation.sampling.top_p: input should be a number (got True)",
+        ),
+        (
+            {"generation": {"engine": {"gpu_memory_utilization": True}}},
+            "generation.engine.gpu_memory_utilization: input should be a number (got True)",
+        ),
+        ({"serving": {"port": True}}, "serving.port: input should be a number (got True)"),
+        (
+            {"health": {"max_length_change": float("inf")}},
+            "health.max_length_change: input should be a finite number (got inf)",
+        ),
         ({"train": None}, "train: is empty; give it fields, or leave it out"),
         (
             {"data": {"train": "$HOME/rows.jsonl"}},

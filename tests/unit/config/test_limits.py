@@ -24,6 +24,17 @@ from tests.support.fakes import MINIMAL
             {"serving": {"models": ["latest"], "resources": {"gpus": 0.5}, "engine": {}}},
             "serving.engine.gpu_memory_utilization: 2 engines of serving.resources.gpus 0.5 share a card",
         ),
+        (  # sft and two iterates
+            {
+                "iterations": 2,
+                "serving": {"models": ["all"], "resources": {"gpus": 0.25}, "engine": {"gpu_memory_utilization": 0.4}},
+            },
+            "serving.engine.gpu_memory_utilization: 3 engines of serving.resources.gpus 0.25 share a card",
+        ),
+        (
+            {"serving": {"engine": {"extra": {"max_num_batched_tokens": 128}}}},
+            "serving.engine.max_num_seqs: 256 is more than the 128 tokens of a batch of vLLM's",
+        ),
         (
             {"generation": {"resources": {"gpus": 1}, "engine": {"gpu_memory_utilization": 1}}},
             "generation.engine.gpu_memory_utilization: 1 of its memory each leaves none to CUDA; lower it to 0.9",
@@ -65,6 +76,7 @@ def test_engines_may_share_a_gpu():
         {"generation": {"replicas": 2, "resources": {"gpus": 0.5}, "engine": {"gpu_memory_utilization": 0.49}}},
         {"generation": {"replicas": 2, "resources": {"gpus": 0.6}}},  # a card has room for one
         {"serving": {"models": ["iter-0"], "resources": {"gpus": 0.5}}},
+        {"generation": {"engine": {"extra": {"max_num_batched_tokens": 128}}}},  # max_num_seqs is lowered to it
         {"serving": {"resources": {"gpus": 0.5}}, "train": {"lora": {"merge": False}}},  # one engine for all adapters
         {"generation": {"sampling": {"temperature": 0}}, "evaluation": {"examples_temperature": 0.01}},
         {"generation": {"resources": {"gpus": 1}, "engine": {"max_num_seqs": 4096}}},
