@@ -19,7 +19,9 @@ from tests.support.hub import Hub, hub_here
 
 ROWS = [{"prompt": f"q{number}", "response": "a"} for number in range(9)]
 TRAIN = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-MODEL = {"config.json": b"{}", "model.safetensors": b"weights", "chat_template.jinja": b"x"}
+MODEL = {
+    "config.json": b"{}", "model.safetensors": b"weights", "chat_template.jinja": b"x", "spiece.model": b"x",
+}  # fmt: skip
 DATA = "hf://datasets/o/rows"
 
 
