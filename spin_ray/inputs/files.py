@@ -13,6 +13,7 @@ import pyarrow.fs
 
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.hub import PREFIX, hub_filesystem
+from spin_ray.run_dir.storage import local_path
 
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -58,7 +59,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     if uri.startswith(PREFIX):
         return hub_filesystem(path := uri.removeprefix(PREFIX)), path
     if uri.startswith("file://"):
-        return pyarrow.fs.LocalFileSystem(), _local_path(uri.removeprefix("file://"))
+        return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
     if "://" not in uri:
         if not uri or "\0" in uri:
             raise DataError(f"data: the path is {'no path (it has a NUL)' if uri else 'empty'}")
@@ -67,11 +68,6 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: cannot be opened ({first_line(error)}){_cure_of(uri)}") from error
-
-
-def _local_path(path: str) -> str:
-    path = "/" + path.removeprefix("localhost").lstrip("/")
-    return path if os.path.exists(path) else unquote(path)
 
 
 def _cure_of(uri: str) -> str:

@@ -18,7 +18,7 @@ from spin_ray.runtime.gpu_memory import wait_for_memory
 from spin_ray.runtime.root_cause import root_cause_told
 from spin_ray.runtime.shared_cards import alone_on_card
 
-FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
+FLASHINFER_SAMPLER = "VLLM_USEFLASHINFER_SAMPLER"
 """Switch of a sampler that vLLM 0.29 builds with nvcc as it starts, also where no request uses it (vllm#49497).
 Seeded requests never do."""
 _MEMORY_SETTING = "generation.engine.gpu_memory_utilization"
@@ -154,14 +154,19 @@ class VllmEngine:
         del self._llm
 
 
+def vllm_environment(config: EngineConfig) -> dict[str, str]:
+    """Returns vLLM's environment. The user's own logging level, usage statistics and sampler stay."""
+    unless_set = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", FLASHINFER_SAMPLER: "0"}
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **{name: os.environ.get(name, value) for name, value in unless_set.items()},
+    }
+
+
 def prepare_process(config: EngineConfig, threads: int) -> None:
     """Sets vLLM's environment; call it before vLLM is imported."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault(FLASHINFER_SAMPLER, "0")
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | vllm_environment(config)
     cpu.prepare(threads)
     cpu.allow_amx_kernels()
 

@@ -29,7 +29,7 @@ from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.learner.weights import layer_names
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
-from spin_ray.runtime.engine import FLASHINFER_SAMPLER, engine_arguments, lora_arguments
+from spin_ray.runtime.engine import engine_arguments, lora_arguments, vllm_environment
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.runtime.gpu import check_triton
 from spin_ray.runtime.root_cause import cause_since, end_of, output_sizes, root_cause_told
@@ -346,7 +346,7 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
         experimental_configs={
             "stream_batching_interval_ms": 0
         },  # it would delay the first token; ``in_bursts`` does not
-        runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(serving.resources.threads)} | vllm_environment(engine)},
         deployment_config=_deployment(serving),
     )
     return build_llm_deployment(
@@ -380,17 +380,6 @@ def _cpu_engine() -> Any:
 
 def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:
     return {name: amount / workers for name, amount in serving.resources.bundle.items()}
-
-
-def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
-    return {
-        "OMP_NUM_THREADS": str(serving.resources.threads),
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        FLASHINFER_SAMPLER: os.environ.get(FLASHINFER_SAMPLER, "0"),
-    }
 
 
 def _deployment(serving: ServingConfig) -> dict[str, Any]:

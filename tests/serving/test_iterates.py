@@ -16,22 +16,19 @@ import ray
 from ray import serve
 from ray.exceptions import RayTaskError
 from vllm import SamplingParams
-from vllm.envs import environment_variables
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.utils import is_in_target_modules
 
 from spin_ray.config.limits import TEMPERATURES
 from spin_ray.config.load import override
-from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, DataError, ResourceError, RunDirError, StageError
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
-from spin_ray.runtime.engine import FLASHINFER_SAMPLER
 from spin_ray.serving import server
 from spin_ray.serving.app import build, check_devices
 from spin_ray.serving.batch import compare_rows, read_rows
-from spin_ray.serving.iterate_engine import IterateEngine, _environment, _for_adapters, build_engine
+from spin_ray.serving.iterate_engine import IterateEngine, _for_adapters, build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
 from spin_ray.serving.server import check_room, check_settings, start, with_room
 from tests.support.fake_engines import FakeEngines
@@ -218,17 +215,6 @@ def test_replicas_place_and_parts_of_an_engine_are_the_configs(run: RunDir, requ
     large = options(engine=sizes, resources=json.dumps({"cpus": 2, "gpus": 4, "labels": labels}))
     assert large._replica_config.placement_group_bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
     assert large._replica_config.placement_group_bundle_label_selector == [labels] * 4
-
-
-@pytest.mark.parametrize(("own", "expected"), [(None, "0"), ("1", "1")])
-def test_no_engine_that_serves_needs_nvcc_unless_the_user_wants_it(
-    monkeypatch: pytest.MonkeyPatch, own: str | None, expected: str
-) -> None:
-    assert FLASHINFER_SAMPLER in environment_variables, "vLLM's name"
-    monkeypatch.delenv(FLASHINFER_SAMPLER, raising=False)
-    if own:
-        monkeypatch.setenv(FLASHINFER_SAMPLER, own)
-    assert _environment(ServingConfig(), 1)[FLASHINFER_SAMPLER] == expected
 
 
 def test_engines_that_share_a_card_start_one_after_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -212,8 +212,11 @@ def test_a_folder_is_never_made_of_a_uri():
 def test_the_root_is_absolute_however_it_was_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for given_root in ("run", "~/run", f"file://{tmp_path}/run", tmp_path / "run"):
+    for given_root in ("run", "~/run", f"file://{tmp_path}/run", f"file://localhost{tmp_path}/run", tmp_path / "run"):
         assert Storage(given_root).root == tmp_path / "run"
+    assert Storage(f"file://{tmp_path}/my%20run").root == tmp_path / "my run"
+    (tmp_path / "my%20run").mkdir()
+    assert Storage(f"file://{tmp_path}/my%20run").root == tmp_path / "my%20run"
 
 
 @settings(max_examples=30, deadline=None)

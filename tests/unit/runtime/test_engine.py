@@ -18,7 +18,15 @@ from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.runtime import cpu, gpu
 from spin_ray.runtime import engine as engine_module
-from spin_ray.runtime.engine import FLASHINFER_SAMPLER, Completion, EngineSpec, VllmEngine, _completion, platform
+from spin_ray.runtime.engine import (
+    FLASHINFER_SAMPLER,
+    Completion,
+    EngineSpec,
+    VllmEngine,
+    _completion,
+    platform,
+    vllm_environment,
+)
 from tests.support.fakes import config_of
 
 MODEL = resolve("embedded:tiny-llama")
@@ -197,14 +205,21 @@ def test_the_scheduler_runs_in_this_process_with_its_threads_and_memory(vllm):
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, "0"), ("1", "1")])
-def test_no_engine_needs_nvcc_for_a_sampler_unless_the_user_wants_it(vllm, monkeypatch, own, expected):
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        (FLASHINFER_SAMPLER, None, "0"), (FLASHINFER_SAMPLER, "1", "1"),
+        ("VLLM_LOGGING_LEVEL", None, "WARNING"), ("VLLM_LOGGING_LEVEL", "DEBUG", "DEBUG"),
+        ("VLLM_NO_USAGE_STATS", None, "1"), ("VLLM_NO_USAGE_STATS", "0", "0"),
+    ],
+)  # fmt: skip
+def test_what_the_user_says_to_vllm_counts_and_else_no_engine_needs_nvcc(vllm, monkeypatch, name, own, expected):
     """vLLM 0.29 builds FlashInfer's sampler with nvcc as it starts, on any card that could run it."""
-    monkeypatch.delitem(os.environ, FLASHINFER_SAMPLER, raising=False)
+    monkeypatch.delitem(os.environ, name, raising=False)
     if own:
-        monkeypatch.setitem(os.environ, FLASHINFER_SAMPLER, own)
+        monkeypatch.setitem(os.environ, name, own)
     VllmEngine(spec_of())
-    assert vllm["environment"][FLASHINFER_SAMPLER] == expected
+    assert vllm["environment"][name] == vllm_environment(EngineConfig())[name] == expected
 
 
 # Generating
