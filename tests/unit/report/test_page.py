@@ -397,6 +397,13 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
 # Examples
 
 
+def test_examples_of_an_iterate_that_only_benchmarks_measured_have_no_margins(tmp_path):
+    """Its scores are committed, but their β and opponent stand in the missing evaluation."""
+    run = made_up_run(tmp_path / "run")
+    run.storage.replace(run.eval_path(2), json.dumps({"iterate": "iter_001", "benchmarks": {}}).encode())
+    assert [example.margins.keys() for example in read_view(run).examples] == [{"iter_000"}] * 3
+
+
 def test_examples_come_in_the_order_of_margins_with_both_extremes(finished):
     """p0 has margin 2.0, p2 0.5, p1 −1.5."""
     found = read_examples(finished, finished.config(), limit=2, spread=True)
