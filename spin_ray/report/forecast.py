@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans
+from spin_ray.run_dir.events import Event, Span, duration, of_driver, spans
 from spin_ray.run_dir.names import is_iterate_name, iterate_number
 
 PREPARATION = -1
@@ -56,7 +56,7 @@ def forecast(
     config: SpinConfig, play: Play, events: Sequence[Event], now: float, running_left_s: float | None
 ) -> Forecast | None:
     """Returns the forecast; None before the first stage. ``running_left_s`` is the running stage's own estimate."""
-    attempts = spans(_by_turn(event) for event in events if event["kind"] not in BESIDE)
+    attempts = spans(map(_by_turn, of_driver(events)))
     if not attempts:
         return None
     done = {_place(span) for span in attempts if span.outcome == "commit"}

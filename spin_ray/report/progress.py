@@ -20,7 +20,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError, StageError, first_line
 from spin_ray.report.forecast import PREPARATION, Forecast, Play, forecast
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.events import Span, close_lost_attempt, duration, spans
+from spin_ray.run_dir.events import Span, close_lost_attempt, duration, of_driver, spans
 from spin_ray.run_dir.names import iterate_name, iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -145,7 +145,7 @@ class RunProgress:
 
     def look(self) -> None:
         events = self._run.events()
-        self._attempts = spans(events)
+        self._attempts = spans(of_driver(events))
         stage = StageProgress.current
         left_s = stage.seconds_left if stage else None
         played = self._algorithm.plays(self._run)

@@ -1,5 +1,6 @@
 """The content of a run's page, without HTML."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.run_dir.events import BESIDE, Event, Span, exact_duration, spans, stage_warnings
+from spin_ray.run_dir.events import Event, Span, exact_duration, of_driver, spans, stage_warnings
 from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, table_from_bytes
@@ -97,11 +98,13 @@ class RunView:
 
     @property
     def started(self) -> str:
-        return _utc(self.spans[0].start) if self.spans else "not yet"
+        return _utc(min(span.start for span in self.spans)) if self.spans else "not yet"
 
     @property
     def wall_seconds(self) -> float:
-        return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
+        if not self.spans:
+            return 0.0
+        return max(span.end for span in self.spans) - min(span.start for span in self.spans)
 
     def facts(self) -> list[tuple[str, str]]:
         """Returns names and values of what the numbers rest on."""
@@ -152,7 +155,12 @@ class RunView:
 
     @property
     def busy_seconds(self) -> float:
-        return sum(span.seconds for span in self.spans)
+        """Seconds in which any stage ran. Those of other commands can run beside the driver's."""
+        busy, until = 0.0, -math.inf
+        for span in sorted(self.spans, key=lambda span: span.start):
+            busy += max(0.0, span.end - max(span.start, until))
+            until = max(until, span.end)
+        return busy
 
     @property
     def recipe(self) -> str:
@@ -274,7 +282,7 @@ def _state(run: RunDir, config: SpinConfig, events: list[Event], probe: dict[str
     latest = run.latest()
     if latest == iterate_name(config.iterations):
         return "finished", "", ""
-    own = [event for event in events if event["kind"] not in BESIDE]
+    own = of_driver(events)
     stops = [event for event in own if event["event"] == "stop" and event["folder"] == latest]
     if stops:
         return "stopped by its rule", stops[-1].get("reason", ""), stops[-1].get("closest", "")

@@ -448,6 +448,21 @@ def test_an_attempt_whose_driver_died_is_lost_and_a_last_one_may_still_run():
     assert found == [("lost", 0.0, 0.0, False), ("failure", 50.0, 60.0, True), ("running", 70.0, 85.0, False)]
 
 
+def test_a_benchmark_beside_the_training_takes_no_more_than_the_wall_time(finished):
+    """Training from 0 to 1000 s, a benchmark from 20 to 900, another from 1100 to 1200 and one without an end."""
+    lines = [
+        ("iter_000/training", {"time": 0.0, "event": "start"}),
+        ("sft/benchmarks", {"time": 20.0, "event": "start"}),
+        ("sft/benchmarks", {"time": 900.0, "event": "commit", "seconds": 880.0}),
+        ("iter_000/training", {"time": 1000.0, "event": "commit", "seconds": 1000.0}),
+        ("sft/benchmarks", {"time": 1100.0, "event": "start"}),
+        ("iter_000/benchmarks", {"time": 1150.0, "event": "start"}),
+        ("iter_000/benchmarks", {"time": 1200.0, "event": "commit", "seconds": 50.0}),
+    ]
+    view = replace(read_view(finished), spans=spans(line | fields_of(stage) for stage, line in lines))
+    assert (view.busy_seconds, view.wall_seconds) == (1100.0, 1200.0)
+
+
 @pytest.mark.slow
 def test_the_length_of_an_attempt_is_said_as_far_as_it_is_known(tmp_path):
     """Of the first lost attempt nothing is known. The second lasted 700 s. The third was last seen after 90 s."""

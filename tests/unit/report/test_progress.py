@@ -54,6 +54,18 @@ def test_the_line_has_rows_rates_and_the_time_left_of_stage_iteration_and_run(ru
     assert "; run " in line
 
 
+def test_a_benchmark_beside_the_training_leaves_the_training_s_line_and_bar(run, stage):
+    run.event("start", "sft/benchmarks")
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    told = RunProgress(run, run.config(), find_algorithm("spin"), console)
+    told.look()
+    assert "iter_002 training, 3/12 steps" in told.line()
+    console.print(told.view())
+    last = out.getvalue().splitlines()[-1]
+    assert "iter_002 training" in last and "3/12 steps" in last
+
+
 @pytest.mark.parametrize(("algorithm", "left"), [("spin", 28), ("continued_sft", 14), ("dpo", 14)])
 def test_the_training_of_two_opponents_takes_twice_as_long_with_spin_alone(tmp_path, algorithm, left):
     """The training of iteration 0 took 14 s. The window is 2 in every recipe, and only SPIN reads it."""
