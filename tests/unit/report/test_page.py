@@ -232,6 +232,26 @@ def test_counts_of_quarantine_and_drops(finished):
     assert view.pairs[0] == ("iter_000", {"rows": 1, "dropped_identical": 7, "dropped_empty": 0, "from_earlier": 0})
 
 
+def test_every_reason_for_a_row_without_a_pair_is_a_column(tmp_path):
+    """SEFT drops 97 without a label, and 412 cut answers and 3 too long ones before: those of the newest attempt."""
+    run = made_up_run(tmp_path / "run")
+    pairs, tables = run.pairs(0), list(run.pairs(0).tables())
+    run.storage.delete(pairs.path)
+    entry = pairs.write_part("part-00000.parquet", tables[0])
+    dropped = {"dropped_identical": 0.0, "dropped_no_label": 97.0, "dropped_too_long": 1.0}
+    pairs.commit({"part-00000.parquet": entry}, {}, {}, {"rows": 1.0, "from_earlier": 0.0} | dropped)
+    for cut in (500, 412):
+        run.event("commit", "iter_000/revision_prompts", seconds=1.0, dropped_answer_cut=cut, dropped_too_long=3)
+    run.event("commit", "iter_000/pairs", seconds=1.0, **dropped)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    table = page.partition("<h3>Pairs</h3>")[2].partition("</table>")[0]
+    reasons = re.findall(r">([^<>]+) dropped<", table)
+    assert reasons == ["y = y′", "empty", "no label", "too long", "answer cut"]
+    assert [re.findall(r"n\">(\d+)<", row) for row in table.split("<tr>")[2:]] == [
+        ["1", "0", "0", "97", "4", "412", "0"], ["1", "7", "0", "0", "0", "0", "0"],
+    ]  # fmt: skip
+
+
 def test_useful_work_is_weighed_by_time_over_the_attempts_that_measured_it(finished):
     """Three attempts at sampling; the last did not measure it."""
     log = finished.storage.read("events.jsonl").decode().splitlines()
@@ -392,6 +412,22 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
     assert "gsm8k, hf, float32, chat, first 10 rows, 5 examples, version 3.0" in table
     assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
+
+
+@pytest.mark.parametrize("iterates", [["iter_001"], ["sft", "iter_000", "iter_001"]])
+def test_benchmarks_of_iterates_without_held_out_measures_are_shown(tmp_path, iterates):
+    run = made_up_run(tmp_path / "run")
+    conditions = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
+    result = conditions | {"metrics": {"acc": {"value": 0.3125}}, "shots": 5, "task_version": 3.0, "warnings": []}
+    for name in iterates:
+        run.storage.replace(
+            f"{name}/eval.json", json.dumps({"iterate": name, "benchmarks": {"gsm8k": result}}).encode()
+        )
+    page = write_report([run], tmp_path / "page.html").read_text()
+    table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
+    assert re.findall(r">((?:sft|iter)\w*)<", table) == ["sft", "iter_000", "iter_001"]
+    assert table.count("0.3125") == len(iterates)
+    assert ("All measures as numbers" in page) == (len(iterates) == 1) and 'href="#iterates"' in page
 
 
 # Examples
