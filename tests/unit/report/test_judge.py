@@ -11,6 +11,7 @@ import pytest
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.report import judge
 from spin_ray.report.judge import Judge, Judgement, summarise
+from spin_ray.report.judged import read_judged
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.storage import Storage
 from tests.support.made_up_run import made_up_run
@@ -141,6 +142,18 @@ def test_every_pair_is_judged_in_both_orders_and_nothing_said_is_lost(tmp_path, 
     raw = [json.loads(line) for line in run.storage.read("judgements/iter_001-sft.jsonl").decode().splitlines()]
     assert sorted(line["verdict"] for line in raw) == ["first"] * 3 + ["second"] * 3
     assert all("It could be [[C]]" in line["text"] for line in raw)
+
+
+def test_the_other_order_of_the_names_asks_nothing_anew_and_is_one_line_of_the_page(tmp_path, endpoint):
+    """Also with a file that an earlier version named in that order."""
+    url, asked, _ = endpoint
+    run, judged = made_up_run(tmp_path / "run"), Judge(endpoint=url, model="j")
+    judge.run(run, run.config(), "iter_001", "sft", judged, limit=9)
+    run.storage.replace("judgements/sft-iter_001.jsonl", run.storage.read("judgements/iter_001-sft.jsonl"))
+    run.storage.delete("judgements/iter_001-sft.jsonl")
+    found = judge.run(run, run.config(), "sft", "iter_001", judged, limit=9)
+    assert (found["one"], found["wins"], found["losses"], found["win_rate"], len(asked)) == ("sft", 0, 3, 0.0, 6)
+    assert [(it.one, it.other, it.win_rate) for it in read_judged(run, [])] == [("iter_001", "sft", 1.0)]
 
 
 def test_judgements_of_two_commands_at_once_are_all_kept(tmp_path):
