@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from spin_ray.config.load import load_config, override, parse_overrides, values_of
@@ -192,8 +193,14 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
-    if votes and what != "votes":
-        raise UserError(f"--serving.votes: is for --what votes, not {what}")
+    context = click.get_current_context()
+    for option, name, read_by in (
+        ("--iterate", "iterate", ("model", "pairs")),
+        ("--form", "form", ("pairs", "votes")),
+        ("--serving.votes", "votes", ("votes",)),
+    ):
+        if what not in read_by and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UserError(f"{option}: is for --what {' and '.join(read_by)}, not {what}")
     if what == "model":
         click.echo(export(run, iterate, target))
         return
@@ -206,7 +213,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
         from spin_ray.serving.arena.exported import open_votes  # slow: vLLM
 
         store = open_votes(run, votes)
-        click.get_current_context().call_on_close(store.close)
+        context.call_on_close(store.close)
         click.echo(f"votes of {store.where}", err=True)
         found = rows.preferred_of_votes(store.export(), counts)
     click.echo(rows.write_rows(found, form, target, counts))
