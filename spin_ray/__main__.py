@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,16 +89,25 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     """
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import run_spin
-    from spin_ray.report.status import print_summary, what_is_kept
+    from spin_ray.report.status import print_summary
+
+    with _driving(out):
+        result = run_spin(config, out)
+    print_summary(result.run, Console())
+
+
+@contextmanager
+def _driving(out: str) -> Iterator[None]:
+    """Keeps Ray's lines off the terminal, and says what the run folder keeps if the body is stopped."""
+    from spin_ray.report.status import what_is_kept
     from spin_ray.runtime.stderr_sorter import sort_stderr
 
     sort_stderr()
     try:
-        result = run_spin(config, out)
+        yield
     except (KeyboardInterrupt, SystemExit):
         click.echo(what_is_kept(out), err=True, nl=False)
         raise
-    print_summary(result.run, Console())
 
 
 @cli.command()
@@ -291,13 +302,9 @@ def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> N
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import probe_spin
     from spin_ray.report.probe import print_probe
-    from spin_ray.report.status import what_is_kept
 
-    try:
+    with _driving(out):
         found = probe_spin(config, out)
-    except (KeyboardInterrupt, SystemExit):
-        click.echo(what_is_kept(out), err=True, nl=False)
-        raise
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
