@@ -193,9 +193,7 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
             kept.save()
 
 
-def summarise(
-    judgements: Sequence[Judgement], one: str, other: str, groups: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def summarise(judgements: Sequence[Judgement], one: str, other: str, groups: Mapping[str, int]) -> dict[str, Any]:
     """Counts wins, ties and losses of ``one`` over prompts. The win rate counts a tie as half.
 
     A prompt is won if one order says so and the other does not contradict. Rates omit unclear prompts. ``agreement`` is
@@ -203,7 +201,7 @@ def summarise(
     verdicts that are no tie, minus 0.5. A judge that ignores places has 0.
 
     Args:
-        groups: result of ``conversation_groups``. None: prompts are independent.
+        groups: result of ``conversation_groups``.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -221,7 +219,7 @@ def summarise(
         counts["contradicting"] += total == 0 and any(points)
         counts["wins" if total > 0 else "losses" if total < 0 else "ties"] += 1
         scores.append(1.0 if total > 0 else 0.0 if total < 0 else 0.5)
-        numbers.append(groups[prompt_id] if groups else len(numbers))
+        numbers.append(groups[prompt_id])
     rate = sum(scores) / len(scores) if scores else None
     error = standard_error(np.asarray(scores), numbers, SHARE)
     placed = places["first"] + places["second"]
