@@ -7,10 +7,13 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from spin_ray.config.load import load_config, override, parse_overrides, values_of
@@ -86,16 +89,25 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     """
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import run_spin
-    from spin_ray.report.status import print_summary, what_is_kept
+    from spin_ray.report.status import print_summary
+
+    with _driving(out):
+        result = run_spin(config, out)
+    print_summary(result.run, Console())
+
+
+@contextmanager
+def _driving(out: str) -> Iterator[None]:
+    """Keeps Ray's lines off the terminal, and says what the run folder keeps if the body is stopped."""
+    from spin_ray.report.status import what_is_kept
     from spin_ray.runtime.stderr_sorter import sort_stderr
 
     sort_stderr()
     try:
-        result = run_spin(config, out)
+        yield
     except (KeyboardInterrupt, SystemExit):
         click.echo(what_is_kept(out), err=True, nl=False)
         raise
-    print_summary(result.run, Console())
 
 
 @cli.command()
@@ -192,8 +204,14 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
-    if votes and what != "votes":
-        raise UserError(f"--serving.votes: is for --what votes, not {what}")
+    context = click.get_current_context()
+    for option, name, read_by in (
+        ("--iterate", "iterate", ("model", "pairs")),
+        ("--form", "form", ("pairs", "votes")),
+        ("--serving.votes", "votes", ("votes",)),
+    ):
+        if what not in read_by and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UserError(f"{option}: is for --what {' and '.join(read_by)}, not {what}")
     if what == "model":
         click.echo(export(run, iterate, target))
         return
@@ -206,7 +224,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
         from spin_ray.serving.arena.exported import open_votes  # slow: vLLM
 
         store = open_votes(run, votes)
-        click.get_current_context().call_on_close(store.close)
+        context.call_on_close(store.close)
         click.echo(f"votes of {store.where}", err=True)
         found = rows.preferred_of_votes(store.export(), counts)
     click.echo(rows.write_rows(found, form, target, counts))
@@ -284,13 +302,9 @@ def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> N
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import probe_spin
     from spin_ray.report.probe import print_probe
-    from spin_ray.report.status import what_is_kept
 
-    try:
+    with _driving(out):
         found = probe_spin(config, out)
-    except (KeyboardInterrupt, SystemExit):
-        click.echo(what_is_kept(out), err=True, nl=False)
-        raise
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:

@@ -81,7 +81,7 @@ def _working(run: RunDir, config: SpinConfig, start: Start) -> Iterator[None]:
     with room_for(config):
         check_on_workers(graders_of(config), config.generation.start_timeout_s, start.graded)
         check_imports(imported_by_workers(config), config.generation.start_timeout_s)
-        with RunProgress(run, config):
+        with RunProgress(run, config, find_algorithm(config.algorithm)):
             yield
 
 

@@ -145,11 +145,10 @@ def played_rows(config: SpinConfig, work: Work) -> int:
     return min(config.data.prompts_per_iteration or work.rows, work.rows)
 
 
-def played_pairs(config: SpinConfig, work: Work, iteration: int) -> Trees:
-    """Returns the trees of SPIN's epoch. Each holds y once and every y′."""
-    window = config.objective.opponents(iteration)
+def played_pairs(config: SpinConfig, work: Work, opponents: int) -> Trees:
+    """Returns the trees of an epoch against so many opponents. Each holds y once and every y′."""
     played = played_rows(config, work)
-    repeats, groups = (window, 1) if played == work.rows else (1, window)
+    repeats, groups = (opponents, 1) if played == work.rows else (1, opponents)
     branches = config.generation.samples_per_prompt * repeats
     return Trees(
         count=played * groups,

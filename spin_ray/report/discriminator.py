@@ -21,6 +21,7 @@ PENALTY = 0.1
 """Weight of half the squared norm of the weights. The losses are summed over texts."""
 NGRAM_SIZES = (1, 2, 3, 4)
 BUCKETS = 1 << 15
+_SEED = 0
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -37,23 +38,21 @@ class TwoSample:
         return asdict(self)
 
 
-def two_sample(real: Features, generated: Features, groups: Sequence[Hashable], seed: int = 0) -> TwoSample | None:
+def two_sample(real: Features, generated: Features, groups: Sequence[Hashable]) -> TwoSample | None:
     """Returns the accuracy on groups that the classifier did not see; None for fewer groups than folds.
 
     Args:
         generated: responses to the prompts of ``real``, in the same order.
         groups: prompt or conversation of each row, never split between training and test.
     """
-    correct = correct_by_group(real, generated, groups, seed)
+    correct = correct_by_group(real, generated, groups)
     if correct is None:
         return None
-    low, high = bootstrap(correct, seed)
+    low, high = bootstrap(correct)
     return TwoSample(float(correct.mean()), low, high, len(correct))
 
 
-def correct_by_group(
-    real: Features, generated: Features, groups: Sequence[Hashable], seed: int = 0
-) -> np.ndarray | None:
+def correct_by_group(real: Features, generated: Features, groups: Sequence[Hashable]) -> np.ndarray | None:
     """Returns the fraction of each group's texts classified correctly, in order of first appearance.
 
     A score of exactly 0 counts half.
@@ -62,7 +61,7 @@ def correct_by_group(
     if len(numbers) < FOLDS:
         return None
     group = np.asarray([numbers[each] for each in groups])
-    fold = np.random.default_rng(seed).permutation(len(numbers))[group] % FOLDS
+    fold = np.random.default_rng(_SEED).permutation(len(numbers))[group] % FOLDS
     right = np.zeros(len(group))
     real, generated = sparse.csr_matrix(real), sparse.csr_matrix(generated)
     for held_out in range(FOLDS):
@@ -74,9 +73,9 @@ def correct_by_group(
     return sums / counts
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % interval of the mean over resampled values."""
-    random = np.random.default_rng([seed, 0xB0])
+    random = np.random.default_rng([_SEED, 0xB0])
     means = values[random.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -12,6 +12,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError, first_line
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.inputs.start_model import start_folder
+from spin_ray.report.history import read_evaluation
 from spin_ray.report.margins import row_margins
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import SELF, is_sample_of, iterate_name, iterate_number, prompt_of
@@ -94,7 +95,7 @@ def _first_samples(samples: Artefact) -> pa.Table:
 
 def _own_margins(run: RunDir, name: str) -> dict[str, float]:
     scores = run.artefact(f"{name}/heldout_scores")
-    evaluation = run.evaluation(iterate_number(name))
+    evaluation = read_evaluation(run, iterate_number(name))
     if name == "sft" or not scores.is_committed or evaluation is None:
         return {}
     table, per_token = pa.concat_tables(list(scores.tables())), evaluation["length_normalised"]

@@ -3,14 +3,24 @@
 Turn t evaluates θ_t and trains θ_{t+1}; turn −1 prepares. A stage's time is assumed proportional to its work.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans
+from spin_ray.run_dir.events import Event, Span, duration, of_driver, spans
 from spin_ray.run_dir.names import is_iterate_name, iterate_number
 
 PREPARATION = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Play:
+    """What the algorithm makes of the rows in an iteration."""
+
+    answered: str | None
+    """Stage whose rows θ_t answers, e.g. ``prompts``; None: it answers none."""
+    opponents: Callable[[int], int]
+    """Function that returns the number of iterates whose responses an iteration learns from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +52,16 @@ class Forecast:
     run: Left
 
 
-def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_left_s: float | None) -> Forecast | None:
+def forecast(
+    config: SpinConfig, play: Play, events: Sequence[Event], now: float, running_left_s: float | None
+) -> Forecast | None:
     """Returns the forecast; None before the first stage. ``running_left_s`` is the running stage's own estimate."""
-    attempts = spans(_by_turn(event) for event in events if event["kind"] not in BESIDE)
+    attempts = spans(map(_by_turn, of_driver(events)))
     if not attempts:
         return None
     done = {_place(span) for span in attempts if span.outcome == "commit"}
     running = attempts[-1] if attempts[-1].outcome == "running" else None
-    plan = list(_expected(config, attempts, done))
+    plan = list(_expected(config, play, attempts, done))
     rates = dict(_rates(plan, attempts, done))
     turn = _place(attempts[-1])[0]
     if running is None and all((it.turn, it.kind) in done for it in plan if it.turn == turn):
@@ -108,13 +120,15 @@ def _rates(
                 yield it.kind, sum(span.seconds for span in mine) / max(it.work, 1e-9)
 
 
-def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int, str]]) -> Iterator[Expected]:
+def _expected(
+    config: SpinConfig, play: Play, attempts: Sequence[Span], done: set[tuple[int, str]]
+) -> Iterator[Expected]:
     """Yields the stages of SPIN, and others that an earlier turn had."""
     rows = {span.stage: span.counted.get("rows", 0) for span in attempts if span.outcome == "commit"}
     heldout = float(rows.get("heldout", 1)) if config.data.holds_out else 0.0
-    prompts = float(rows.get("prompts", 1))
-    samples = config.generation.samples_per_prompt
-    played = samples * min(config.data.prompts_per_iteration or prompts, prompts)
+    prompts = float(rows.get(play.answered or "prompts", 1))
+    learned = config.generation.samples_per_prompt * min(config.data.prompts_per_iteration or prompts, prompts)
+    played = learned if play.answered else 0.0
     yield Expected(PREPARATION, "prompts", 1)
     if config.data.holds_out:
         yield Expected(PREPARATION, "heldout", 1)
@@ -124,15 +138,15 @@ def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int,
     others = {kind: turn for turn, kind in sorted(done, reverse=True) if kind not in usual and turn >= 0}
     for turn in range(config.iterations + 1):
         is_last = turn == config.iterations
-        if heldout or not is_last:
-            yield Expected(turn, "sampling", config.evaluation.samples * heldout + (0 if is_last else played))
+        if answers := config.evaluation.samples * heldout + (0 if is_last else played):
+            yield Expected(turn, "sampling", answers)
         if heldout:
             # Samples of θ_t and its opponent under both models, and samples of θ_t under θ_0. Turn 0 scores nothing.
             yield Expected(turn, "evaluation" if turn else "first_evaluation", 4 if turn == 1 else 5)
         if is_last:
             continue
-        yield Expected(turn, "pairs", played)
-        yield Expected(turn, "training", played * config.objective.opponents(turn) * config.at(turn).epochs)
+        yield Expected(turn, "pairs", learned)
+        yield Expected(turn, "training", learned * play.opponents(turn) * config.at(turn).epochs)
         for kind, first in others.items():
             if turn >= first:
                 yield Expected(turn, kind, 1)

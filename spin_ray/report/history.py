@@ -1,6 +1,5 @@
 """Readers of a run's records, also while the run goes on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,14 @@ from spin_ray.run_dir.storage import bytes_digest, table_from_bytes
 
 def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
     """Returns all evaluations, θ_0's first."""
-    return [found for _, found in _eval_files(run, config) if "real_length" in found]
+    found = (read_evaluation(run, iterate) for iterate in range(config.iterations + 1))
+    return [evaluation for evaluation in found if evaluation is not None]
+
+
+def read_evaluation(run: RunDir, iterate: int) -> Evaluation | None:
+    """Returns θ_iterate's evaluation; None if it is missing, damaged, or an ``eval.json`` of benchmarks alone."""
+    found = run.evaluation(iterate)
+    return found if found and "real_length" in found else None
 
 
 def read_rows(run: RunDir, iterate: int) -> pa.Table | None:
@@ -50,13 +56,8 @@ def evaluation_of(evaluations: list[Evaluation], iterate: int) -> Evaluation | N
 
 
 def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:
-    return {name: found["benchmarks"] for name, found in _eval_files(run, config) if "benchmarks" in found}
-
-
-def _eval_files(run: RunDir, config: SpinConfig) -> Iterator[tuple[str, Evaluation]]:
-    for iterate in range(config.iterations + 1):
-        if found := run.evaluation(iterate):
-            yield iterate_name(iterate), found
+    found = {iterate_name(iterate): run.evaluation(iterate) or {} for iterate in range(config.iterations + 1)}
+    return {name: evaluation["benchmarks"] for name, evaluation in found.items() if "benchmarks" in evaluation}
 
 
 def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.report.uncertainty import SHARE, conversation_groups, standard_error
 from spin_ray.run_dir.events import parse_json_lines
+from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 
@@ -97,12 +98,13 @@ class Question:
 
 
 class Kept:
-    """All judgements between two iterates, in a file of JSON lines."""
+    """All judgements between two iterates, in a file of JSON lines, begun with those of ``other`` files."""
 
-    def __init__(self, storage: Storage, path: str) -> None:
+    def __init__(self, storage: Storage, path: str, *other: str) -> None:
         self._storage, self._path = storage, path
         self._by_key: dict[tuple[str, ...], Judgement] = {}
-        self._read(storage.find(path))
+        for each in (*other, path):
+            self._read(storage.find(each))
 
     def find(self, judge: str, question: Question) -> Judgement | None:
         return self._by_key.get(_key(judge, question, question.digest))
@@ -133,8 +135,8 @@ def _key(judge: str, pair: Judgement | Question, digest: str) -> tuple[str, ...]
 def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge, limit: int) -> dict[str, Any]:
     """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts; returns the summary.
 
-    Skips questions that this judge has answered. Writes judgements to ``judgements/ONE-OTHER.jsonl``, also after a
-    failure, and the summary to the ``.json`` beside.
+    Skips questions that this judge has answered. Writes judgements to ``judgements/NEWER-OLDER.jsonl``, also after a
+    failure, and the newer iterate's summary to the ``.json`` beside.
 
     Raises:
         ConfigError: both are one iterate, no prompt has samples of both, or the endpoint refuses key or model.
@@ -145,22 +147,22 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
     examples = [it for it in read_examples(run_dir, config, limit=limit) if {one, other} <= it.answers.keys()]
     if not examples:
         raise ConfigError(f"{run_dir.storage.root}: {one} and {other} have no held-out samples of the same prompts")
-    kept = Kept(run_dir.storage, f"judgements/{one}-{other}.jsonl")
+    newer, older = sorted((one, other), key=iterate_number, reverse=True)
+    path = f"judgements/{newer}-{older}"
+    kept = Kept(run_dir.storage, f"{path}.jsonl", f"judgements/{older}-{newer}.jsonl")
     asked = [_question(it, *order) for it in examples for order in ((one, other), (other, one))]
     new = [question for question in asked if kept.find(judge.model, question) is None]
     if new and (reason := unreachable(judge.endpoint)):
         raise StageError(f"{hide_in_text(judge.endpoint)}: gave no judgement ({hide_in_text(reason)})")
-    with run_dir.stage(f"{one}/judging") as counted:
+    with run_dir.stage(f"{newer}/judging") as counted:
         _ask_all(judge, new, kept)
         counted["rows"] = len(examples)
     judgements = [it for question in asked if (it := kept.find(judge.model, question))]
     groups = conversation_groups(pa.concat_tables(list(run_dir.heldout.tables())))
-    summary = summarise(judgements, one, other, groups) | {
-        "judge": judge.model,
-        "endpoint": hide_in_text(judge.endpoint),
-    }
-    run_dir.storage.replace(f"judgements/{one}-{other}.json", json.dumps(summary, indent=1).encode())
-    return summary
+    by = {"judge": judge.model, "endpoint": hide_in_text(judge.endpoint)}
+    summary = summarise(judgements, newer, older, groups) | by
+    run_dir.storage.replace(f"{path}.json", json.dumps(summary, indent=1).encode())
+    return summarise(judgements, one, other, groups) | by
 
 
 def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
@@ -191,9 +193,7 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
             kept.save()
 
 
-def summarise(
-    judgements: Sequence[Judgement], one: str, other: str, groups: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def summarise(judgements: Sequence[Judgement], one: str, other: str, groups: Mapping[str, int]) -> dict[str, Any]:
     """Counts wins, ties and losses of ``one`` over prompts. The win rate counts a tie as half.
 
     A prompt is won if one order says so and the other does not contradict. Rates omit unclear prompts. ``agreement`` is
@@ -201,7 +201,7 @@ def summarise(
     verdicts that are no tie, minus 0.5. A judge that ignores places has 0.
 
     Args:
-        groups: result of ``conversation_groups``. None: prompts are independent.
+        groups: result of ``conversation_groups``.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -219,7 +219,7 @@ def summarise(
         counts["contradicting"] += total == 0 and any(points)
         counts["wins" if total > 0 else "losses" if total < 0 else "ties"] += 1
         scores.append(1.0 if total > 0 else 0.0 if total < 0 else 0.5)
-        numbers.append(groups[prompt_id] if groups else len(numbers))
+        numbers.append(groups[prompt_id])
     rate = sum(scores) / len(scores) if scores else None
     error = standard_error(np.asarray(scores), numbers, SHARE)
     placed = places["first"] + places["second"]

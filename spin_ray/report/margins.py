@@ -64,7 +64,7 @@ def margin_measures(
     objective: Callable[[Any], np.ndarray] | None = None,
     *,
     per_token: bool = False,
-    groups: Mapping[str, int] | None = None,
+    groups: Mapping[str, int],
 ) -> dict[str, Any]:
     """Returns the measures of ``eval.json`` from margins and drifts.
 
@@ -72,24 +72,23 @@ def margin_measures(
         initial: θ_0's name.
         objective: gives the trained loss for each row of a ``row_margins`` frame.
         per_token: as in ``row_margins``.
-        groups: result of ``conversation_groups``. None: rows are independent.
+        groups: result of ``conversation_groups``.
     """
     frame = row_margins(scores, model, opponent, beta, per_token=per_token)
-    concentrations = pd.Series(margin_concentrations(scores, model, opponent), dtype=np.float64)
-    by_row = {"real_logp_drift": _rows_of(OPPONENT, frame["real"])}  # y is the same in the rows of both
+    against = _rows_of(OPPONENT, frame)
+    by_row = {"real_logp_drift": against["real"]}  # y is the same in the rows of both
     for whose in (OPPONENT, SELF):
-        rows, shares = _rows_of(whose, frame), _rows_of(whose, concentrations)
-        own = {
-            "loss": np.logaddexp(0.0, -rows["margin"]),
-            "margin": rows["margin"],
-            "accuracy": rows["margin"] > 0,
-            "generated_logp_drift": rows["generated"],
+        rows = _rows_of(whose, frame)
+        by_row |= {
+            f"against_{whose}.loss": np.logaddexp(0.0, -rows["margin"]),
+            f"against_{whose}.margin": rows["margin"],
+            f"against_{whose}.generated_logp_drift": rows["generated"],
         }
-        if objective is not None and whose == OPPONENT:
-            own["objective"] = pd.Series(objective(rows), rows.index)
-        if len(shares):
-            own["margin_concentration"] = shares
-        by_row |= {f"against_{whose}.{key}": values for key, values in own.items()}
+    by_row["against_opponent.accuracy"] = against["margin"] > 0
+    if objective is not None:
+        by_row["against_opponent.objective"] = pd.Series(objective(against), against.index)
+    if concentrations := margin_concentrations(scores, model, opponent):
+        by_row["against_opponent.margin_concentration"] = pd.Series(concentrations)
     by_row["kl_to_base"] = _rows_of(SELF, row_margins(scores, model, initial, beta)["generated"])
     measures: dict[str, Any] = {"beta": beta, "length_normalised": per_token}
     for key, values in by_row.items():
@@ -107,8 +106,12 @@ def _rows_of(whose: str, rows: Any) -> Any:
 
 
 def margin_concentrations(scores: pa.Table, model: str, opponent: str) -> dict[str, float]:
-    """Returns by pair_id the share of absolute changes of log p in the tenth of tokens that changed most."""
+    """Returns for each pair with the opponent's y′ the share of changes of log p in the tenth of tokens with the most.
+
+    Changes are absolute. Pairs without any are left out.
+    """
     names = ["real_token_logps", "generated_token_logps"]
+    scores = scores.filter(pa.array([is_sample_of(pair_id, OPPONENT) for pair_id in scores["pair_id"].to_pylist()]))
     tokens = {
         (pair_id, name): np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
         for pair_id, name, *parts in zip(

@@ -27,14 +27,14 @@ Evidence = dict[str, Any]
 """Numbers by key. ``standard_errors`` are of the means; ``ngrams`` has its own interval."""
 
 
-def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[str, int] | None = None) -> Evidence:
+def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[str, int]) -> Evidence:
     """Returns the evidence of a short SPIN iteration, from held-out margins and changes of log p(y).
 
     Args:
         margins: by pair_id, as in ``row_margins``.
-        groups: result of ``conversation_groups``. None: rows are independent.
+        groups: result of ``conversation_groups``.
     """
-    numbers = None if groups is None else [groups[prompt_of(row)] for row in margins.index]
+    numbers = [groups[prompt_of(row)] for row in margins.index]
     by_row = {
         "loss": pd.Series(calibrated_losses(margins.to_numpy(), numbers), margins.index),
         "margin": margins,
@@ -46,22 +46,22 @@ def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[s
     found["jsd_lower_bound"] = (math.log(2) - found["loss"]) / 2
     if "loss" in errors:
         errors["jsd_lower_bound"] = errors["loss"] / 2
-    return found | {"standard_errors": errors, "draws": len(margins) if numbers is None else len(set(numbers))}
+    return found | {"standard_errors": errors, "draws": len(set(numbers))}
 
 
-def calibrated_losses(margins: np.ndarray, groups: Sequence[int] | None = None) -> np.ndarray:
+def calibrated_losses(margins: np.ndarray, groups: Sequence[int]) -> np.ndarray:
     """Returns the logistic loss of each margin, at the best scale for the other half of the rows.
 
     A short training finds the margin's direction but not its size. A scale of 0 gives ln 2.
 
     Args:
-        groups: number of each row's conversation, whose rows are in one half. None: rows are independent.
+        groups: number of each row's conversation, whose rows are in one half.
     """
     size = float(np.abs(margins).mean()) if len(margins) else 0.0
     if size == 0:
         return np.full(len(margins), math.log(2))
     scaled, losses = margins / size, np.empty(len(margins))
-    halves = (np.arange(len(margins)) if groups is None else pd.factorize(np.asarray(groups))[0]) % 2
+    halves = pd.factorize(np.asarray(groups))[0] % 2
     for half in (halves == 0, halves == 1):
         losses[half] = np.logaddexp(0.0, -_best_scale(scaled[~half]) * scaled[half])
     return losses

@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,8 +18,9 @@ from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError, StageError, first_line
-from spin_ray.report.forecast import PREPARATION, Forecast, forecast
-from spin_ray.run_dir.events import Span, close_lost_attempt, duration, spans
+from spin_ray.report.forecast import PREPARATION, Forecast, Play, forecast
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.events import Span, close_lost_attempt, duration, of_driver, spans
 from spin_ray.run_dir.names import iterate_name, iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -78,11 +80,19 @@ class StageProgress:
         return f"{self.done}/{self.total} {self.unit}, {units:.2f} {self.unit}/s, {self.tokens_per_s:.0f} tokens/s"
 
 
+class Player(Protocol):
+    """The part of an algorithm that tells the time left."""
+
+    def plays(self, run: RunDir) -> Artefact | None: ...
+
+    def opponents(self, config: SpinConfig, iteration: int) -> int: ...
+
+
 class RunProgress:
     """Progress of the run, including earlier drivers' stages."""
 
-    def __init__(self, run: RunDir, config: SpinConfig, console: Console | None = None) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: RunDir, config: SpinConfig, algorithm: Player, console: Console | None = None) -> None:
+        self._run, self._config, self._algorithm = run, config, algorithm
         self._console = console or Console(stderr=True)
         self._attempts: list[Span] = []
         self._forecast: Forecast | None = None
@@ -135,10 +145,14 @@ class RunProgress:
 
     def look(self) -> None:
         events = self._run.events()
-        self._attempts = spans(events)
+        self._attempts = spans(of_driver(events))
         stage = StageProgress.current
         left_s = stage.seconds_left if stage else None
-        self._forecast = forecast(self._config, events, time.time(), left_s)
+        played = self._algorithm.plays(self._run)
+        play = Play(
+            answered=played.path if played else None, opponents=partial(self._algorithm.opponents, self._config)
+        )
+        self._forecast = forecast(self._config, play, events, time.time(), left_s)
 
     def state(self) -> dict[str, Any]:
         stage, found = StageProgress.current, self._forecast

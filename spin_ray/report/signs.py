@@ -17,10 +17,10 @@ class Compared:
 
     evaluation: Evaluation
     earlier: Evaluation | None
-    paired: dict[str, Any] | None = None
+    paired: dict[str, Any] | None
     """Changes on the same held-out rows; None: unknown."""
-    limit: int | None = None
-    """The recipe's ``max_tokens``; None: unknown."""
+    limit: int
+    """The recipe's ``max_tokens``."""
 
     def now(self, key: str) -> float | None:
         return BY_KEY[key].of(self.evaluation)
@@ -136,7 +136,7 @@ RULES = (
     Rule(
         "cut", "rise of truncation_rate since an earlier iterate, if beyond chance", 0.05, _more_cut,
         lambda it: f"{it.now('truncation_rate'):.0%} of y′ are cut at max_tokens ({it.before('truncation_rate'):.0%} "
-        f"at {it.since}): more answers reach the limit{f' of {it.limit} tokens' if it.limit else ''}, or that of "
+        f"at {it.since}): more answers reach the limit of {it.limit} tokens, or that of "
         "model.max_length.",
     ),
     Rule(
@@ -175,9 +175,7 @@ def _kl_sentence(it: Compared) -> str:
     )
 
 
-def all_warnings(
-    evaluations: list[Evaluation], rows: Mapping[str, pa.Table], limit: int | None
-) -> list[tuple[str, str]]:
+def all_warnings(evaluations: list[Evaluation], rows: Mapping[str, pa.Table], limit: int) -> list[tuple[str, str]]:
     """Returns each iterate's name with a warning."""
     return [
         (evaluation["iterate"], text)
@@ -187,10 +185,7 @@ def all_warnings(
 
 
 def warnings(
-    evaluation: Evaluation,
-    earlier: Sequence[Evaluation] = (),
-    rows: Mapping[str, pa.Table] | None = None,
-    limit: int | None = None,
+    evaluation: Evaluation, earlier: Sequence[Evaluation], rows: Mapping[str, pa.Table], limit: int
 ) -> list[str]:
     """Returns the sentences of the rules that apply, the worst first.
 
@@ -200,7 +195,7 @@ def warnings(
         limit: the recipe's ``max_tokens``.
     """
     pairs = [
-        Compared(evaluation, each, changes_between(each, evaluation, rows) if each and rows else None, limit)
+        Compared(evaluation, each, changes_between(each, evaluation, rows) if each else None, limit)
         for each in earlier or [None]
     ]
     found = []

@@ -17,7 +17,18 @@ from spin_ray.report.measures import MEASURES, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.signs import all_warnings
 from spin_ray.report.tracking import NOT_LOGGED
-from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, spans, stage_seconds, stage_warnings
+from spin_ray.run_dir.events import (
+    BESIDE,
+    Event,
+    Span,
+    counted_in,
+    duration,
+    lost_work,
+    of_driver,
+    spans,
+    stage_seconds,
+    stage_warnings,
+)
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir, open_run
 
@@ -73,6 +84,7 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
         "lost": lost_work(events),
         "running": (running := is_running(run)),
         "progress": read_progress(run) if running else {},
+        "beside": [f"{span.folder}/{span.stage}" for span in _beside(events)],
         "last_event": events[-1] if events else None,
     }
 
@@ -132,12 +144,20 @@ def what_is_kept(out: str) -> str:
 
 
 def is_running(run: RunDir) -> bool:
-    """Tells whether the last stage is open. Its driver may have died."""
-    return any(span.outcome == "running" for span in spans(run.events())[-1:])
+    """Tells whether the driver's last stage is open. The driver may have died."""
+    return any(span.outcome == "running" for span in spans(of_driver(run.events()))[-1:])
+
+
+def _beside(events: list[Event]) -> list[Span]:
+    """Returns the open stages of other commands, which may have died."""
+    return [span for span in spans(events) if span.outcome == "running" and span.stage in BESIDE]
 
 
 def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
-    last = next(iter(spans(events)[-1:]), None)
+    for span in _beside(events):
+        begun = duration(time.time() - span.start)
+        console.print(f"Beside the run: {span.folder} {span.stage}, begun {begun} ago, not ended", markup=False)
+    last = next(iter(spans(of_driver(events))[-1:]), None)
     if last is None or last.outcome != "running":
         return
     log = run.train_log(last.folder) if last.stage == "training" else []

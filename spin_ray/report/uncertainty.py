@@ -102,16 +102,16 @@ def interval_of_share(share: float, error: float, draws: int) -> tuple[float, fl
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def standard_errors(by_row: Mapping[str, Any], groups: Mapping[str, int] | None = None) -> dict[str, float]:
+def standard_errors(by_row: Mapping[str, Any], groups: Mapping[str, int]) -> dict[str, float]:
     """Returns the errors of the means of several measures, where they can be told.
 
     Args:
         by_row: series [rows] by the measure's key, indexed by prompt_id or pair_id. Booleans are shares.
-        groups: result of ``conversation_groups``. None: rows are independent.
+        groups: result of ``conversation_groups``.
     """
     found = {}
     for key, values in by_row.items():
-        numbers = None if groups is None else [groups[prompt_of(row)] for row in values.index]
+        numbers = [groups[prompt_of(row)] for row in values.index]
         error = standard_error(np.asarray(values), numbers, SHARE if values.dtype == bool else ())
         if error is not None:
             found[key] = error

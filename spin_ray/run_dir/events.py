@@ -154,9 +154,14 @@ def spans(events: Iterable[Event], seen: float = 0.0) -> list[Span]:
     return found
 
 
+def of_driver(events: Iterable[Event]) -> list[Event]:
+    """Leaves out the stages of other commands, which can run beside the driver."""
+    return [event for event in events if event["kind"] not in BESIDE]
+
+
 def close_lost_attempt(storage: Storage, seen: float) -> None:
     """Logs the open attempt of a dead driver as lost. ``seen`` is the time at which that driver was last seen alive."""
-    events = [event for event in read_events(storage) if event["kind"] not in BESIDE]
+    events = of_driver(read_events(storage))
     if not any(span.outcome == "running" for span in spans(events)):
         return
     start = [event for event in events if event["event"] == "start"][-1]

@@ -88,9 +88,13 @@ class Algorithm(ABC):
 
     def costs(self, config: SpinConfig, work: Work, iteration: int) -> IterationWork:
         """Returns what an iteration computes. Default: answers all prompts, and scores and learns SPIN's pairs."""
-        trees = played_pairs(config, work, iteration)
+        trees = played_pairs(config, work, self.opponents(config, iteration))
         passes = self.reference_passes(config, iteration)
         return IterationWork(answered=played_rows(config, work), trained=trees, scored=passes * (trees,))
+
+    def opponents(self, config: SpinConfig, iteration: int) -> int:
+        """Returns the number of iterates whose responses an iteration learns from. Default: one, θ_t."""
+        return 1
 
     def reference_passes(self, config: SpinConfig, iteration: int) -> int:
         """Returns the number of times that an iteration's rows are scored before training: by θ_t, by θ_0, or not."""

@@ -1,5 +1,6 @@
 """The content of a run's page, without HTML."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import all_warnings
-from spin_ray.run_dir.events import BESIDE, Event, Span, exact_duration, spans, stage_warnings
-from spin_ray.run_dir.names import iterate_name, iterate_number
+from spin_ray.run_dir.events import Event, Span, exact_duration, of_driver, spans, stage_warnings
+from spin_ray.run_dir.names import iterate_name, iterate_number, iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, table_from_bytes
 
 EXAMPLES = 200
 """Most examples on the page."""
+_DROPPED = "dropped_"
+"""Start of the names of counts of rows that a stage left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class RunView:
     quarantine: list[tuple[str, str, int, str]]
     """(stage, reason, rows, one detail)."""
     pairs: list[tuple[str, dict[str, int]]]
-    """(iteration, counts of its pairs stage)."""
+    """(iteration, counts of its pairs, with the rows that were left out before them)."""
     state: str
     reason: str
     """Failure that ended the run, or the rule that stopped it; empty if neither did."""
@@ -96,12 +99,28 @@ class RunView:
         return [evaluation["iterate"] for evaluation in self.evaluations]
 
     @property
+    def benchmarked(self) -> list[str]:
+        """Columns of the benchmarks: all iterates that were evaluated or have some."""
+        return sorted({*self.iterates, *self.benchmarks}, key=iterate_number)
+
+    @property
+    def drops(self) -> dict[str, str]:
+        """Reasons for rows without a pair, in words by name; those of every algorithm first."""
+        usual = {"dropped_identical": "y = y′", "dropped_empty": "empty"}
+        others = [
+            name for _, counts in self.pairs for name in counts if name.startswith(_DROPPED) and name not in usual
+        ]
+        return usual | {name: name.removeprefix(_DROPPED).replace("_", " ") for name in others}
+
+    @property
     def started(self) -> str:
-        return _utc(self.spans[0].start) if self.spans else "not yet"
+        return _utc(min(span.start for span in self.spans)) if self.spans else "not yet"
 
     @property
     def wall_seconds(self) -> float:
-        return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
+        if not self.spans:
+            return 0.0
+        return max(span.end for span in self.spans) - min(span.start for span in self.spans)
 
     def facts(self) -> list[tuple[str, str]]:
         """Returns names and values of what the numbers rest on."""
@@ -152,7 +171,12 @@ class RunView:
 
     @property
     def busy_seconds(self) -> float:
-        return sum(span.seconds for span in self.spans)
+        """Seconds in which any stage ran. Those of other commands can run beside the driver's."""
+        busy, until = 0.0, -math.inf
+        for span in sorted(self.spans, key=lambda span: span.start):
+            busy += max(0.0, span.end - max(span.start, until))
+            until = max(until, span.end)
+        return busy
 
     @property
     def recipe(self) -> str:
@@ -244,7 +268,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         examples=examples,
         no_examples=no_examples,
         quarantine=_quarantine(run, unreadable),
-        pairs=_pairs(run, config, unreadable),
+        pairs=_pairs(run, config, events, unreadable),
         state=state,
         reason=reason,
         closest=closest,
@@ -274,7 +298,7 @@ def _state(run: RunDir, config: SpinConfig, events: list[Event], probe: dict[str
     latest = run.latest()
     if latest == iterate_name(config.iterations):
         return "finished", "", ""
-    own = [event for event in events if event["kind"] not in BESIDE]
+    own = of_driver(events)
     stops = [event for event in own if event["event"] == "stop" and event["folder"] == latest]
     if stops:
         return "stopped by its rule", stops[-1].get("reason", ""), stops[-1].get("closest", "")
@@ -318,7 +342,9 @@ def _quarantine(run: RunDir, unreadable: list[str]) -> list[tuple[str, str, int,
     return found
 
 
-def _pairs(run: RunDir, config: SpinConfig, unreadable: list[str]) -> list[tuple[str, dict[str, int]]]:
+def _pairs(
+    run: RunDir, config: SpinConfig, events: list[Event], unreadable: list[str]
+) -> list[tuple[str, dict[str, int]]]:
     found = []
     for iteration in range(config.iterations):
         pairs = run.pairs(iteration)
@@ -329,8 +355,23 @@ def _pairs(run: RunDir, config: SpinConfig, unreadable: list[str]) -> list[tuple
         except UserError:
             unreadable.append(f"{pairs.path}/{MANIFEST} cannot be read; restore it.")
             continue
-        found.append((iterate_name(iteration + 1), {key: int(count) for key, count in counts.items()}))
+        before = _dropped_before(events, iteration_name(iteration))
+        names = dict.fromkeys([*counts, *before])
+        found.append((iteration_name(iteration), {name: int(counts.get(name, 0)) + before[name] for name in names}))
     return found
+
+
+def _dropped_before(events: list[Event], folder: str) -> Counter[str]:
+    """Counts the rows that an iteration's other stages left out, by the newest commit of each."""
+    commits = {
+        event["kind"]: event
+        for event in events
+        if event["event"] == "commit" and event["folder"] == folder and event["kind"] != "pairs"
+    }
+    dropped = Counter[str]()
+    for event in commits.values():
+        dropped.update({key: int(count) for key, count in event.items() if key.startswith(_DROPPED)})
+    return dropped
 
 
 def _utc(seconds: float) -> str:

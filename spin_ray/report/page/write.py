@@ -96,7 +96,6 @@ def report_page(runs: Sequence[RunDir]) -> str:
         first_level=_first_level(views),
         gantts=[gantt(_bars(view)) for view in views],
         colours={name: colour for colour, name in enumerate(_few(names))},
-        stages=_STAGES,
         examples=_examples(views, names),
         differing=_differing(views),
         version=version("spin-ray"),
@@ -120,7 +119,7 @@ def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Returns the rows of the table; results of other conditions stand in another row."""
-    columns = [_by_title(view.benchmarks.get(iterate, {})) for view in views for iterate in view.iterates]
+    columns = [_by_title(view.benchmarks.get(iterate, {})) for view in views for iterate in view.benchmarked]
     found = []
     for title, metric in dict.fromkeys(row for column in columns for row in column):
         values = [column.get((title, metric), {}) for column in columns]

@@ -11,9 +11,13 @@ import pytest
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.report import judge
 from spin_ray.report.judge import Judge, Judgement, summarise
+from spin_ray.report.judged import read_judged
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.storage import Storage
 from tests.support.made_up_run import made_up_run
+
+ALONE = {f"p{number}": number for number in range(5)}
+"""Number of each prompt's conversation."""
 
 
 def judgements(*verdicts: tuple[str, str]) -> list[Judgement]:
@@ -38,7 +42,7 @@ def judgements(*verdicts: tuple[str, str]) -> list[Judgement]:
     ],
 )
 def test_only_a_verdict_that_the_other_order_does_not_contradict_counts(verdicts, counted):
-    found = summarise(judgements(verdicts), "one", "other")
+    found = summarise(judgements(verdicts), "one", "other", ALONE)
     assert {name for name in ("wins", "ties", "losses", "unclear") if found[name]} == {counted}
     assert found["contradicting"] == (verdicts == ("first", "first"))
 
@@ -46,7 +50,7 @@ def test_only_a_verdict_that_the_other_order_does_not_contradict_counts(verdicts
 def test_the_win_rate_counts_ties_half():
     """Win, win, loss, tie: (1 + 1 + 0 + ½) / 4. With 0, 0, 1, 1 the squares around 9/16 are 1.71875, of eight."""
     found = summarise(
-        judgements(("first", "second"), ("first", "second"), ("second", "first"), ("tie", "tie")), "one", "other"
+        judgements(("first", "second"), ("first", "second"), ("second", "first"), ("tie", "tie")), "one", "other", ALONE
     )
     assert found["win_rate"] == 0.625
     assert found["standard_error"] == pytest.approx((8 / 7 * 1.71875) ** 0.5 / 8)
@@ -59,7 +63,7 @@ def test_prompts_of_one_conversation_are_one_draw_of_the_win_rate():
         summarise(verdicts, "one", "other", dict(zip(prompts, numbers, strict=True)))["standard_error"]
         for numbers in (range(4), (0, 0, 1, 1), (0, 0, 0, 0))
     )
-    assert alone == summarise(verdicts, "one", "other")["standard_error"] < pairs
+    assert alone < pairs
     assert one is None
 
 
@@ -69,11 +73,11 @@ def test_position_bias_and_agreement_are_kept():
         judgements(
             ("first", "second"), ("first", "first"), ("first", "tie"), ("second", "second"), ("unclear", "first")
         ),
-        "one", "other",
+        "one", "other", ALONE,
     )  # fmt: skip
     assert found["agreement"] == 0.25
     assert found["position_bias"] == pytest.approx(4 / 7 - 0.5)
-    nothing = summarise(judgements(("unclear", "tie")), "one", "other")
+    nothing = summarise(judgements(("unclear", "tie")), "one", "other", ALONE)
     assert nothing["agreement"] is None and nothing["position_bias"] is None
 
 
@@ -141,6 +145,18 @@ def test_every_pair_is_judged_in_both_orders_and_nothing_said_is_lost(tmp_path, 
     raw = [json.loads(line) for line in run.storage.read("judgements/iter_001-sft.jsonl").decode().splitlines()]
     assert sorted(line["verdict"] for line in raw) == ["first"] * 3 + ["second"] * 3
     assert all("It could be [[C]]" in line["text"] for line in raw)
+
+
+def test_the_other_order_of_the_names_asks_nothing_anew_and_is_one_line_of_the_page(tmp_path, endpoint):
+    """Also with a file that an earlier version named in that order."""
+    url, asked, _ = endpoint
+    run, judged = made_up_run(tmp_path / "run"), Judge(endpoint=url, model="j")
+    judge.run(run, run.config(), "iter_001", "sft", judged, limit=9)
+    run.storage.replace("judgements/sft-iter_001.jsonl", run.storage.read("judgements/iter_001-sft.jsonl"))
+    run.storage.delete("judgements/iter_001-sft.jsonl")
+    found = judge.run(run, run.config(), "sft", "iter_001", judged, limit=9)
+    assert (found["one"], found["wins"], found["losses"], found["win_rate"], len(asked)) == ("sft", 0, 3, 0.0, 6)
+    assert [(it.one, it.other, it.win_rate) for it in read_judged(run, [])] == [("iter_001", "sft", 1.0)]
 
 
 def test_judgements_of_two_commands_at_once_are_all_kept(tmp_path):

@@ -136,7 +136,7 @@ def test_equal_replies_are_judged_in_both_orders_also_after_a_failure(tmp_path: 
         kept.add(judge.Judgement("p", order.first, order.second, "first", "", "j", order.digest))
     kept.save()
     again = judge.Kept(run.storage, "judgements/x.jsonl")
-    found = judge.summarise([it for order in orders if (it := again.find("j", order))], "one", "other")
+    found = judge.summarise([it for order in orders if (it := again.find("j", order))], "one", "other", {"p": 0})
     assert (found["wins"], found["contradicting"], found["ties"]) == (0, 1, 1)
 
 

@@ -10,6 +10,9 @@ from scipy import stats
 from spin_ray.report.margins import SCORE_SCHEMA, margin_concentrations, margin_measures
 from spin_ray.report.uncertainty import CONFIDENCE
 
+ALONE = {name: number for number, name in enumerate(["a", "b", "x", *map(str, range(2000))])}
+"""Number of each prompt's conversation."""
+
 
 def scores_of(rows: list[tuple[str, str, float, float]]) -> pa.Table:
     """(pair, model, log p(y), log p(y′)); every response is one token."""
@@ -31,7 +34,7 @@ def test_margins_by_hand():
             ("b/self", "sft", -10, -30), ("b/self", "iter_000", -11, -33),
         ]
     )  # fmt: skip
-    found = margin_measures(scores, "iter_000", "sft", "sft", beta=0.5)
+    found = margin_measures(scores, "iter_000", "sft", "sft", beta=0.5, groups=ALONE)
     errors = found.pop("standard_errors")
     of_two = stats.t.ppf(0.975, 1) / CONFIDENCE
     assert errors["against_opponent.margin"] == pytest.approx(2.0 * of_two)  # 3 and −1: variance 8 over two rows
@@ -47,9 +50,8 @@ def test_margins_by_hand():
             "margin_concentration": pytest.approx((4 / 6 + 1 / 2) / 2),  # 4 of 2 + 4, 1 of 1 + 1
         },
         "against_self": {
-            "loss": pytest.approx(math.log1p(math.exp(-1))), "margin": pytest.approx(1.0), "accuracy": 1.0,
+            "loss": pytest.approx(math.log1p(math.exp(-1))), "margin": pytest.approx(1.0),
             "generated_logp_drift": pytest.approx(-1.5),
-            "margin_concentration": pytest.approx((1 + 3 / 4) / 2),  # 2 of 2 + 0, 3 of 1 + 3
         },
         "jsd_lower_bound": pytest.approx((math.log(2) - loss) / 2),
         "kl_to_base": pytest.approx(-1.5),  # the base is the opponent here
@@ -70,22 +72,22 @@ def test_margins_per_token_are_those_of_the_length_normalised_objective():
         ],
         SCORE_SCHEMA,
     )  # fmt: skip
-    found = margin_measures(scores, "iter_000", "sft", "sft", beta=10.0, per_token=True)
+    found = margin_measures(scores, "iter_000", "sft", "sft", beta=10.0, per_token=True, groups=ALONE)
     assert found["against_opponent"]["margin"] == pytest.approx((35 + 10) / 2)
     assert found["real_logp_drift"] == pytest.approx(2.0), "drifts stay sums"
     assert found["length_normalised"] is True
-    assert margin_measures(scores, "iter_000", "sft", "sft", beta=10.0)["length_normalised"] is False
+    assert margin_measures(scores, "iter_000", "sft", "sft", beta=10.0, groups=ALONE)["length_normalised"] is False
 
 
 def test_a_model_equal_to_its_opponent_has_loss_ln_2_and_is_no_distance_away():
     scores = scores_of(
         [(f"a/{whose}", name, -3.5, -7.25) for whose in ("self", "opponent") for name in ("sft", "iter_000")]
     )
-    found = margin_measures(scores, "iter_000", "sft", "sft", beta=5.0)
+    found = margin_measures(scores, "iter_000", "sft", "sft", beta=5.0, groups=ALONE)
     assert found["against_opponent"]["loss"] == pytest.approx(math.log(2))
     assert found["against_opponent"]["margin"] == 0
     assert found["jsd_lower_bound"] == pytest.approx(0, abs=1e-12)
-    assert "margin_concentration" not in found["against_self"]
+    assert "margin_concentration" not in found["against_opponent"]
 
 
 def test_margins_of_hundreds_of_nats_do_not_overflow():
@@ -95,7 +97,8 @@ def test_margins_of_hundreds_of_nats_do_not_overflow():
         for whose in ("self", "opponent")
         for name, real in (("sft", 0.0), ("iter_000", -2000.0))
     ]
-    assert margin_measures(scores_of(rows), "iter_000", "sft", "sft", beta=1.0)["against_self"]["loss"] == 2000.0
+    found = margin_measures(scores_of(rows), "iter_000", "sft", "sft", beta=1.0, groups=ALONE)
+    assert found["against_self"]["loss"] == 2000.0
 
 
 def test_the_distance_from_the_base_is_the_kl_divergence_of_the_iterate_from_it():
@@ -108,7 +111,7 @@ def test_the_distance_from_the_base_is_the_kl_divergence_of_the_iterate_from_it(
     for number, token in enumerate(drawn):
         rows += [(f"{number}/self", name, -1.0, math.log(own[token])) for name, own in (("iter_001", p), ("sft", q))]
         rows += [(f"{number}/self", "iter_000", -1.0, -3.0)]
-    found = margin_measures(scores_of(rows), "iter_001", "iter_000", "sft", beta=1.0)
+    found = margin_measures(scores_of(rows), "iter_001", "iter_000", "sft", beta=1.0, groups=ALONE)
     error = found["standard_errors"]["kl_to_base"]
     assert abs(found["kl_to_base"] - float((p * np.log(p / q)).sum())) < 4 * error
     assert error == pytest.approx(np.std(np.log(p / q)[drawn], ddof=1) / math.sqrt(2000), rel=1e-3)
@@ -121,11 +124,11 @@ def test_concentration_is_the_part_of_the_largest_tenth_of_the_tokens():
     moved_generated = [*[-2.5] * 9, 2.0]
     scores = pa.Table.from_pylist(
         [
-            {"pair_id": "a/self", "model": "sft", "real_token_logps": real, "generated_token_logps": generated},
-            {"pair_id": "a/self", "model": "iter_000", "real_token_logps": moved_real,
+            {"pair_id": "a/opponent", "model": "sft", "real_token_logps": real, "generated_token_logps": generated},
+            {"pair_id": "a/opponent", "model": "iter_000", "real_token_logps": moved_real,
              "generated_token_logps": moved_generated},
         ],
         SCORE_SCHEMA,
     )  # fmt: skip
-    assert margin_concentrations(scores, "iter_000", "sft") == {"a/self": pytest.approx(0.5)}
+    assert margin_concentrations(scores, "iter_000", "sft") == {"a/opponent": pytest.approx(0.5)}
     assert margin_concentrations(scores, "sft", "sft") == {}

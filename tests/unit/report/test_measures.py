@@ -64,7 +64,7 @@ def test_every_measure_has_one_sentence_on_what_is_bad():
 
 
 def test_a_healthy_iterate_gives_no_warning():
-    assert warnings(HEALTHY, [HEALTHY]) == []
+    assert warnings(HEALTHY, [HEALTHY], {}, 512) == []
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_healthy_iterate_gives_no_warning():
     ],
 )
 def test_each_sign_of_collapse_is_named(change, words):
-    [found] = warnings(HEALTHY | change, [HEALTHY])
+    [found] = warnings(HEALTHY | change, [HEALTHY], {}, 512)
     assert words in found
 
 
@@ -107,9 +107,9 @@ def test_each_rule_begins_at_its_threshold(rule):
     for factor, expected in ((1.001, True), (0.999, False)):
         change, before = CHANGES[rule.name](rule.threshold * factor)
         before = HEALTHY | errors | before
-        compared = Compared(HEALTHY | errors | change, before)
+        compared = Compared(HEALTHY | errors | change, before, None, 512)
         assert (rule.severity(compared) >= 1) is expected
-        assert (rule.sentence(compared) in warnings(compared.evaluation, [before])) is expected
+        assert (rule.sentence(compared) in warnings(compared.evaluation, [before], {}, 512)) is expected
 
 
 def test_the_demonstration_that_was_called_no_sign_of_collapse_names_cuts_and_lengths_worst_first():
@@ -122,7 +122,7 @@ def test_the_demonstration_that_was_called_no_sign_of_collapse_names_cuts_and_le
         "real_length": 13.8,
         "standard_errors": errors,
     }
-    found = warnings(start | {"truncation_rate": 0.15, "generated_length": 21.4}, [start])
+    found = warnings(start | {"truncation_rate": 0.15, "generated_length": 21.4}, [start], {}, 512)
     assert [sentence[:28] for sentence in found] == ["15% of y′ are cut at max_tok", "y′ went from 14.2 tokens at "]
 
 
@@ -135,7 +135,7 @@ def test_what_chance_may_give_and_what_comes_nearer_to_y_is_no_sign():
         "real_length": 10.0,
         "standard_errors": errors,
     }
-    assert warnings(start | {"truncation_rate": 0.2, "generated_length": 10.0}, [start]) == []
+    assert warnings(start | {"truncation_rate": 0.2, "generated_length": 10.0}, [start], {}, 512) == []
 
 
 def test_a_fall_is_told_against_the_earlier_iterate_from_which_it_is_deepest():
@@ -146,10 +146,10 @@ def test_a_fall_is_told_against_the_earlier_iterate_from_which_it_is_deepest():
         for name, value in (("sft", 0.25), ("iter_000", 0.6), ("iter_001", 0.4))
     )
     rows = {"iter_000": rows_with(120), "iter_001": rows_with(80)}
-    assert warnings(now, [sft, best]) == [], "as if of different rows"
-    [found] = warnings(now, [sft, best], rows)
+    assert warnings(now, [sft, best], {}, 512) == [], "as if of different rows"
+    [found] = warnings(now, [sft, best], rows, 512)
     assert "40.0% of the answers are right (60.0% at iter_000)" in found
-    assert warnings(best, [sft], rows) == []
+    assert warnings(best, [sft], rows, 512) == []
 
 
 def rows_with(right: int) -> pa.Table:
@@ -163,7 +163,7 @@ def rows_with(right: int) -> pa.Table:
 
 
 def test_the_limit_that_more_answers_reach_is_named():
-    [found] = warnings(HEALTHY | {"truncation_rate": 0.4}, [HEALTHY], limit=512)
+    [found] = warnings(HEALTHY | {"truncation_rate": 0.4}, [HEALTHY], {}, 512)
     assert found.endswith("(10% at sft): more answers reach the limit of 512 tokens, or that of model.max_length.")
 
 

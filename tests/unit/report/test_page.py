@@ -232,6 +232,26 @@ def test_counts_of_quarantine_and_drops(finished):
     assert view.pairs[0] == ("iter_000", {"rows": 1, "dropped_identical": 7, "dropped_empty": 0, "from_earlier": 0})
 
 
+def test_every_reason_for_a_row_without_a_pair_is_a_column(tmp_path):
+    """SEFT drops 97 without a label, and 412 cut answers and 3 too long ones before: those of the newest attempt."""
+    run = made_up_run(tmp_path / "run")
+    pairs, tables = run.pairs(0), list(run.pairs(0).tables())
+    run.storage.delete(pairs.path)
+    entry = pairs.write_part("part-00000.parquet", tables[0])
+    dropped = {"dropped_identical": 0.0, "dropped_no_label": 97.0, "dropped_too_long": 1.0}
+    pairs.commit({"part-00000.parquet": entry}, {}, {}, {"rows": 1.0, "from_earlier": 0.0} | dropped)
+    for cut in (500, 412):
+        run.event("commit", "iter_000/revision_prompts", seconds=1.0, dropped_answer_cut=cut, dropped_too_long=3)
+    run.event("commit", "iter_000/pairs", seconds=1.0, **dropped)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    table = page.partition("<h3>Pairs</h3>")[2].partition("</table>")[0]
+    reasons = re.findall(r">([^<>]+) dropped<", table)
+    assert reasons == ["y = y′", "empty", "no label", "too long", "answer cut"]
+    assert [re.findall(r"n\">(\d+)<", row) for row in table.split("<tr>")[2:]] == [
+        ["1", "0", "0", "97", "4", "412", "0"], ["1", "7", "0", "0", "0", "0", "0"],
+    ]  # fmt: skip
+
+
 def test_useful_work_is_weighed_by_time_over_the_attempts_that_measured_it(finished):
     """Three attempts at sampling; the last did not measure it."""
     log = finished.storage.read("events.jsonl").decode().splitlines()
@@ -394,7 +414,30 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
 
 
+@pytest.mark.parametrize("iterates", [["iter_001"], ["sft", "iter_000", "iter_001"]])
+def test_benchmarks_of_iterates_without_held_out_measures_are_shown(tmp_path, iterates):
+    run = made_up_run(tmp_path / "run")
+    conditions = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
+    result = conditions | {"metrics": {"acc": {"value": 0.3125}}, "shots": 5, "task_version": 3.0, "warnings": []}
+    for name in iterates:
+        run.storage.replace(
+            f"{name}/eval.json", json.dumps({"iterate": name, "benchmarks": {"gsm8k": result}}).encode()
+        )
+    page = write_report([run], tmp_path / "page.html").read_text()
+    table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
+    assert re.findall(r">((?:sft|iter)\w*)<", table) == ["sft", "iter_000", "iter_001"]
+    assert table.count("0.3125") == len(iterates)
+    assert ("All measures as numbers" in page) == (len(iterates) == 1) and 'href="#iterates"' in page
+
+
 # Examples
+
+
+def test_examples_of_an_iterate_that_only_benchmarks_measured_have_no_margins(tmp_path):
+    """Its scores are committed, but their β and opponent stand in the missing evaluation."""
+    run = made_up_run(tmp_path / "run")
+    run.storage.replace(run.eval_path(2), json.dumps({"iterate": "iter_001", "benchmarks": {}}).encode())
+    assert [example.margins.keys() for example in read_view(run).examples] == [{"iter_000"}] * 3
 
 
 def test_examples_come_in_the_order_of_margins_with_both_extremes(finished):
@@ -439,6 +482,21 @@ def test_an_attempt_whose_driver_died_is_lost_and_a_last_one_may_still_run():
     events = [line | fields_of("iter_000/training") for line in lines]
     found = [(span.outcome, span.start, span.end, span.is_end_known) for span in spans(events, seen=85.0)]
     assert found == [("lost", 0.0, 0.0, False), ("failure", 50.0, 60.0, True), ("running", 70.0, 85.0, False)]
+
+
+def test_a_benchmark_beside_the_training_takes_no_more_than_the_wall_time(finished):
+    """Training from 0 to 1000 s, a benchmark from 20 to 900, another from 1100 to 1200 and one without an end."""
+    lines = [
+        ("iter_000/training", {"time": 0.0, "event": "start"}),
+        ("sft/benchmarks", {"time": 20.0, "event": "start"}),
+        ("sft/benchmarks", {"time": 900.0, "event": "commit", "seconds": 880.0}),
+        ("iter_000/training", {"time": 1000.0, "event": "commit", "seconds": 1000.0}),
+        ("sft/benchmarks", {"time": 1100.0, "event": "start"}),
+        ("iter_000/benchmarks", {"time": 1150.0, "event": "start"}),
+        ("iter_000/benchmarks", {"time": 1200.0, "event": "commit", "seconds": 50.0}),
+    ]
+    view = replace(read_view(finished), spans=spans(line | fields_of(stage) for stage, line in lines))
+    assert (view.busy_seconds, view.wall_seconds) == (1100.0, 1200.0)
 
 
 @pytest.mark.slow

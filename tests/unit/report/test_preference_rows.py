@@ -168,6 +168,15 @@ def test_the_command_says_what_it_wrote_and_what_differs(call, run, tmp_path):
     assert "2 rows written; 1 of 4 responses have other token ids" in told
 
 
+@pytest.mark.parametrize(
+    ("what", "option", "read_by"),
+    [("votes", ["--iterate", "latest"], "model and pairs"), ("model", ["--form", "trl"], "pairs and votes")],
+)
+def test_an_option_that_is_not_read_is_refused(call, run, tmp_path, what, option, read_by):
+    code, _, error = call("export", run.storage.root, "--what", what, *option, "--to", tmp_path / "new")
+    assert (code, error) == (2, f"error: {option[0]}: is for --what {read_by}, not {what}\n")
+
+
 def test_nothing_is_written_over_and_nothing_invented(run, tmp_path):
     (tmp_path / "there").touch()
     with pytest.raises(ConfigError, match=r"there: exists"):

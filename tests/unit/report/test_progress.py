@@ -7,6 +7,7 @@ import logging
 import pytest
 from rich.console import Console
 
+from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.report import progress
 from spin_ray.report.progress import PROGRESS, RunProgress, StageProgress
 from spin_ray.report.status import print_status
@@ -45,7 +46,7 @@ def test_rates_are_those_since_the_stage_went_on(monkeypatch):
 
 
 def test_the_line_has_rows_rates_and_the_time_left_of_stage_iteration_and_run(run, stage):
-    told = RunProgress(run, run.config())
+    told = RunProgress(run, run.config(), find_algorithm("spin"))
     told.look()
     line = told.line()
     assert line.startswith("iteration 3 of 3 (iter_002): iter_002 training, 3/12 steps, 0.50 steps/s, 250 tokens/s")
@@ -53,10 +54,31 @@ def test_the_line_has_rows_rates_and_the_time_left_of_stage_iteration_and_run(ru
     assert "; run " in line
 
 
+def test_a_benchmark_beside_the_training_leaves_the_training_s_line_and_bar(run, stage):
+    run.event("start", "sft/benchmarks")
+    out = io.StringIO()
+    console = Console(file=out, width=160)
+    told = RunProgress(run, run.config(), find_algorithm("spin"), console)
+    told.look()
+    assert "iter_002 training, 3/12 steps" in told.line()
+    console.print(told.view())
+    last = out.getvalue().splitlines()[-1]
+    assert "iter_002 training" in last and "3/12 steps" in last
+
+
+@pytest.mark.parametrize(("algorithm", "left"), [("spin", 28), ("continued_sft", 14), ("dpo", 14)])
+def test_the_training_of_two_opponents_takes_twice_as_long_with_spin_alone(tmp_path, algorithm, left):
+    """The training of iteration 0 took 14 s. The window is 2 in every recipe, and only SPIN reads it."""
+    run = made_up_run(tmp_path / "run", iterations=2, done=1, algorithm=algorithm)
+    told = RunProgress(run, run.config(), find_algorithm(algorithm))
+    told.look()
+    assert told.state()["iteration_left_s"] == left
+
+
 def test_the_view_has_the_stages_that_are_done_and_a_bar_for_the_running_one(run, stage):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=140, color_system=None)
-    told = RunProgress(run, run.config(), console)
+    told = RunProgress(run, run.config(), find_algorithm("spin"), console)
     told.look()
     console.print(told.view())
     lines = out.getvalue().splitlines()
@@ -71,7 +93,10 @@ def test_a_terminal_shows_the_view_and_lines_of_the_log_above_it(run, monkeypatc
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=140)
     stop = progress.threading.Event()
-    with RunProgress(run, run.config(), console), StageProgress("iter_002/training", 12, "steps") as stage:
+    with (
+        RunProgress(run, run.config(), find_algorithm("spin"), console),
+        StageProgress("iter_002/training", 12, "steps") as stage,
+    ):
         stage.advance(3, 500)
         stop.wait(2.2)
     assert "iteration 3 of 3" in out.getvalue()
@@ -80,7 +105,7 @@ def test_a_terminal_shows_the_view_and_lines_of_the_log_above_it(run, monkeypatc
 
 def test_a_log_gets_a_plain_line_a_minute_and_status_a_file(run, stage, caplog, monkeypatch):
     """Looked at every 5 s from second 106 on: the file after 10 s, one line after each 60."""
-    told = RunProgress(run, run.config(), Console(file=io.StringIO()))
+    told = RunProgress(run, run.config(), find_algorithm("spin"), Console(file=io.StringIO()))
     looks = iter(range(5, 131, 5))
 
     def wait(_: float) -> bool:
@@ -116,7 +141,7 @@ def test_the_line_reaches_who_has_set_up_no_log(run, stage, monkeypatch, handler
     monkeypatch.setattr(logging.getLogger(), "level", level)
     logging.getLogger().manager._clear_cache()  # of isEnabledFor
     out = io.StringIO()
-    told = RunProgress(run, run.config(), Console(file=out, force_jupyter=jupyter))
+    told = RunProgress(run, run.config(), find_algorithm("spin"), Console(file=out, force_jupyter=jupyter))
     told._tell_line()
     logging.getLogger().manager._clear_cache()
     assert ("3/12 steps, 0.50 steps/s" in out.getvalue()) == written
@@ -129,7 +154,7 @@ def test_the_next_driver_logs_how_long_a_killed_one_was_seen_alive(run, seen, lo
         state = {"time": run.events()[-1]["time"] + seen, "line": ""}
         run.storage.replace(PROGRESS, json.dumps(state).encode())
     for _ in range(2):
-        with RunProgress(run, run.config(), Console(file=io.StringIO())):
+        with RunProgress(run, run.config(), find_algorithm("spin"), Console(file=io.StringIO())):
             pass
     told = [(event["stage"], event["seconds"]) for event in run.events() if event["event"] == "lost"]
     assert told == [("iter_002/training", pytest.approx(seconds)) for seconds in lost]
@@ -139,7 +164,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(run, caplog, monk
     def fail() -> None:
         raise OSError("gone")
 
-    told = RunProgress(run, run.config(), Console(file=io.StringIO()))
+    told = RunProgress(run, run.config(), find_algorithm("spin"), Console(file=io.StringIO()))
     monkeypatch.setattr(told, "look", fail)
     answers = iter([False, False, True])
     monkeypatch.setattr(told._stop, "wait", lambda _: next(answers))

@@ -156,6 +156,25 @@ def test_following_goes_on_until_nothing_is_running(run, call, monkeypatch):
     assert out.count("Last event: commit iter_000/pairs") == 1
 
 
+def test_a_killed_evaluation_of_a_finished_run_does_not_keep_it_running(run, call, monkeypatch):
+    """Nobody writes its end, so that following it would have none."""
+    run.event("start", "sft/benchmarks")
+    monkeypatch.setattr(cli.time, "sleep", lambda _: pytest.fail("follows a finished run"))
+    code, out, _ = call("status", run.storage.root, "--follow")
+    assert code == 0 and "Beside the run: sft benchmarks, begun 0 s ago, not ended" in out
+    found = status_as_json(run)
+    assert (found["running"], found["beside"]) == (False, ["sft/benchmarks"])
+
+
+def test_a_training_is_shown_while_another_command_works_beside_it(run):
+    run.event("start", "iter_000/training")
+    run.event("start", "sft/benchmarks")
+    assert "Running: iter_000 training for 0 s" in printed(print_status, run)
+    run.event("failure", "sft/benchmarks", seconds=1.0)
+    assert "Running: iter_000 training for 0 s" in printed(print_status, run)
+    assert status_as_json(run)["running"]
+
+
 @pytest.mark.parametrize("error", ["OSError: [/tmp/x] is gone", "[rank0]: killed", "see [bold]this[/]"])
 def test_brackets_in_an_error_are_shown_as_they_are(run, error):
     """rich would take [/tmp/x] for the end of a style and fail, and leave [rank0] out."""
