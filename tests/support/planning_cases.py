@@ -19,6 +19,9 @@ A100 = GPUS["A100-80G"]
 PAPER_WORK = Work(rows=50_000, prompt=130, real=256, generated=256, heldout_rows=500)
 TINY = ModelShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4, vocab=10)
 """A layer multiplies 8·(2·8 + 2·4 + 3·16) = 576 weights and has 16 more in norms; 10·8·2 + 8 = 168 are outside."""
+LLAMA_70B = ModelShape(
+    layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256
+)  # fmt: skip
 ONE_PACK = Packs(steps=1, per_step=2, per_rank=1, length=3, targets=2, per_rank_at_most=1, tokens=6)
 TWO_PACKS = replace(ONE_PACK, per_rank=2, per_rank_at_most=2)
 FULL_PACKS = replace(TWO_PACKS, length=4096, targets=4096, tokens=8192)

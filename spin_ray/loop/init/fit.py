@@ -11,6 +11,7 @@ from spin_ray.errors import ResourceError
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
 from spin_ray.loop.init.settings import Setting, Settings, is_within, tree_of
+from spin_ray.planning.cluster import places
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.plan import check_memory
 from spin_ray.planning.rows import settle
@@ -195,7 +196,7 @@ def _shared_by(parallel: int, machines: Machines) -> Settings:
         "generation.engine.tensor_parallel_size": Setting(parallel, why),
         "generation.resources.gpus": Setting(parallel),
         "serving.resources.gpus": Setting(parallel),
-        "generation.replicas": Setting(machines.cluster.nodes * (machines.cluster.gpus_per_node // parallel)),
+        "generation.replicas": Setting(machines.cluster.nodes * places(parallel, machines.cluster.gpus_per_node)),
     }
 
 
