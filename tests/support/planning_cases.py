@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from spin_ray.config.load import load_config
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.planning.cluster import Devices
+from spin_ray.planning.groups import Ranks
 from spin_ray.planning.hardware import GPUS, Hardware
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.work import Packs, Work, epoch_packs
@@ -46,6 +47,11 @@ def devices(gpu: Hardware, config: SpinConfig = ZEPHYR) -> Devices:
     return Devices(generation=gpu.share(config.generation.resources), train=gpu.share(config.train.resources))
 
 
+def flat(config: SpinConfig) -> Ranks:
+    """Returns the mesh that shards over all workers, on one node."""
+    return Ranks(mesh=Mesh(shard=config.train.workers), per_node=config.train.workers)
+
+
 def pair_packs(config: SpinConfig, work: Work, iteration: int) -> Packs:
     """Returns the packs of SPIN's epoch."""
-    return epoch_packs(config, SPIN.costs(config, work, iteration).trained)
+    return epoch_packs(config, SPIN.costs(config, work, iteration).trained, config.train.workers)
