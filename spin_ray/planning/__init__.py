@@ -4,5 +4,6 @@
                                               └─> cluster  └─> mesh                          ├─> traffic ──> groups
                                                                                              └─> weights, hardware, …
 
-Arithmetic only: no Ray, no torch.
+Arithmetic, without Ray. Torch and transformers are imported only for a multimodal model, whose parameters are counted
+by building it without weights.
 """

@@ -59,8 +59,8 @@ def test_the_stage_that_was_measured_takes_its_rate_and_no_other_does(one_measur
     ("card", "stage", "parameters"),
     [("H100-80G", "training", 7e9), ("A100-80G", "scoring", 7e9), ("A100-80G", "training", 1.5e9)],
 )
-def test_no_rate_is_taken_from_another_card_stage_or_size(card, stage, parameters):
-    assert rate_of(card, stage, parameters, [MEASURED]) is None
+def test_no_rate_is_taken_from_another_card_stage_or_size(one_measurement, card, stage, parameters):
+    assert rate_of(card, stage, parameters) is None
 
 
 def test_the_plan_names_the_card_and_the_date_of_a_rate(one_measurement, call, monkeypatch):
