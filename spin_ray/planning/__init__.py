@@ -4,6 +4,6 @@
                                               └─> cluster  └─> mesh                          ├─> traffic ──> groups
                                                                                              └─> weights, hardware, …
 
-Arithmetic, without Ray. Torch and transformers are imported only for a multimodal model, whose parameters are counted
-by building it without weights.
+Arithmetic, without Ray. Two things are measured: lengths of rows, with the tokenizer, and parameters of a multimodal
+model, which the learner builds without weights.
 """
