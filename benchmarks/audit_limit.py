@@ -12,10 +12,11 @@ from datetime import date
 from typing import Any
 
 import torch
-from harness import MODEL, _machine
+from harness import MODEL
 from tables import ROOT, put
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from where import machine
 
 from spin_ray.inputs.check import versions
 from spin_ray.inputs.embedded import resolve
@@ -44,7 +45,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     if options.write:
         made = f"SmolLM2-135M, {len(answers)} answers of {tokens} tokens, transformers {versions()['transformers']}"
-        put("audit limit", "\n".join([*lines, "", f"{made}, {_machine()}, {date.today().isoformat()}."]), PAGE)
+        put("audit limit", "\n".join([*lines, "", f"{made}, {machine()}, {date.today().isoformat()}."]), PAGE)
 
 
 def load(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
+from gpu_steps.sizes import table_of
 from harness import (
     HERE,
     Side,
@@ -29,7 +30,6 @@ from harness import (
     prepare,
     record,
     side_command,
-    table_of,
 )
 
 from spin_ray.learner.step import Objective, PackShape, pair_lengths, plan, train_step

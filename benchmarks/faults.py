@@ -3,7 +3,7 @@
 Stops the small run of tests/faults at many points, runs it again, and counts repeated work. With --kills-s it also
 kills processes of real runs.
 
-    python benchmarks/faults.py --points 36 --kills-s 1200 --docs docs/faults.md
+    python benchmarks/faults.py --points 36 --kills-s 1200 --write
 """
 
 import argparse
@@ -18,19 +18,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tables import ROOT, put
 
-ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from spin_ray.config.recipe import SpinConfig  # noqa: E402
-from spin_ray.errors import StageError  # noqa: E402
-from spin_ray.loop.stages.generation import stage as generation  # noqa: E402
-from spin_ray.loop.stages.training import worker  # noqa: E402
-from tests.support import rough_run, small_run  # noqa: E402
-from tests.support.faulty_disk import FAULTS, FaultyDisk, Killed  # noqa: E402
-from tests.support.small_run import STEPS, committed  # noqa: E402
-
-BEGIN, END = "<!-- table: python benchmarks/faults.py -->\n", "<!-- end of table -->\n"
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import StageError
+from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.loop.stages.training import worker
+from tests.support import rough_run, small_run
+from tests.support.faulty_disk import FAULTS, FaultyDisk, Killed
+from tests.support.small_run import STEPS, committed
 
 
 def counting(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
@@ -99,7 +97,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=36, help="of the run, for each kind of fault")
     parser.add_argument("--kills-s", type=float, default=0, help="seconds of real kills")
     parser.add_argument("--seed", type=int, default=0, help="of the kills and their moments")
-    parser.add_argument("--docs", type=Path, help="document whose table is replaced")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/faults.md")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -115,10 +113,9 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *rows,
     ]
-    if arguments.docs:
-        before, _, rest = arguments.docs.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        arguments.docs.write_text(before + BEGIN + "\n".join(table) + "\n" + END + after)
+    print("\n".join(table))
+    if arguments.write:
+        put("faults", "\n".join(table), ROOT / "docs" / "faults.md")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Runs the prompts stage and prints a line of JSON for each form:
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from harness import peak_mib
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
@@ -115,10 +115,6 @@ def _cpu_s(work: Callable[[], object]) -> float:
     started = time.process_time()
     work()
     return time.process_time() - started
-
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

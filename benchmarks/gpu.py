@@ -10,7 +10,6 @@ Each measure is written to results/gpu.json and results/gpu.md at once. A row sa
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from gpu_steps.child import ROOT, Child, Context, module_of, run_items
 from gpu_steps.rows import Measure, Results, line
+from where import commit
 
 BUDGET_S = {
     "machine": 15, "probe": 30, "attention": 40, "parity": 80, "step": 115, "trl": 60, "adapters": 55, "job": 85,
@@ -143,16 +143,6 @@ def facts() -> dict[str, object]:
             versions[package] = "not there"
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (rehearsal)"
     return {"card": card, "versions": versions, "commit": commit()}
-
-
-def commit() -> str:
-    try:
-        asked = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return "unknown"
-    return asked.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

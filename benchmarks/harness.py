@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import os
-import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-import pyarrow as pa
+from where import commit, machine
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.check import versions
 from spin_ray.inputs.conversations import conversations_of
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
-from spin_ray.run_dir.schemas import PAIR_SCHEMA
 from spin_ray.runtime import cpu
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +64,7 @@ def record(rows: Sequence[Row]) -> None:
     file = RESULTS / "bench.json"
     kept = json.loads(file.read_text())["rows"] if file.exists() else []
     names = {row.id for row in rows}
-    where = {"measured": date.today().isoformat(), "commit": _commit(), "machine": _machine(), "versions": versions()}
+    where = {"measured": date.today().isoformat(), "commit": commit(), "machine": machine(), "versions": versions()}
     merged = [row for row in kept if row["id"] not in names] + [asdict(row) | where for row in rows]
     file.write_text(json.dumps({"rows": sorted(merged, key=lambda row: row["id"])}, indent=1) + "\n")
     for row in rows:
@@ -91,12 +90,6 @@ def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
 def json_lines(file: Path) -> list[str]:
     """Returns the lines of a JSONL file; ``str.splitlines`` also splits at U+2028 and U+0085 within a text."""
     return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:
-    names = [f"{number:06d}" for number in range(len(rows))]
-    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
-    return pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
 
 
 def training_options(description: str | None) -> argparse.ArgumentParser:
@@ -233,6 +226,11 @@ def replies(reply: int) -> tuple[Any, Iterator[int]]:
     return answer, (int(line) for line in sys.stdin)
 
 
+def peak_mib() -> float:
+    """Returns the most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 @contextlib.contextmanager
 def timed() -> Iterator[dict[str, float]]:
     spent: dict[str, float] = {}
@@ -247,15 +245,3 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 
 def _short(value: float) -> float:
     return float(f"{value:.3g}")
-
-
-def _commit() -> str:
-    shown = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return shown.stdout.strip() or "unknown"
-
-
-def _machine() -> str:
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return f"{os.cpu_count()} × {model.partition(':')[2].strip() or platform.machine()}"

@@ -18,8 +18,8 @@ import transformers
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 sys.path.append(str(Path(__file__).parents[1]))
 
-from harness import _machine
 from tables import ROOT, put
+from where import machine
 
 from tests.support.learner_cases import one_rank
 from tests.support.model_kinds import KINDS
@@ -43,7 +43,7 @@ def main() -> None:
             (folder := Path(name) / family).mkdir()
             lines.append(row(family, *looked_at(family, folder), known))
             print(lines[-1], flush=True)
-    versions = f"transformers {transformers.__version__}, vLLM {__version__}, {_machine()}, {date.today().isoformat()}"
+    versions = f"transformers {transformers.__version__}, vLLM {__version__}, {machine()}, {date.today().isoformat()}"
     if options.write:
         put("models", "\n".join([*lines, "", f"Made on {versions}."]), ROOT / "docs" / "models.md")
 

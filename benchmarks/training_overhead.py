@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_steps.sizes import table_of
 from harness import (
     LOSS_TOLERANCE,
     MODEL,
@@ -23,7 +24,6 @@ from harness import (
     prepare,
     record,
     side_command,
-    table_of,
     training_options,
 )
 

@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_steps.child import Context, Item, Missing
+from gpu_steps.child import Context, Item
 from gpu_steps.clock import seconds_of
 from gpu_steps.rows import Measure
 from gpu_steps.sizes import CHAT, LONG, SHORT, device_of, pairs_of, shape_of, sizes_of, table_of
+from spin_ray.learner.attention import ATTENTIONS
 from spin_ray.learner.packing import build_pack, plan_epoch
 from spin_ray.learner.step import pair_lengths
-
-
-def attentions() -> dict[str, Any]:
-    try:
-        from spin_ray.learner.attention import ATTENTIONS
-    except ModuleNotFoundError as error:
-        raise Missing(f"this checkout has no {error.name}") from error
-    return {"loop": Loop()} | dict(ATTENTIONS)
 
 
 class Loop:
@@ -59,7 +52,7 @@ class LoopPlan:
 
 def way(name: str, model: str, context: Context) -> Iterator[Measure]:
     device = device_of(context)
-    found = attentions()[name]
+    found = ({"loop": Loop()} | ATTENTIONS)[name]
     dtype = torch.float32 if context.tiny and name != "varlen" else torch.bfloat16
     if why := found.why_not(device, dtype):
         raise NotImplementedError(why)

@@ -32,10 +32,6 @@ class Context:
     work: Path
 
 
-class Missing(Exception):
-    """Error: the learner of this checkout lacks a part."""
-
-
 Item = Callable[[Context], Iterator[Measure]]
 
 

@@ -1,9 +1,8 @@
 """The learner of one rank on the device, or with former versions of its parts."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -12,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from gpu_steps.attention import Loop
-from gpu_steps.child import Context, Missing
+from gpu_steps.child import Context
 from gpu_steps.sizes import device_of, sizes_of, table_of
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
+from spin_ray.learner.attention import ATTENTIONS
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.step import (
     Objective,
@@ -56,31 +56,20 @@ BEST = Variant(name="best")
 
 @contextmanager
 def as_variant(variant: Variant) -> Iterator[None]:
-    """Puts former parts in the learner's place.
-
-    Raises:
-        Missing: the learner has no such part.
-    """
+    """Puts former parts in the learner's place."""
     with ExitStack() as stack:
 
-        def put(module: str, attribute: str, value: Any) -> None:
-            try:
-                place = importlib.import_module(module)
-            except ModuleNotFoundError as error:
-                raise Missing(f"this checkout has no {module}") from error
-            if not hasattr(place, attribute):
-                raise Missing(f"this checkout has no {module}.{attribute}")
-            stack.enter_context(mock.patch.object(place, attribute, value))
+        def put(place: str, value: Any) -> None:
+            stack.enter_context(mock.patch(f"spin_ray.learner.{place}", value))
 
         if variant.attention:
-            put("spin_ray.learner.layout", "candidates", lambda *_: (variant.attention,))
-            known = importlib.import_module("spin_ray.learner.attention").ATTENTIONS
-            stack.enter_context(mock.patch.dict(known, {"loop": Loop()}))
+            put("layout.candidates", lambda *_: (variant.attention,))
+            stack.enter_context(mock.patch.dict(ATTENTIONS, {"loop": Loop()}))
         if variant.small_head:
-            put("spin_ray.learner.head", "ROWS_PER_CHUNK", {})
-            put("spin_ray.learner.scoring", "target_logps", head_in_small_chunks)
+            put("head.ROWS_PER_CHUNK", {})
+            put("scoring.target_logps", head_in_small_chunks)
         if not variant.prefetch:
-            put("spin_ray.learner.step", "feed", feed_in_turn)
+            put("step.feed", feed_in_turn)
         yield
 
 
@@ -120,17 +109,11 @@ class Learner:
 
         self.device = device or device_of(context)
         sizes = sizes_of(context)
-        known = {field.name for field in fields(BackendSettings)}
-        given = {"compile": variant.compile} | more
-        if "compile" not in known and given.get("compile") is False:  # nothing compiles anyway
-            del given["compile"]
-        if unknown := given.keys() - known:
-            raise Missing(f"this checkout has no setting {', '.join(sorted(unknown))}")
         settings = BackendSettings(
             max_length=sizes.longest, precision=precision, gradient_checkpointing=checkpointing,
             optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0), learning_rate=learning_rate,
             total_steps=10**6, lora=LoraConfig() if lora else None,
-            **given,
+            **({"compile": variant.compile} | more),
         )  # fmt: skip
         self.backend: Any = Fsdp2Backend(folder, settings, self.device)
         self.rows, self.table = rows, table_of(rows)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import MODEL, THREADS, replies, side_options, table_of, timed
+from gpu_steps.sizes import table_of
+from harness import MODEL, THREADS, replies, side_options, timed
 
 from spin_ray.inputs.embedded import resolve
 

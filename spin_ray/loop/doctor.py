@@ -12,7 +12,7 @@ from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
 from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm, imported_by_workers
-from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of
+from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of, use_of_run
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.report import doctor as shown
@@ -88,7 +88,8 @@ def _print_room(
     config: SpinConfig, precision: str, model: Path, out: str | None, console: Console
 ) -> dict[str, float | None]:
     settled = config.with_train(precision=precision)
-    use = disk_use(settled, parameters_of(model))
+    parameters = parameters_of(model)
+    use = use_of_run(settled, open_run(out), parameters) if out else disk_use(settled, parameters)
     needed = {"needed_gib": round(use.most / GIB, 1)}
     if out and "://" in out:
         console.print("[green]ok[/] a store answers:", end=" ")

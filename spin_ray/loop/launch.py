@@ -10,7 +10,7 @@ from typing import Any, Self
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Inputs, Start, check_architecture, check_recipe, find_inputs
 from spin_ray.inputs.needs import needs_of
-from spin_ray.planning.disk import check_room, disk_use, parameters_of
+from spin_ray.planning.disk import check_room, parameters_of, use_of_run
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.rows import rows_at_start
 from spin_ray.report.export import export
@@ -132,8 +132,7 @@ def _check_room(run: RunDir, config: SpinConfig, model: Path) -> None:
         ResourceError: not even the next model fits.
     """
     if isinstance(run.storage.root, Path):
-        tuned = [name for name in ("sft", "reviser") if run.artefact(f"{name}/model").is_committed]
-        use = disk_use(config, parameters_of(model), done=iterate_number(run.latest() or "sft"), tuned=tuned)
+        use = use_of_run(config, run, parameters_of(model))
         if warning := check_room(use, run.storage.root):
             logger.warning("%s", warning)
 

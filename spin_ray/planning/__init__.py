@@ -4,5 +4,6 @@
                                               └─> cluster  └─> mesh                          ├─> traffic ──> groups
                                                                                              └─> weights, hardware, …
 
-Arithmetic only: no Ray, no torch.
+Arithmetic, without Ray. Two things are measured: lengths of rows, with the tokenizer, and parameters of a multimodal
+model, which the learner builds without weights.
 """

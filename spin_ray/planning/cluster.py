@@ -50,7 +50,7 @@ def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
 
 def gpus_of_a_node(config: SpinConfig) -> int:
     """Returns the GPUs of a machine for which the recipe was made: what its largest stage asks for, 8 at most."""
-    return min(8, max(1, ceil(max(gpus_of(config).values()))))
+    return min(8, max(1, int(max(gpus_of(config).values()))))
 
 
 def name_of_gpu(given: str) -> str:
@@ -74,8 +74,7 @@ def _check_gpus(config: SpinConfig, cluster: Cluster) -> None:
             f"--gpu {cluster.gpu}: the recipe asks for no GPU; "
             "also give --generation.resources.gpus=1 --train.resources.gpus=1"
         )
-    group = config.generation.engine.tensor_parallel_size if engine.gpus > 1 else engine.gpus
-    if group > cluster.gpus_per_node:
+    if _groups_of_an_engine(config)[0] > cluster.gpus_per_node:
         raise ResourceError(
             f"generation.resources.gpus: one engine asks for {engine.gpus:g} GPUs, a node has {cluster.gpus_per_node}; "
             "the GPUs that share a layer are on one node, so lower generation.engine.tensor_parallel_size (and raise "
@@ -92,20 +91,38 @@ def _check_gpus(config: SpinConfig, cluster: Cluster) -> None:
 
 def nodes_of(config: SpinConfig, gpus_per_node: int) -> dict[str, int]:
     """Returns the nodes that each stage needs. GPUs that share a layer are on one node."""
-    engine, gpus = config.generation.engine, config.generation.resources.gpus
-    group, groups = (gpus, 1) if gpus <= 1 else (engine.tensor_parallel_size, engine.pipeline_parallel_size)
+    size, groups = _groups_of_an_engine(config)
     wanted = {
-        "generation": (group, config.generation.replicas * groups),
+        "generation": (size, config.generation.replicas * groups),
         "training": (config.train.resources.gpus, config.train.workers),
     }
     return {
-        stage: ceil(count / max(1, floor(gpus_per_node / size + 1e-9))) if size else 1
+        stage: ceil(count / max(1, places(size, gpus_per_node))) if size else 1
         for stage, (size, count) in wanted.items()
     }
 
 
+def most_engines(config: SpinConfig, cluster: Cluster) -> int:
+    """Returns the engines that the GPUs of the cluster hold; 0 if none fits, or engines are on CPUs."""
+    size, groups = _groups_of_an_engine(config)
+    return cluster.nodes * places(size, cluster.gpus_per_node) // groups if size else 0
+
+
+def places(size: float, gpus: int) -> int:
+    """Returns how many groups of ``size`` GPUs a node of so many holds. Ray puts a part of a GPU on a single one."""
+    return gpus * floor(1 / size + 1e-9) if size < 1 else gpus // ceil(size)
+
+
+def _groups_of_an_engine(config: SpinConfig) -> tuple[float, int]:
+    """Returns the GPUs of an engine that share a layer, and the number of such groups."""
+    engine, gpus = config.generation.engine, config.generation.resources.gpus
+    return (gpus, 1) if gpus <= 1 else (engine.tensor_parallel_size, engine.pipeline_parallel_size)
+
+
 def gpus_of(config: SpinConfig) -> dict[str, float]:
+    """Returns the GPUs that each stage takes, those of which it takes a part included."""
+    asked = {"generation": (config.generation.resources.gpus, config.generation.replicas)}
+    asked["training"] = (config.train.resources.gpus, config.train.workers)
     return {
-        "generation": config.generation.replicas * config.generation.resources.gpus,
-        "training": config.train.workers * config.train.resources.gpus,
+        stage: ceil(count / places(size, 1)) if 0 < size < 1 else size * count for stage, (size, count) in asked.items()
     }

@@ -14,6 +14,8 @@ from spin_ray.learner.weights import tensor_shapes
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import moments_of
 from spin_ray.planning.weights import dtype_bytes
+from spin_ray.run_dir.names import iterate_number
+from spin_ray.run_dir.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,12 @@ def disk_use(config: SpinConfig, parameters: float, *, done: int = 0, tuned: Col
         models=len(tunings) + (0 if config.commits_adapters else left),
         checkpoints=_at_once(trainings, kept=config.storage.keep_checkpoints),
     )
+
+
+def use_of_run(config: SpinConfig, run: RunDir, parameters: float) -> DiskUse:
+    """Returns what ``run``, which may have begun, still writes."""
+    tuned = [name for name in ("sft", "reviser") if run.artefact(f"{name}/model").is_committed]
+    return disk_use(config, parameters, done=iterate_number(run.latest() or "sft"), tuned=tuned)
 
 
 def checkpoint_bytes(config: SpinConfig, optimizer: OptimizerConfig, parameters: float) -> float:

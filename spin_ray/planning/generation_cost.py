@@ -24,7 +24,8 @@ def generation_cost(
     """Returns the cost of generation; ``jobs`` are numbers of prompts.
 
     A decode step reads the weights and all keys and values once. A shard's longest response is decoded alone at the
-    end.
+    end. The stages of a pipeline are assumed to work at once, each at its own part of the responses, and to pass them
+    on in no time. A response still passes all stages in turn, so that a lone one is not decoded faster.
     """
     settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
@@ -36,9 +37,15 @@ def generation_cost(
     context = work.prompt + work.generated / 2
     prefill = shape.trunk_flops(work.prompt, work.prompt**2 / 2) + shape.head_flops(1)
     token = shape.trunk_flops(1, context) + shape.head_flops(1)
-    parallel = engine.tensor_parallel_size
-    weights = seats.weights * shape.read(seats.together) / shape.parameters
-    read_s = device.reading(weights + seats.together * context * seats.kv)
+    stages = engine.pipeline_parallel_size
+    busy = min(stages, seats.together)
+    parallel = engine.tensor_parallel_size * busy
+
+    def reading(responses: float, context: float) -> float:
+        weights = seats.weights * shape.read(responses) / shape.parameters
+        return stages * device.reading(weights + responses * context * seats.kv)
+
+    read_s = reading(seats.together / busy, context)
     compute_s = device.seconds(seats.together * token / parallel, engine.dtype)
     longest = min(settings.sampling.max_tokens, config.model.max_length - work.prompt)
     decoding = "decoding: memory bandwidth" if read_s > compute_s else "decoding: compute"
@@ -47,9 +54,9 @@ def generation_cost(
         "engine start": ENGINE_START_S["eager" if engine.enforce_eager else "compiled"],
         "prefill: compute": rounds * size * device.seconds(prefill / parallel, engine.dtype),
         decoding: steps * max(read_s, compute_s),
-        "longest responses": rounds * max(0.0, longest - work.generated) * device.reading(seats.weights),
-        "sums of tensor groups": _sums_s(config, shape, device, rounds * size * work.prompt, 0)
-        + _sums_s(config, shape, device, rounds * size * work.generated, steps),
+        "longest responses": rounds * max(0.0, longest - work.generated) * reading(1, 0),
+        "sums of tensor groups": _sums_s(config, shape, device, rounds * size * work.prompt / busy, 0)
+        + _sums_s(config, shape, device, rounds * size * work.generated / busy, steps),
     }
     return StageCost(
         name=GENERATION,

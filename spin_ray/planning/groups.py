@@ -42,8 +42,3 @@ class Ranks:
 
     def _group(self, size: int, stride: int) -> Group:
         return Group(size=size, together=min(size, max(1, self.per_node // stride)))
-
-
-def flat(workers: int, per_node: int | None = None) -> Ranks:
-    """Returns the mesh that shards over all workers."""
-    return Ranks(mesh=Mesh(shard=workers), per_node=per_node or workers)

@@ -6,7 +6,7 @@ from math import ceil
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.learner.sizes import MOMENTS, ROWS_PER_CHUNK
-from spin_ray.planning.groups import Ranks, flat
+from spin_ray.planning.groups import Ranks
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, GB, Hardware
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import at_measured_rate
@@ -29,25 +29,22 @@ ZERO_3_BUCKET = 4 * 500_000_000
 # Stages
 
 
-def scoring_cost(
-    config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, ranks: Ranks | None = None
-) -> StageCost:
+def scoring_cost(config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, ranks: Ranks) -> StageCost:
     """Returns the cost of a forward pass over an epoch: of the reference, or of a teacher."""
     return _learner_cost("scoring", config, shape, device, packs, ranks, passes=1, optimizer=config.train.optimizer)
 
 
 def evaluation_cost(
-    config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, iterate: int, ranks: Ranks | None = None
+    config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, iterate: int, ranks: Ranks
 ) -> StageCost:
     """Returns the cost of scoring samples of θ_iterate and its opponent under both, and the former under θ_0.
 
     θ_0 is the opponent of θ_1 itself. Iterates are whole models, or adapters on the base in its number format.
     """
-    readers = ranks.mesh.data_ranks if ranks else None
     scoring = config if config.commits_adapters else config.with_train(lora=None)
 
     def scored(samples: int, passes: int) -> StageCost:
-        packs = heldout_packs(config, work, samples, readers)
+        packs = heldout_packs(config, work, samples, ranks.mesh.data_ranks)
         return _learner_cost("evaluation", scoring, shape, device, packs, ranks, passes=passes, optimizer=None)
 
     under_both = scored(samples=2, passes=2)
@@ -61,9 +58,8 @@ def training_cost(
     packs: Packs,
     epochs: int,
     optimizer: OptimizerConfig,
-    ranks: Ranks | None = None,
+    ranks: Ranks,
 ) -> StageCost:
-    ranks = ranks or flat(config.train.workers)
     config = settle_checkpointing(config, shape, device.memory, optimizer, ranks.mesh)
     cost = _learner_cost(
         "training", config, shape, device, packs, ranks, passes=epochs, optimizer=optimizer, backward=True
@@ -82,13 +78,12 @@ def _learner_cost(
     shape: ModelShape,
     device: Hardware,
     packs: Packs,
-    ranks: Ranks | None,
+    ranks: Ranks,
     *,
     passes: int,
     optimizer: OptimizerConfig | None,
     backward: bool = False,
 ) -> StageCost:
-    ranks = ranks or flat(config.train.workers)
     stage = "training" if backward else "scoring"
     measured = at_measured_rate(device, stage, shape.parameters, config.train.precision)
     count, device = (_needed_by_pack, measured) if measured else (_computed_by_pack, device)

@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import log
@@ -38,16 +37,13 @@ def known_rates() -> tuple[MeasuredRate, ...]:
     return tuple(MeasuredRate(**row) for row in table["rates"])
 
 
-def rate_of(
-    card: str, stage: str, parameters: float, rates: Sequence[MeasuredRate] | None = None
-) -> MeasuredRate | None:
+def rate_of(card: str, stage: str, parameters: float) -> MeasuredRate | None:
     """Returns the stage's rate at the nearest model size; None beyond ``SIMILAR_SIZE``."""
 
     def distance(rate: MeasuredRate) -> float:
         return abs(log(rate.parameters / parameters))
 
-    measured = known_rates() if rates is None else rates
-    same = [rate for rate in measured if (rate.card, rate.stage) == (card, stage)]
+    same = [rate for rate in known_rates() if (rate.card, rate.stage) == (card, stage)]
     nearest = min(same, key=distance, default=None)
     return nearest if nearest and distance(nearest) <= log(SIMILAR_SIZE) else None
 

@@ -8,7 +8,7 @@ from typing import Any
 from spin_ray.config.load import parse_config, put
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import UserError
-from spin_ray.planning.cluster import Cluster, devices_of, nodes_of
+from spin_ray.planning.cluster import Cluster, devices_of, gpus_of, nodes_of
 from spin_ray.planning.generation_cost import GENERATION, engine_bytes
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.model_shape import ModelShape
@@ -77,11 +77,12 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str, least_pack: int)
         longest = config.model.max_length * shape.kv_bytes(engine_bytes(config))
         yield {"generation.engine.cpu_kv_cache_gib": ceil(longest / GIB)}
     else:
+        gpus = gpus_of(config)[GENERATION]
         for parallel in (size for size in (2, 4, 8) if not shape.engine_sizes.why_not(size)):
             yield {
                 "generation.engine.tensor_parallel_size": parallel,
                 "generation.resources.gpus": parallel,
-                "generation.replicas": max(1, config.generation.replicas // parallel),
+                "generation.replicas": max(1, int(gpus // parallel)),
             }
 
 

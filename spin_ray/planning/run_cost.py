@@ -41,7 +41,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     if config.sft:
         whole = config.with_train(lora=None)
         ranks = ranks_of(whole, shape, devices)
-        packs = sft_packs(config, work, ranks.mesh.data_ranks)
+        packs = sft_packs(config, config.sft.global_batch_rows, work, ranks.mesh.data_ranks)
         warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)
         phases.append(Phase(first="sft", last="sft", count=1, stages=(replace(warm_up, name="sft training"),)))
     for iteration in range(config.iterations + 1):

@@ -7,7 +7,7 @@ from typing import Any
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
 from spin_ray.errors import UserError
-from spin_ray.planning.cluster import Cluster, devices_of
+from spin_ray.planning.cluster import Cluster, devices_of, most_engines
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rows import settle
 from spin_ray.planning.run_cost import plan_run, planned_mesh
@@ -111,12 +111,11 @@ def scaling_of(
 
 
 def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
-    """Returns the recipe with a train worker on each GPU and as many engines as fit."""
-    gpus, each = cluster.nodes * cluster.gpus_per_node, config.generation.resources.gpus
+    """Returns the recipe with a train worker on each GPU and as many engines as fit, at least one."""
     generation = config.generation
-    if each:
-        generation = generation.model_copy(update={"replicas": int(gpus // each)})
-    config = config.with_train(workers=gpus, global_batch_pairs=batch)
+    if generation.resources.gpus:
+        generation = generation.model_copy(update={"replicas": max(1, most_engines(config, cluster))})
+    config = config.with_train(workers=cluster.nodes * cluster.gpus_per_node, global_batch_pairs=batch)
     return config.model_copy(update={"generation": generation})
 
 

@@ -158,11 +158,11 @@ def played_pairs(config: SpinConfig, work: Work, opponents: int) -> Trees:
     )
 
 
-def epoch_packs(config: SpinConfig, trees: Trees, readers: int | None = None) -> Packs:
+def epoch_packs(config: SpinConfig, trees: Trees, readers: int) -> Packs:
     """Returns the packs of an epoch. A step holds whole trees, at least one.
 
     Args:
-        readers: groups of ranks that read their own packs. Default: every worker.
+        readers: groups of ranks that read their own packs.
     """
     targets = sum(trees.responses)
     return packs_of(
@@ -171,26 +171,25 @@ def epoch_packs(config: SpinConfig, trees: Trees, readers: int | None = None) ->
         targets,
         steps=trees.count / max(1, config.train.global_batch_pairs // trees.rows),
         pack_length=config.train.pack_length,
-        workers=readers or config.train.workers,
+        workers=readers,
         visible=visible_pairs(trees.prompt, trees.responses),
     )
 
 
-def sft_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Packs:
-    """Returns the warm-up's packs: x and y alone."""
-    batch = config.sft.global_batch_rows if config.sft else work.rows
+def sft_packs(config: SpinConfig, batch: int, work: Work, readers: int) -> Packs:
+    """Returns the warm-up's packs, of ``batch`` rows a step: x and y alone."""
     return packs_of(
         work.rows, work.prompt + work.real, work.real,
-        steps=work.rows / batch, pack_length=config.train.pack_length, workers=readers or config.train.workers,
+        steps=work.rows / batch, pack_length=config.train.pack_length, workers=readers,
         visible=visible_pairs(work.prompt, [work.real]),
     )  # fmt: skip
 
 
-def heldout_packs(config: SpinConfig, work: Work, samples: int, readers: int | None = None) -> Packs:
+def heldout_packs(config: SpinConfig, work: Work, samples: int, readers: int) -> Packs:
     """Returns an evaluation's packs: y and the samples of so many iterates, in one step."""
     responses = work.real + samples * work.generated
     return packs_of(
         work.heldout_rows, work.prompt + responses, responses,
-        steps=1, pack_length=config.train.pack_length, workers=readers or config.train.workers,
+        steps=1, pack_length=config.train.pack_length, workers=readers,
         visible=visible_pairs(work.prompt, [work.real, *samples * [work.generated]]),
     )  # fmt: skip

@@ -160,7 +160,7 @@ def request_for(stages: Mapping[str, Bundles], wanted: Mapping[str, dict[str, st
             dict.fromkeys({"CPU", *bundle}, math.inf) | {"GPU": bundle["GPU"]}
             if "GPU" in bundle and not exact
             else bundle
-            for bundle, labels in request
+            for bundle, labels in ((_with_whole_share(asked), labels) for asked, labels in request)
             if wanted[stage] in ({}, labels)
         ]
         request += [(bundle, wanted[stage]) for bundle in _unplaced(stages[stage], rooms)]
@@ -210,13 +210,20 @@ def _unplaced(bundles: Bundles, nodes: list[dict[str, float]]) -> Bundles:
     left = []
     # Largest first, as a small bundle may take the only place of a large one.
     for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
-        node = next((node for node in room if covers(node, bundle)), None)
+        taken = _with_whole_share(bundle)
+        node = next((node for node in room if covers(node, taken)), None)
         if node is None:
             left.append(bundle)
             continue
-        for name, amount in bundle.items():
+        for name, amount in taken.items():
             node[name] -= amount
     return left
+
+
+def _with_whole_share(bundle: Mapping[str, float]) -> dict[str, float]:
+    """Returns the bundle with an n-th of a GPU where n of such fit one, as Ray takes a part from a single GPU."""
+    gpus = bundle.get("GPU", 0)
+    return {**bundle, "GPU": 1 / math.floor(1 / gpus + 1e-6)} if 0 < gpus < 1 else dict(bundle)
 
 
 def covers(free: Mapping[str, float], needed: Mapping[str, float]) -> bool:

@@ -95,8 +95,8 @@ def _as_long(arm: dict[int, Run], number: int, sft: dict[int, Run]) -> list[Choi
     return choices({seed: sft[seed] for seed in sorted(seeds)}, spent)
 
 
-def table_row(run: Run, iterate: dict[str, Any], temperature: str, split: str = "test") -> dict[str, Any]:
-    measured = iterate[split]
+def table_row(run: Run, iterate: dict[str, Any], temperature: str) -> dict[str, Any]:
+    measured = iterate["test"]
     at = measured["at"][temperature]
     row = {"arm": run["arm"], "seed": run["seed"], "iterate": iterate["iterate"], "temperature": temperature}
     row |= {name: float(np.mean(at["told"][name])) if at["told"].get(name) else None for name in DISCRIMINATORS}

@@ -59,13 +59,13 @@ def _rounded(values: np.ndarray | None) -> list[float] | None:
     return None if values is None else [round(float(value), 4) for value in values]
 
 
-def mauve(real: np.ndarray, generated: np.ndarray, seed: int = 0) -> float:
+def mauve(real: np.ndarray, generated: np.ndarray) -> float:
     """Returns the area under the divergence frontier of two samples (Pillutla et al. 2021, arXiv 2102.01454).
 
     Both are quantised together, with a cluster for ten vectors of one sample; each count gets half a vector more.
     """
     clusters = max(2, len(real) // 10)
-    _, of = kmeans2(np.concatenate([real, generated]).astype(np.float64), clusters, minit="++", seed=seed, iter=20)
+    _, of = kmeans2(np.concatenate([real, generated]).astype(np.float64), clusters, minit="++", seed=0, iter=20)
     sides = np.split(of, [len(real)])
     p, q = (np.bincount(side, minlength=clusters) + 0.5 for side in sides)
     p, q = p / p.sum(), q / q.sum()

@@ -11,8 +11,9 @@ from spin_ray.errors import ResourceError
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
 from spin_ray.loop.init.settings import Setting, Settings, is_within, tree_of
+from spin_ray.planning.cluster import places
 from spin_ray.planning.model_shape import ModelShape
-from spin_ray.planning.plan import check_memory
+from spin_ray.planning.plan import Given, check_memory, read_work
 from spin_ray.planning.rows import settle
 from spin_ray.planning.run_cost import Phase
 from spin_ray.planning.work import Work
@@ -26,8 +27,8 @@ PAPER_BATCH = 64
 PACK = {"cpu": 1024, "gpu": 4096}
 """Tokens per pack, unless rows are longer. On CPU a pack takes seconds."""
 HELDOUT_ROWS = 500
-LONGEST_UNSEEN, UNSEEN_TOKENS = 2048, 256
-"""Lengths of the paper, for data that is not on this machine."""
+LONGEST_UNSEEN, UNSEEN_TOKENS, UNSEEN_ROWS = 2048, 256, 50_000
+"""Lengths and rows of the paper, for data that is not on this machine."""
 _ADAPTER_RATE = Setting(5e-6, "ten times the paper's, as adapters want 10 to 100 times")
 _ROUND = 64
 _ROUND_RESPONSE = 32
@@ -47,12 +48,11 @@ def fit(
     base = _without(base, kept) | {place: given[place] for place in kept}
     if seen.shape is None:
         return base, [], ""
-    misfit = ""
+    work, misfit = _work(seen, parse_config(tree_of(base), source="the settings given")), ""
     for changes in _ladder(base, machines, seen.shape):
         settings = base | _without(changes, kept)
         try:
             config = with_precision(parse_config(tree_of(settings), source="the settings given"))
-            work = _work(seen, config)
             sized, algorithm = settle(config, work.rows), find_algorithm(config.algorithm)
             phases = check_memory(sized, seen.shape, machines.cluster, work, algorithm)
         except ResourceError as error:
@@ -195,19 +195,14 @@ def _shared_by(parallel: int, machines: Machines) -> Settings:
         "generation.engine.tensor_parallel_size": Setting(parallel, why),
         "generation.resources.gpus": Setting(parallel),
         "serving.resources.gpus": Setting(parallel),
-        "generation.replicas": Setting(machines.cluster.nodes * (machines.cluster.gpus_per_node // parallel)),
+        "generation.replicas": Setting(machines.cluster.nodes * places(parallel, machines.cluster.gpus_per_node)),
     }
 
 
 def _work(seen: Look, config: SpinConfig) -> Work:
-    tokens = config.generation.sampling.max_tokens
-    heldout = HELDOUT_ROWS if config.data.holds_out else 0
-    if not seen.train or seen.rows is None:
-        half = config.model.max_length / 2
-        return Work(rows=50_000, prompt=half / 2, real=half / 2, generated=min(half / 2, tokens), heldout_rows=heldout)
-    responses = [length for each in seen.train for length in each.responses]
-    whole = [length for each in seen.train for length in each.lengths]
-    real = sum(responses) / len(responses)
-    prompt = max(1.0, sum(whole) / len(whole) - real)
-    generated = sum(min(length, tokens) for length in responses) / len(responses)
-    return Work(rows=seen.rows, prompt=prompt, real=real, generated=generated, heldout_rows=heldout)
+    """Returns the plan's rows and lengths. Those of data that is not on this machine are assumed."""
+    if seen.train:
+        return read_work(config, Given())
+    half, heldout = config.model.max_length / 2, HELDOUT_ROWS if config.data.holds_out else 0
+    generated = min(half / 2, config.generation.sampling.max_tokens)
+    return Work(rows=UNSEEN_ROWS, prompt=half / 2, real=half / 2, generated=generated, heldout_rows=heldout)

@@ -58,3 +58,10 @@ def test_what_rows_cost_needs_two_sizes_and_takes_no_more(monkeypatch, capsys, t
     assert rows["8 prompts, rows/s more rows cost"] == 333
     assert rows["8 pairs, rows/s more rows cost"] == 1000
     assert "8 all three, cost of a row, times that at smaller sizes" not in rows
+
+
+def test_what_was_measured_without_git_is_of_an_unknown_commit(monkeypatch):
+    from where import commit
+
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert commit() == "unknown"

@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +25,9 @@ from spin_ray.loop.init.look import Look, find_machines, heldout_beside
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text
 from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.plan import Given, predict
 from spin_ray.planning.remedies import _changes
+from spin_ray.planning.work import Work
 from spin_ray.runtime.gpu_memory import Card
 
 HERE = ("--model", "embedded:tiny-llama", "--data", "embedded:arithmetic-train", "--yes")
@@ -34,10 +38,18 @@ def init(*arguments: str | Path) -> Result:
     return CliRunner().invoke(cli, ["init", *map(str, arguments)])
 
 
-def seen(rows: int, whole: int, response: int, **known: object) -> Look:
-    found = Survey("rows.jsonl", 2048, ["rows.jsonl"], [], True, rows, rows, Counter(messages=rows))
-    found.lengths, found.responses = [whole] * rows, [response] * rows
-    return Look(train=(found,), rows=rows, **known)  # type: ignore[arg-type]
+@pytest.fixture
+def seen(monkeypatch) -> Callable[..., Look]:
+    """Makes up data of ``rows`` rows of ``whole`` tokens, and a model."""
+
+    def look_at(rows: int, whole: int, response: int, **known: Any) -> Look:
+        work = Work(rows=rows, prompt=whole - response, real=response, generated=response)
+        monkeypatch.setattr("spin_ray.loop.init.fit.read_work", lambda config, given: work)
+        found = Survey("rows.jsonl", 2048, ["rows.jsonl"], [], True, rows, rows, Counter(messages=rows))
+        found.lengths, found.responses = [whole] * rows, [response] * rows
+        return Look(train=(found,), rows=rows, **known)
+
+    return look_at
 
 
 def fitted(given: Settings, found: Look, gpu: str, gpus: int = 1) -> tuple[dict[str, object], str]:
@@ -153,7 +165,7 @@ def test_values_given_to_init_are_in_the_recipe(tmp_path):
     assert whole.exit_code == 0, whole.output
 
 
-def test_what_is_given_stays_where_a_card_is_too_small_for_it():
+def test_what_is_given_stays_where_a_card_is_too_small_for_it(seen):
     """Of 7B on 24 GB the packs would be cut and adapters taken."""
     large = seen(50_000, 1000, 500, shape=MISTRAL_7B, positions=32768)
     kept = {"train.pack_length": Setting(6000), "model.max_length": Setting(4096), "train.lora": Setting(None)}
@@ -186,7 +198,7 @@ def test_a_recipe_for_several_machines_is_started_on_a_cluster(tmp_path):
     assert f"spin-ray doctor {tmp_path / 'one.yaml'}\n" in said and "sbatch" not in said
 
 
-def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_adapters_on_a_small_one():
+def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_adapters_on_a_small_one(seen):
     look = seen(50_000, 400, 250, shape=MISTRAL_7B, positions=32768)
     large, misfit = fitted(GIVEN, look, "A100-80G", 8)
     assert not misfit and (large["train.workers"], large["generation.replicas"]) == (8, 8)
@@ -210,7 +222,7 @@ def test_a_dpo_config_of_long_rows_becomes_a_recipe(tmp_path):
 
 @pytest.mark.parametrize(("algorithm", "least"), [("spin", 3072), ("dpo", 4095), ("tspin", 4096)])
 @pytest.mark.parametrize("gpu", ["RTX-4090", "A100-80G", "none"])
-def test_packs_of_every_rung_hold_what_the_algorithm_needs(algorithm, least, gpu):
+def test_packs_of_every_rung_hold_what_the_algorithm_needs(seen, algorithm, least, gpu):
     given = GIVEN | {"model.max_length": Setting(2048), "algorithm": Setting(algorithm), "iterations": Setting(2)}
     look = seen(50_000, 2000, 1020, shape=MISTRAL_7B, positions=32768)
     machines = find_machines(gpu, 1, 1)
@@ -224,7 +236,7 @@ def test_packs_of_every_rung_hold_what_the_algorithm_needs(algorithm, least, gpu
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "sizes"), [(32, 8, {1, 2, 4, 8}), (28, 4, {1, 2, 4}), (40, 10, {1, 2}), (9, 3, {1})]
 )
-def test_engines_of_every_rung_have_sizes_that_vllm_takes(heads, kv_heads, sizes):
+def test_engines_of_every_rung_have_sizes_that_vllm_takes(seen, heads, kv_heads, sizes):
     machines = find_machines("A100-80G", 8, 1)
     base, _, _ = fit(GIVEN, seen(50_000, 2000, 1020, shape=MISTRAL_7B), machines)
     shape = replace(MISTRAL_7B, heads=heads, kv_heads=kv_heads)
@@ -243,7 +255,7 @@ def test_a_shorter_pack_that_would_fit_is_one_that_the_algorithm_takes(algorithm
     assert min(each["train.pack_length"] for each in tried if "train.pack_length" in each) == least
 
 
-def test_weights_of_four_bits_come_before_weights_in_the_cpu_s_memory():
+def test_weights_of_four_bits_come_before_weights_in_the_cpu_s_memory(seen):
     """Llama 3 8B: 16 GB in bf16 and a step of 1,536 tokens are too much for 24 GB."""
     large = seen(50_000, 1000, 500, shape=replace(MISTRAL_7B, vocab=128256), positions=8192)
     settings, misfit = fitted(GIVEN, large, "RTX 4090")
@@ -251,7 +263,7 @@ def test_weights_of_four_bits_come_before_weights_in_the_cpu_s_memory():
     assert (settings["train.lora.base"], settings["train.lora.merge"]) == ("nf4", False)
 
 
-def test_an_engine_over_several_cards_stays_on_one_node():
+def test_an_engine_over_several_cards_stays_on_one_node(seen):
     """Six cards a node hold one engine of four, so two nodes hold two."""
     wide = replace(MISTRAL_7B, layers=500)
     settings, _, _ = fit(GIVEN, seen(50_000, 400, 250, shape=wide), find_machines("A100-80G", 6, 2))
@@ -281,12 +293,12 @@ def test_the_cards_of_this_machine_are_seen_though_its_torch_knows_none(monkeypa
     assert "its driver does not tell which" in find_machines(None, None, 1).note
 
 
-def test_adapters_of_a_foreign_sft_get_a_learning_rate_of_adapters():
+def test_adapters_of_a_foreign_sft_get_a_learning_rate_of_adapters(seen):
     given = GIVEN | {"train.lora.rank": Setting(8)}
     assert fitted(given, seen(900, 100, 30), "none")[0]["train.learning_rate"] == pytest.approx(5e-6)
 
 
-def test_lengths_hold_the_rows_within_the_model_s_positions():
+def test_lengths_hold_the_rows_within_the_model_s_positions(seen):
     """The 99th percentile of 1000 tokens, rounded up, but never more than the model takes."""
     assert fitted(GIVEN, seen(900, 1000, 300), "none")[0]["model.max_length"] == 1024
     bounded = fitted(GIVEN, seen(900, 1000, 300, positions=512), "none")[0]
@@ -295,7 +307,24 @@ def test_lengths_hold_the_rows_within_the_model_s_positions():
     assert fitted(given, seen(900, 1000, 300, positions=512), "none")[0]["model.max_length"] == 512
 
 
-def test_what_fits_nowhere_is_said():
+def test_the_hours_of_init_are_those_of_plan(tmp_path):
+    """A mixture's lengths count by its rows, too long rows are left out, and 2 % of 1,000 are 20 held-out rows."""
+    for name, count, words in (("a", 1000, 1), ("b", 100, 40)):
+        rows = ({"prompt": f"{name} {n}", "response": "word " * (400 if n % 50 == 49 else words)} for n in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl")}]
+    one = Setting(str(tmp_path / "a.jsonl"))
+    limit = {"model.max_length": Setting(256)}
+    for given in ({"data.train": Setting(train)}, {"data.train": one, "data.heldout_fraction": Setting(0.02)}):
+        settings = {"model.path": Setting("embedded:tiny-llama")} | given | limit
+        machines = find_machines("none", None, 1)
+        fitted, phases, _ = fit(settings, look.look(settings), machines)
+        config = parse_config(tree_of(fitted), source="init")
+        plan = predict(config, machines.cluster, Given(), find_algorithm(config.algorithm))
+        assert phases == plan.phases
+
+
+def test_what_fits_nowhere_is_said(seen):
     _, misfit = fitted(GIVEN, seen(900, 1000, 300, shape=MISTRAL_7B), "none")
     assert "does not fit" in misfit
 

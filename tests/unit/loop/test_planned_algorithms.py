@@ -103,6 +103,6 @@ def test_an_epoch_has_the_planned_tokens_and_steps(name: str, tmp_path: Path, mo
             generated=mean(answers, "token_ids") if answers else 0.0,
             rejected=mean(prompts, "rejected_ids") if name == "dpo" else None,
         )
-        packs = epoch_packs(config, find_algorithm(name).costs(config, work, iteration).trained)
+        packs = epoch_packs(config, find_algorithm(name).costs(config, work, iteration).trained, config.train.workers)
         assert (measured["tokens"], measured["steps"]) == (pytest.approx(packs.tokens), packs.steps)
     assert len(spent) == 2

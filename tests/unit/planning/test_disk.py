@@ -3,17 +3,19 @@
 import logging
 import shutil
 from collections import namedtuple
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.loop import launch
+from spin_ray.loop import doctor, launch
 from spin_ray.planning.disk import check_room, disk_use, parameters_of
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -121,3 +123,15 @@ def test_a_start_counts_the_warm_up_until_its_model_is_committed(tmp_path: Path,
         run.whole_model(0).commit({}, {}, {})
         launch._check_room(run, recipe, START)
     assert not caplog.text
+
+
+def test_doctor_counts_what_is_left_as_a_start_does(tmp_path: Path, free) -> None:
+    recipe = config_of(sft={}, train={"precision": "fp32", "lora": {"rank": 8, "merge": False}})
+    run, said = RunDir(Storage(tmp_path)), []
+    free(4 * parameters_of(START) + 1)
+    for _ in range(2):
+        console = Console(file=StringIO(), width=400)
+        doctor._print_room(recipe, "fp32", START, str(tmp_path), console)
+        said.append("the run may need" in console.file.getvalue())  # type: ignore[attr-defined]
+        run.whole_model(0).commit({}, {}, {})
+    assert said == [True, False]

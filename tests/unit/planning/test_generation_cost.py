@@ -56,6 +56,39 @@ def test_decoding_bound_by_compute_by_hand():
     assert cost.bound == "decoding: compute"
 
 
+def in_stages(stages: int, seats: int) -> SpinConfig:
+    engine = {"max_num_seqs": seats, "enforce_eager": True, "pipeline_parallel_size": stages}
+    return generation_config(engine=engine, resources={"gpus": stages})
+
+
+def test_the_stages_of_a_pipeline_work_at_once_at_parts_of_the_responses():
+    """2 stages, 2 of the 4 responses in each: a step reads each stage's 1352 bytes of weights and 2 · 10 · 16 bytes of
+    keys and values, twice in turn. A response alone reads all 2704, and compute is half.
+    """
+    cost = generation_cost(in_stages(2, seats=4), TINY, SLOW_MEMORY, WORK, (16,))
+    read = 32 * 2 * (1352 + 2 * 10 * 16) + 4 * 2704
+    assert cost.seconds == pytest.approx(25 + read / (1e3 * BANDWIDTH_EFFICIENCY))
+    whole, halved = (generation_cost(in_stages(n, seats=4), TINY, SLOW_COMPUTE, WORK, (16,)) for n in (1, 2))
+    assert halved.seconds - 25 == pytest.approx((whole.seconds - 25) / 2)
+
+
+@pytest.mark.parametrize("device", [SLOW_MEMORY, SLOW_COMPUTE])
+def test_a_pipeline_decodes_a_lone_response_no_faster(device):
+    whole, staged = (generation_cost(in_stages(n, seats=1), TINY, device, WORK, (16,)).seconds for n in (1, 2))
+    assert staged == pytest.approx(whole)
+
+
+def test_a_lone_response_of_a_mixture_reads_its_own_experts_alone():
+    """The longest response adds 2 tokens a shard; 3 of 4 experts of each layer are idle then."""
+    shape = replace(TINY, experts=4, active=1)
+    costs = [
+        generation_cost(generation_config(sampling={"max_tokens": tokens}), shape, SLOW_MEMORY, WORK, (16,)).seconds
+        for tokens in (8, 10)
+    ]
+    assert costs[1] - costs[0] == pytest.approx(4 * 2 * shape.read(1) / (1e3 * BANDWIDTH_EFFICIENCY))
+    assert shape.read(1) < shape.parameters / 2
+
+
 def test_replicas_share_whole_shards():
     """Three shards on two engines take as long as four."""
     seconds = [

@@ -24,7 +24,6 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.packing import build_pack, plan_epoch
 from spin_ray.learner.scoring import ResponseScorer
-from spin_ray.planning.groups import flat
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import (
     WORKERS_START_S,
@@ -59,6 +58,7 @@ from tests.support.planning_cases import (
     TINY,
     TWO_PACKS,
     ZEPHYR,
+    flat,
     pair_packs,
     tiny_config,
 )
@@ -110,9 +110,11 @@ def test_the_flops_of_a_cpu_are_those_that_torch_counts(backward: bool, pack_len
             if backward:
                 logps.sum().backward()
     config = tiny_config(pack_length=pack_length, global_batch_pairs=4)
-    packs = epoch_packs(config, FOUR_TREES)
+    packs = epoch_packs(config, FOUR_TREES, config.train.workers)
     price = partial(training_cost, epochs=1, optimizer=RMSPROP) if backward else scoring_cost
-    assert price(config, shape, A100, packs).flops == pytest.approx(counter.get_total_flops(), rel=0.08)
+    assert price(config, shape, A100, packs, ranks=flat(config)).flops == pytest.approx(
+        counter.get_total_flops(), rel=0.08
+    )
 
 
 def test_gpus_multiply_the_pairs_of_tokens_that_see_each_other():
@@ -122,10 +124,10 @@ def test_gpus_multiply_the_pairs_of_tokens_that_see_each_other():
     flops = []
     for length in (448, 4480):
         config = tiny_config(pack_length=length, global_batch_pairs=4, resources={"gpus": 1})
-        packs = epoch_packs(config, FOUR_TREES)
+        packs = epoch_packs(config, FOUR_TREES, config.train.workers)
         assert packs.steps * packs.per_step * packs.visible == pytest.approx(seen, rel=0.03), "less half the diagonal"
         padded = packs.steps * packs.per_step * packs.length
-        cost = scoring_cost(config, TINY, A100, packs).flops
+        cost = scoring_cost(config, TINY, A100, packs, flat(config)).flops
         flops.append(cost - 2 * 2 * TINY.active_matmuls * padded)
         heads = 4 * TINY.head_flops(60)
         assert flops[-1] == pytest.approx(2 * 4 * TINY.q * seen + heads, rel=0.03)
@@ -142,7 +144,7 @@ def test_traffic_of_a_step_by_hand():
     layers, whole = 2 * 592, 1352
 
     def sent(config: SpinConfig, *, backward: bool) -> float:
-        ranks = flat(config.train.workers)
+        ranks = flat(config)
         return sum(it.sent for it in step_collectives(config, TINY, ranks, 2, 0.0, backward=backward))
 
     assert sent(full, backward=True) == (2 * 2 * (2 * layers + 168) + 4 * whole) / 2
@@ -153,7 +155,9 @@ def test_traffic_of_a_step_by_hand():
 
 def test_the_evaluation_of_the_second_iterate_is_scored_by_three_models():
     """Rows of 130 + 256 + 2 · 256 tokens twice; from the second iterate on θ_0 scores 130 + 256 + 256 more."""
-    first, second, third = (evaluation_cost(ZEPHYR, MISTRAL_7B, A100, PAPER_WORK, iterate) for iterate in (1, 2, 3))
+    first, second, third = (
+        evaluation_cost(ZEPHYR, MISTRAL_7B, A100, PAPER_WORK, iterate, flat(ZEPHYR)) for iterate in (1, 2, 3)
+    )
     assert (first.tokens, second.tokens) == (500 * 2 * 898, 500 * (2 * 898 + 642))
     share = (second.tokens - first.tokens) / first.tokens
     assert second.flops / first.flops == pytest.approx(1 + share, rel=0.03)
@@ -400,7 +404,7 @@ def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(setti
 
 def test_checkpointing_costs_time_and_saves_memory():
     cheap, dear = (
-        training_cost(c, MISTRAL_7B, A100, pair_packs(c, PAPER_WORK, 0), 2, RMSPROP)
+        training_cost(c, MISTRAL_7B, A100, pair_packs(c, PAPER_WORK, 0), 2, RMSPROP, flat(c))
         for c in (ZEPHYR.with_train(gradient_checkpointing=on) for on in (True, False))
     )
     assert cheap.seconds > dear.seconds and cheap.needed < dear.needed
@@ -421,7 +425,9 @@ def test_activations_that_fit_are_not_computed_again():
 def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():
     """One start and e epochs: 2·cost(2 epochs) - cost(4 epochs) is the start."""
     config = tiny_config()
-    one, two, four = (training_cost(config, TINY, A100, ONE_PACK, epochs, RMSPROP).seconds for epochs in (1, 2, 4))
+    one, two, four = (
+        training_cost(config, TINY, A100, ONE_PACK, epochs, RMSPROP, flat(config)).seconds for epochs in (1, 2, 4)
+    )
     assert 2 * two - four == pytest.approx(WORKERS_START_S)
     assert one > WORKERS_START_S
 
@@ -430,7 +436,9 @@ def test_more_workers_need_less_memory_and_time():
     costs = []
     for workers in (8, 16, 32):
         config = ZEPHYR.with_train(workers=workers)
-        costs.append(training_cost(config, MISTRAL_7B, A100, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP))
+        costs.append(
+            training_cost(config, MISTRAL_7B, A100, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP, flat(config))
+        )
     assert [c.needed for c in costs] == sorted((c.needed for c in costs), reverse=True)
     assert costs[0].seconds > costs[1].seconds >= costs[2].seconds
 
@@ -440,7 +448,7 @@ def test_a_slow_link_makes_gathering_the_bound_and_shard_grad_op_the_cure():
     times = {}
     for sharding in ("full", "shard_grad_op"):
         config = ZEPHYR.with_train(sharding=sharding)
-        cost = training_cost(config, MISTRAL_7B, slow, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP)
+        cost = training_cost(config, MISTRAL_7B, slow, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP, flat(config))
         assert cost.bound == "gathering weights"
         times[sharding] = cost.seconds
     assert times["shard_grad_op"] < times["full"]

@@ -26,9 +26,7 @@ from spin_ray.planning.mesh import (
 )
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from tests.support.fakes import config_of
-from tests.support.planning_cases import MISTRAL, SPIN, ZEPHYR
-
-LLAMA_70B = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
+from tests.support.planning_cases import LLAMA_70B, MISTRAL, SPIN, ZEPHYR
 
 
 def choice(nodes: int, shape: ModelShape | None = MISTRAL_7B, each: int = 8, room: float = 80, **train) -> Choice:

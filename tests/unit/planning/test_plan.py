@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 from spin_ray.config.load import load_config
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
-from spin_ray.planning.cluster import gpus_of_a_node, name_of_gpu, nodes_of
+from spin_ray.planning.cluster import Cluster, gpus_of_a_node, name_of_gpu, nodes_of
 from spin_ray.planning.plan import Given, read_shape, read_work
+from spin_ray.planning.remedies import remedies
 from tests.support.fakes import config_of
 from tests.support.paths import RECIPES
-from tests.support.planning_cases import MISTRAL, ZEPHYR
+from tests.support.planning_cases import LLAMA_70B, MISTRAL, PAPER_WORK, SPIN, ZEPHYR
 
 # Inputs
 
@@ -113,10 +115,11 @@ def test_a_card_is_named_as_people_write_it_unless_that_is_two(given, found):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "gpus", "workers", "each"), [(1, 1, 1, 1), (1, 0.5, 1, 1), (1, 4, 2, 4), (2, 1, 16, 8), (1, 16, 4, 8)]
+    ("replicas", "gpus", "workers", "each"),
+    [(1, 1, 1, 1), (1, 0.5, 1, 1), (4, 0.7, 1, 4), (10, 0.1, 1, 1), (1, 4, 2, 4), (2, 1, 16, 8), (1, 16, 4, 8)],
 )
 def test_a_machine_has_the_gpus_that_the_recipe_asks_for_unless_that_is_more_than_eight(replicas, gpus, workers, each):
-    generation = {"replicas": replicas, "resources": {"gpus": gpus}}
+    generation = {"replicas": replicas, "resources": {"gpus": gpus}, "engine": {"gpu_memory_utilization": 0.09}}
     if gpus > 1:
         generation["engine"] = {"tensor_parallel_size": min(gpus, 8), "pipeline_parallel_size": max(1, gpus // 8)}
     config = config_of(generation=generation, train={"workers": workers, "resources": {"gpus": 1}})
@@ -129,6 +132,26 @@ def test_no_card_is_advised_that_one_machine_of_a_recipe_for_one_card_lacks(call
     advice = refused(call("--gpu", "RTX4090", *words))
     assert "--train.workers=" not in advice or "--nodes=" in advice
     assert call("--gpu", "RTX4090", *words, "--train.lora={rank: 16, merge: false}")[0] == 0
+
+
+def engines(replicas: int, gpus: float, tensor: int = 1, filled: float = 0.9) -> SpinConfig:
+    engine = {"tensor_parallel_size": tensor, "gpu_memory_utilization": filled}
+    generation = {"resources": {"gpus": gpus}, "replicas": replicas, "engine": engine}
+    return config_of(generation=generation, train={"precision": "bf16"})
+
+
+def test_an_engine_with_a_part_of_a_gpu_has_it_of_a_single_one():
+    """Three of 0.3 and one of 0.7 fill a GPU, as Ray places them."""
+    for replicas, gpus, nodes in [(24, 0.3, 1), (25, 0.3, 2), (8, 0.7, 1), (9, 0.7, 2), (80, 0.1, 1)]:
+        assert nodes_of(engines(replicas, gpus, filled=0.09), 8)["generation"] == nodes
+
+
+@pytest.mark.parametrize(("given", "wider"), [(engines(8, 2, tensor=2), 4), (engines(32, 0.5, filled=0.45), 8)])
+def test_wider_engines_are_advised_for_all_gpus_that_the_recipe_has(given, wider):
+    """16 GPUs; two of them have no room for 141 GB of weights."""
+    cluster = Cluster(nodes=2, gpu="A100-80G")
+    advised = remedies(given, LLAMA_70B, cluster, PAPER_WORK, "generation", SPIN)[0]
+    assert f"tensor_parallel_size={wider} " in advised and advised.endswith(f"replicas={16 // wider}")
 
 
 def test_an_engine_over_nodes_needs_whole_tensor_groups_on_them():

@@ -10,7 +10,7 @@ from spin_ray.planning.learner_cost import WORKERS_START_S, scoring_cost, traini
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.rates import MeasuredRate, rate_of
 from tests.support.paths import RECIPES, ROOT
-from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, devices, pair_packs
+from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, devices, flat, pair_packs
 
 MEASURED = MeasuredRate(
     card="A100-80G", stage="training", parameters=7e9, mfu=0.5, measured="2026-01-02", commit="abc1234"
@@ -36,9 +36,9 @@ def test_a_plan_of_the_measured_case_takes_the_measured_time(stage, backward, mo
     packs = pair_packs(alone, replace(PAPER_WORK, rows=64), 0)
     device = devices(A100).train
     predicted = (
-        training_cost(alone, MISTRAL_7B, device, packs, 1, RMSPROP).seconds - WORKERS_START_S
+        training_cost(alone, MISTRAL_7B, device, packs, 1, RMSPROP, flat(alone)).seconds - WORKERS_START_S
         if backward
-        else scoring_cost(alone, MISTRAL_7B, device, packs).seconds
+        else scoring_cost(alone, MISTRAL_7B, device, packs, flat(alone)).seconds
     )
     assert predicted == pytest.approx(spent, rel=0.02)
 
@@ -48,8 +48,8 @@ def test_the_stage_that_was_measured_takes_its_rate_and_no_other_does(one_measur
     alone = ZEPHYR.with_train(workers=1)  # nothing is sent
     packs = pair_packs(alone, PAPER_WORK, 0)
     device = devices(A100).train
-    training = training_cost(alone, MISTRAL_7B, device, packs, 1, RMSPROP)
-    scoring = scoring_cost(alone, MISTRAL_7B, device, packs)
+    training = training_cost(alone, MISTRAL_7B, device, packs, 1, RMSPROP, flat(alone))
+    scoring = scoring_cost(alone, MISTRAL_7B, device, packs, flat(alone))
     per_flop = 1 / device.bf16
     assert training.seconds - 20 == pytest.approx(training.flops * per_flop / 0.5)
     assert scoring.seconds == pytest.approx(scoring.flops * per_flop / COMPUTE_EFFICIENCY)
@@ -59,8 +59,8 @@ def test_the_stage_that_was_measured_takes_its_rate_and_no_other_does(one_measur
     ("card", "stage", "parameters"),
     [("H100-80G", "training", 7e9), ("A100-80G", "scoring", 7e9), ("A100-80G", "training", 1.5e9)],
 )
-def test_no_rate_is_taken_from_another_card_stage_or_size(card, stage, parameters):
-    assert rate_of(card, stage, parameters, [MEASURED]) is None
+def test_no_rate_is_taken_from_another_card_stage_or_size(one_measurement, card, stage, parameters):
+    assert rate_of(card, stage, parameters) is None
 
 
 def test_the_plan_names_the_card_and_the_date_of_a_rate(one_measurement, call, monkeypatch):

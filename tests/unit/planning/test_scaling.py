@@ -7,12 +7,13 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.planning.cluster import Cluster
-from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
+from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.scaling import scaling_of
 from spin_ray.planning.tables import scaling_table
 from tests.support.paths import RECIPES
-from tests.support.planning_cases import PAPER_WORK, SPIN, ZEPHYR
+from tests.support.planning_cases import LLAMA_70B, PAPER_WORK, SPIN, ZEPHYR
 
 CONFIG = ZEPHYR.with_train(precision="bf16")
 
@@ -55,14 +56,32 @@ def test_a_batch_that_one_node_cannot_hold_has_no_hours_there():
     assert one[4].strip() == "–" and float(two[4]) == pytest.approx(found.with_enough[0].hours, abs=0.01)
 
 
+def with_engines_of(gpus: float, tensor: int = 1, pipeline: int = 1) -> SpinConfig:
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+    engine = CONFIG.generation.engine.model_copy(update=sizes)
+    resources = CONFIG.generation.resources.model_copy(update={"gpus": gpus})
+    generation = CONFIG.generation.model_copy(update={"engine": engine, "resources": resources})
+    return CONFIG.model_copy(update={"generation": generation})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor", "pipeline", "engines"),
+    [
+        (0.1, 1, 1, [80, 160]), (0.2, 1, 1, [40, 80]), (0.3, 1, 1, [24, 48]), (0.7, 1, 1, [8, 16]),
+        (5, 5, 1, [1, 2]), (8, 4, 2, [1, 2]), (16, 8, 2, [1]),
+    ],
+)  # fmt: skip
+def test_all_gpus_hold_as_many_engines_as_whole_groups_fit_on_nodes(gpus, tensor, pipeline, engines):
+    """Ten engines of 0.1, three of 0.3 or one of 0.7 share a GPU; one of 16 GPUs needs two nodes."""
+    config = with_engines_of(gpus, tensor, pipeline)
+    found = scaling_of(config, MISTRAL_7B, Cluster(nodes=2, gpu="H100"), PAPER_WORK, SPIN)
+    assert [size.replicas for size in found.with_own_batch] == engines
+
+
 def test_70b_takes_at_most_30_hours_on_four_nodes_and_no_longer_on_eight():
     """No node of 8 H100 holds 12 bytes for each of 70.6B parameters: one copy is over all."""
-    shape = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
-    engine = CONFIG.generation.engine.model_copy(update={"tensor_parallel_size": 4})
-    resources = CONFIG.generation.resources.model_copy(update={"gpus": 4})
-    generation = CONFIG.generation.model_copy(update={"engine": engine, "resources": resources})
-    config = CONFIG.model_copy(update={"generation": generation})
-    four, eight = scaling_of(config, shape, Cluster(nodes=8, gpu="H100"), PAPER_WORK, SPIN).with_own_batch
+    config = with_engines_of(4, tensor=4)
+    four, eight = scaling_of(config, LLAMA_70B, Cluster(nodes=8, gpu="H100"), PAPER_WORK, SPIN).with_own_batch
     assert (four.nodes, four.mesh) == (4, "{replicate: 1, shard: 32, tensor: 1}")
     assert eight.hours <= four.hours <= 30
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.traffic_check import Case, measure, predicted, save_model
 from spin_ray.config.sections import Mesh
-from spin_ray.planning.groups import Group, Ranks, flat
+from spin_ray.planning.groups import Group, Ranks
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, GB, GPUS
 from spin_ray.planning.traffic import Collective, step_collectives, step_time
 from tests.support.planning_cases import TINY, tiny_config
@@ -63,7 +63,7 @@ def test_groups_lie_on_neighbouring_ranks():
     """Tensor groups of 2 on 2 nodes of 8: a shard has 4 members on a node, a pair of replicas one on each."""
     ranks = Ranks(mesh=Mesh(replicate=2, shard=4, tensor=2), per_node=8)
     assert (ranks.tensor.nodes, ranks.shard.nodes, ranks.replicate.nodes) == (1, 1, 2)
-    assert flat(16, 8).shard == Group(size=16, together=8)
+    assert Ranks(mesh=Mesh(shard=16), per_node=8).shard == Group(size=16, together=8)
 
 
 def test_a_ring_over_nodes_enters_each_by_the_adapters_of_its_members():

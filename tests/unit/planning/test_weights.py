@@ -15,7 +15,7 @@ from spin_ray.planning.learner_cost import evaluation_cost
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.plan import check_memory
 from spin_ray.planning.weights import linear_weights, weights_of
-from tests.support.planning_cases import A100, PAPER_WORK, SPIN, ZEPHYR
+from tests.support.planning_cases import A100, PAPER_WORK, SPIN, ZEPHYR, flat
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -58,10 +58,10 @@ def test_the_quantised_weights_are_those_of_linear_layers(kind: str, experts: di
 
 def test_a_worker_loads_a_quantised_mixture_whole_before_it_is_sharded():
     """Mixtral has 1.34B of 46.7B weights in linear layers: 91 GB on each card, also where an eighth would fit."""
-    cost = evaluation_cost(adapters(**NF4), MIXTRAL, A100, PAPER_WORK, 1)
+    cost = evaluation_cost(adapters(**NF4), MIXTRAL, A100, PAPER_WORK, 1, flat(adapters(**NF4)))
     assert cost.memory == {"whole base while loading": pytest.approx(91.4e9, rel=1e-3), "runtime": 2e9}
     assert not cost.fits
-    dense = evaluation_cost(adapters(**NF4), MISTRAL_7B, A100, PAPER_WORK, 1)
+    dense = evaluation_cost(adapters(**NF4), MISTRAL_7B, A100, PAPER_WORK, 1, flat(adapters(**NF4)))
     assert "whole base while loading" not in dense.memory, "working takes more"
 
 
@@ -69,13 +69,13 @@ def test_a_worker_loads_a_quantised_mixture_whole_before_it_is_sharded():
 def test_adapters_are_evaluated_on_the_base_on_which_they_train(base: str, weights: float):
     """7.24B: 6.98B in linear layers and the rest at 2 bytes; 42M in adapters at 2."""
     one = adapters(rank=16, base=base, merge=False).with_train(workers=1)
-    memory = evaluation_cost(one, MISTRAL_7B, A100, PAPER_WORK, 1).memory
+    memory = evaluation_cost(one, MISTRAL_7B, A100, PAPER_WORK, 1, flat(one)).memory
     assert memory["weights"] / 1e9 == pytest.approx(weights, abs=0.05)
 
 
 def test_merged_iterates_are_evaluated_as_whole_models():
     merged, full = (
-        evaluation_cost(config, MISTRAL_7B, A100, PAPER_WORK, 1).memory
+        evaluation_cost(config, MISTRAL_7B, A100, PAPER_WORK, 1, flat(config)).memory
         for config in (adapters(rank=16), ZEPHYR.with_train(precision="bf16"))
     )
     assert merged == full

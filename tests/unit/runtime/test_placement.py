@@ -34,6 +34,9 @@ H100 = {"ray.io/accelerator-type": "H100"}
         ([], [], True),
         ([{"CPU": 0.6}] * 5, [{"CPU": 3}], True),  # 3 − 0.6 − … falls 2e-16 short
         ([{"GPU": 0.05}] * 20, [{"GPU": 1}], True),
+        ([{"GPU": 0.3}] * 6, [{"GPU": 2}], True),
+        ([{"GPU": 0.3}] * 10, [{"GPU": 3}], False),  # parts of several GPUs make no engine
+        ([{"GPU": 0.7}] * 4, [{"GPU": 3}], False),
         ([{"CPU": 0.6}] * 6, [{"CPU": 3.5}], False),
     ],
 )

@@ -235,8 +235,8 @@ def _tell_skipped(sources: tuple[Source, ...]) -> None:
             logger.warning("%s: %d files are no data and are skipped: %s", source.path, len(skipped), _some(skipped))
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def template_digest(renderer: ChatRenderer) -> str:
