@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from spin_ray.serving.errors import Refusal
 from spin_ray.serving.limits import access_log
 from tests.support.arena_app import SAYS, TalkingEngines, digest, make
 from tests.support.paths import ROOT
+from tests.support.ray_head import free_port
 from tests.support.tiny_runs import tiny_config
 
 ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature": 0.8, "seed": 3}
@@ -413,9 +413,7 @@ def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
 
 def started(database: str) -> tuple[subprocess.Popen, str]:
     """Starts the application as a process of its own; returns once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen([sys.executable, "-m", "tests.support.arena_app", database, str(port)], cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Generator
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +85,7 @@ class Tables:
     def __init__(self, *tables: dict[str, Any] | Exception) -> None:
         self.table, self._tables = self, list(tables)
         self.calls = list[Call]()
+        self.are_read = asyncio.Event()
 
     def remote(self, version: int, wait_s: float) -> Call:
         self.calls.append(Call(asyncio.create_task(self._next())))
@@ -93,11 +93,21 @@ class Tables:
 
     async def _next(self) -> dict[str, Any]:
         if not self._tables:
+            self.are_read.set()
             await asyncio.sleep(60)
         table = self._tables.pop(0)
         if isinstance(table, Exception):
             raise table
         return table
+
+
+async def followed(made: ServeEngines) -> None:
+    """Follows the keeper until all of its tables are read."""
+    following = asyncio.create_task(made.follow())
+    await asyncio.wait_for(made._keeper.are_read.wait(), 60)
+    following.cancel()
+    await asyncio.wait([following])
+    await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("died", [[], [RayActorError()]])
@@ -109,8 +119,7 @@ def test_a_restarted_keeper_makes_no_known_model_unknown(died: list[Exception]) 
     async def after(*tables: dict[str, Any] | Exception) -> ServeEngines:
         made = engines(Handle(False))
         made._keeper = Tables(TABLE, *tables)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(made.follow(), 1.2 if died else 0.1)
+        await followed(made)
         return made
 
     async def check() -> None:
@@ -133,9 +142,7 @@ def test_who_follows_the_keeper_no_more_leaves_no_call_to_it() -> None:
     async def check() -> None:
         made, before = engines(Handle(False)), asyncio.all_tasks()
         made._keeper = Tables(TABLE)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(made.follow(), 0.1)
-        await asyncio.sleep(0)
+        await followed(made)
         assert len(made._keeper.calls) == 2 and asyncio.all_tasks() == before
 
     asyncio.run(check())

@@ -1,5 +1,6 @@
 """A head node of `ray start`, with dashboard, metrics and a token."""
 
+import random
 import shutil
 import socket
 import subprocess
@@ -62,9 +63,15 @@ def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Returns a free port that nobody gets who asks for any: it is bound only seconds later.
+
+    Linux gives those from 32768 on, and Ray's workers take theirs below 20000.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _kill(pid: int) -> None:

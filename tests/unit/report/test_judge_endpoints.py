@@ -45,7 +45,7 @@ def server(*answers: Answer, models: tuple[str, ...] = ()) -> Iterator[tuple[str
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             status, headers, body = answers[min(len(asked), len(answers)) - 1]
             if isinstance(body, threading.Event):
-                body.wait(1)
+                body.wait(3)
             else:
                 self.tell(status, headers, body)
 
@@ -118,11 +118,11 @@ def test_a_server_that_lists_models_and_is_silent_when_asked_is_asked_once(tmp_p
     """One that has answered before is asked again."""
     held = threading.Event()
     slow: Answer = (200, JSON, held)
-    with server(slow) as (url, asked), pytest.raises(StageError, match=r"no answer within 0.2 s; is the model loaded"):
-        judged(tmp_path / "run", url, timeout_s=0.2)
+    with server(slow) as (url, asked), pytest.raises(StageError, match=r"no answer within 0.8 s; is the model loaded"):
+        judged(tmp_path / "run", url, timeout_s=0.8)
     assert len(asked) == 1
     with server(FIRST, slow, FIRST) as (url, asked):
-        assert judged(tmp_path / "other", url, timeout_s=0.2)["contradicting"] == 3
+        assert judged(tmp_path / "other", url, timeout_s=0.8)["contradicting"] == 3
     assert len(asked) == 7
     held.set()
 
