@@ -121,7 +121,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelFolder:
     """Opens a trained model or adapter and checks its digests."""
-    digest, folder = folder_digest(artefact.verify().files), artefact.local_folder()
+    folder, digest = artefact.checked_folder(), folder_digest(artefact.manifest().files)
     base = initial if is_adapter(folder) else None
     return ModelFolder(folder, digest, name, initial.pad_id, source=artefact, base=base)
 
