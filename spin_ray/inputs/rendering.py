@@ -78,9 +78,9 @@ class ChatRenderer:
             raise rendered
         return rendered
 
-    def render_prompt(self, messages: Conversation, tools: Tools = None) -> list[int]:
+    def render_prompt(self, messages: Conversation) -> list[int]:
         """Renders a conversation without its response; raises RenderError."""
-        (ids,) = self.render_prompts([messages], [tools])
+        (ids,) = self.render_prompts([messages])
         if isinstance(ids, RenderError):
             raise ids
         return ids
