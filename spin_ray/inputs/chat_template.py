@@ -165,7 +165,7 @@ class ChatTemplate:
             (texts,) = self.write_all([messages], [tools])
             return [] if isinstance(texts, RenderError) else self._encode("".join(texts))
         named = self._with_named_thoughts(messages)
-        found = self._tokenizer.apply_chat_template(named, tools=tools, return_dict=True, **self._variables())
+        found = self._tokenizer.apply_chat_template(named, tools=tools, return_dict=True, **self.variables())
         return list(found["input_ids"])
 
     def _find_key_of_thoughts(self) -> str:
@@ -277,7 +277,8 @@ class ChatTemplate:
             if not self.names(name):
                 raise ModelError(f"model.chat_template_kwargs.{name}: the chat template does not read it; take it out")
 
-    def _variables(self, more: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:
+    def variables(self, more: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:
+        """Returns what the template reads beside the messages."""
         return {**self.kwargs, **more, "strftime_now": self.date.strftime}
 
     def _end_turn(self, prompt: str, rest: str, said: Mapping[str, Any]) -> tuple[str, str] | RenderError:
@@ -331,7 +332,7 @@ class ChatTemplate:
         if len(conversations) > 1 and any(offers):
             each = zip(conversations, offers, strict=True)
             return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer], more)]
-        variables, named = self._variables(more), [self._with_named_thoughts(each) for each in conversations]
+        variables, named = self.variables(more), [self._with_named_thoughts(each) for each in conversations]
         try:
             return self._tokenizer.apply_chat_template(
                 named, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt, **variables

@@ -175,8 +175,8 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
         refuse_too_long(inputs.scorer.path, config.scorer.max_length)
         if config.scorer.kind == "reward":
             read = [each for source in _paths(inputs.train) for each in _rendered(renderer, rows[source])]
-            variables = {**config.model.chat_template_kwargs, "strftime_now": renderer.template.date.strftime}
-            refuse_other_roles(inputs.scorer.path, [(each.origin, each.messages) for each in read], variables)
+            messages = [(each.origin, each.messages) for each in read]
+            refuse_other_roles(inputs.scorer.path, messages, renderer.template.variables())
     return Start(
         **vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings), graded=graded
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt_preferred,
     unpacked_responses,
 )  # fmt: skip
+from spin_ray.inputs.files import SourceRow
 from spin_ray.inputs.messages import decoded, is_message, python_text, unpacked, unread_keys
 
 
@@ -355,22 +356,13 @@ def _and(names: Iterable[str]) -> str:
     return ", ".join(map(str, names))
 
 
-class Placed(Protocol):
-    @property
-    def origin(self) -> str: ...
-    @property
-    def content(self) -> Columns | None: ...
-    @property
-    def unread(self) -> tuple[str, ...]: ...
-
-
-def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
+def find_form(rows: Iterable[SourceRow], data: DataConfig) -> Form | None:
     """Returns the form of a file's first rows; None if no row is a JSON object.
 
     Raises:
         DataError: no row has a known form, or two rows have different forms.
     """
-    found: dict[str, Placed] = {}
+    found: dict[str, SourceRow] = {}
     strange: tuple[str, str] | None = None
     for row in rows:
         if row.content is None:
@@ -399,10 +391,14 @@ def refuse_two_forms(found: dict[str, tuple[str, str]]) -> None:
     )
 
 
-def shown(content: Any, width: int = 120) -> str:
+def shown(content: Any) -> str:
     """Returns a row as one short line."""
     text = json.dumps(content, ensure_ascii=True, default=str)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+_SHOWN = 120
+"""Most characters of a row in a message."""
 
 
 def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
-from spin_ray.errors import ConfigError, ModelError
+from spin_ray.errors import ConfigError, ModelError, RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.hub import cached_model, fetch_model
 from spin_ray.learner.weights import find_packed, missing_shards, tensor_shapes, weight_files
@@ -114,6 +114,25 @@ _opening = threading.Lock()
 _opened: dict[tuple[Path, bool], tuple[list[tuple[str, tuple[int, ...]]], ModelFolder]] = {}
 
 
+def open_committed(artefact: Artefact, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
+    """Opens a whole model of a run and checks its digests; reads files as ``open_unchanged`` does.
+
+    Raises:
+        RunDirError: a file is missing or has changed.
+        ModelError: the folder must not be loaded.
+    """
+    files, path = artefact.manifest().files, artefact.local_folder()
+    try:
+        folder = open_unchanged(path, name, trust_remote_code=trust_remote_code)
+    except ModelError:
+        artefact.checked_folder()  # names a damaged file
+        raise
+    if any(folder.files.get(file) != (entry.sha256, entry.bytes) for file, entry in files.items()):
+        artefact.checked_folder()  # names the file
+        raise RunDirError(f"{path}: changed while it was read; restore it")
+    return replace(folder, source=artefact)
+
+
 def _stamp(file: Path) -> tuple[int, ...]:
     found = file.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
@@ -121,7 +140,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelFolder:
     """Opens a trained model or adapter and checks its digests."""
-    digest, folder = folder_digest(artefact.verify().files), artefact.local_folder()
+    folder, digest = artefact.checked_folder(), folder_digest(artefact.manifest().files)
     base = initial if is_adapter(folder) else None
     return ModelFolder(folder, digest, name, initial.pad_id, source=artefact, base=base)
 

@@ -62,13 +62,13 @@ class ChatRenderer:
             ModelError: the template is missing or unfit for training.
         """
         self.tokenizer = tokenizer
-        self.template = self._template = ChatTemplate(tokenizer, kwargs or {}, date or datetime.now())
-        self.end_of_turn_id = self._template.end_of_turn_id
-        self.end_of_turn = self._template.end_of_turn
-        self.writes_end_of_turn = self._template.writes_end_of_turn
+        self.template = ChatTemplate(tokenizer, kwargs or {}, date or datetime.now())
+        self.end_of_turn_id = self.template.end_of_turn_id
+        self.end_of_turn = self.template.end_of_turn
+        self.writes_end_of_turn = self.template.writes_end_of_turn
         """False if only the tokenizer's end of text ends a turn."""
-        self._guard = Guard(tokenizer, self._template.control_tokens)
-        self._held_back = self._count_held_back(Written(self._template.prompt))
+        self._guard = Guard(tokenizer, self.template.control_tokens)
+        self._held_back = self._count_held_back(Written(self.template.prompt))
         self._ending = self._find_ending()
 
     def render(self, messages: Conversation, tools: Tools = None) -> Rendered:
@@ -78,9 +78,9 @@ class ChatRenderer:
             raise rendered
         return rendered
 
-    def render_prompt(self, messages: Conversation, tools: Tools = None) -> list[int]:
+    def render_prompt(self, messages: Conversation) -> list[int]:
         """Renders a conversation without its response; raises RenderError."""
-        (ids,) = self.render_prompts([messages], [tools])
+        (ids,) = self.render_prompts([messages])
         if isinstance(ids, RenderError):
             raise ids
         return ids
@@ -118,7 +118,7 @@ class ChatRenderer:
     ) -> list[Written | RenderError]:
         guarded = self._set_aside(conversations, tools)
         sound = [each for each in guarded if not isinstance(each, RenderError)]
-        found = iter(self._template.write_prompts([each.messages for each in sound], [each.tools for each in sound]))
+        found = iter(self.template.write_prompts([each.messages for each in sound], [each.tools for each in sound]))
         return [
             each if isinstance(each, RenderError)
             else text if isinstance(text := next(found), RenderError) else Written(text, each.names)
@@ -128,7 +128,7 @@ class ChatRenderer:
     def _write_all(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[_Parts | RenderError]:
         guarded = self._set_aside(conversations, tools)
         sound = [each for each in guarded if not isinstance(each, RenderError)]
-        found = iter(self._template.write_all([each.messages for each in sound], [each.tools for each in sound]))
+        found = iter(self.template.write_all([each.messages for each in sound], [each.tools for each in sound]))
         return [
             each if isinstance(each, RenderError)
             else texts if isinstance(texts := next(found), RenderError)
@@ -140,7 +140,7 @@ class ChatRenderer:
         guarded: list[_Guarded | RenderError] = []
         for messages, offered in zip(conversations, tools or [None] * len(conversations), strict=True):
             try:
-                guarded.append(_Guarded(*self._guard.set_aside(self._template.in_its_form(messages), offered)))
+                guarded.append(_Guarded(*self._guard.set_aside(self.template.in_its_form(messages), offered)))
             except RenderError as error:
                 guarded.append(error)
         return guarded
@@ -199,21 +199,21 @@ class ChatRenderer:
         return Rendered(prompt[: len(prompt) - held_back], response)
 
     def _held_back_of(self, prompt: Written) -> int:
-        if self._template.constant and prompt.text.endswith(self._template.constant):
+        if self.template.constant and prompt.text.endswith(self.template.constant):
             return self._held_back
         return self._count_held_back(prompt)
 
     def _count_held_back(self, prompt: Written) -> int:
         alone, *followed = self._guard.encode(
-            [prompt, *(Written(prompt.text + response, prompt.set_aside) for response in self._template.responses)]
+            [prompt, *(Written(prompt.text + response, prompt.set_aside) for response in self.template.responses)]
         )
         assert alone is not None
         return len(alone) - min(len(commonprefix([alone, ids])) for ids in followed if ids is not None)
 
     def _find_ending(self) -> _Ending | None:
         """Returns the end of every prompt; None if responses are tokenised otherwise behind that end alone."""
-        prompt, responses = self._template.prompt, self._template.responses
-        found = list(any_of(self._template.added_ids).finditer(prompt))
+        prompt, responses = self.template.prompt, self.template.responses
+        found = list(any_of(self.template.added_ids).finditer(prompt))
         starts, ends = [match.start() for match in found], [match.end() for match in found]
         if not starts:
             return None
@@ -225,7 +225,7 @@ class ChatRenderer:
         alike = all(long and long[before:] == part for long, part in zip(whole, short, strict=True))
         ending = short[0] or []
         # The mark must be a token here: beside a letter, a ``single_word`` token is text and joins its neighbours.
-        parts = ending[:1] == [self._template.added_ids[prompt[starts[-1] : ends[-1]]]]
+        parts = ending[:1] == [self.template.added_ids[prompt[starts[-1] : ends[-1]]]]
         return _Ending(text, ending) if parts and alike and self._held_back < len(ending) else None
 
 

@@ -8,7 +8,7 @@ from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import RunDirError, UserError
 from spin_ray.inputs.hub import fetch_model
 from spin_ray.inputs.merged_start import find_model
-from spin_ray.inputs.model_folder import ModelFolder, is_hub_name, name_on_hub, open_unchanged
+from spin_ray.inputs.model_folder import ModelFolder, is_hub_name, name_on_hub, open_committed, open_unchanged
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -70,14 +70,7 @@ def open_initial(run: RunDir) -> ModelFolder:
     artefact = run.whole_model(0)
     if not artefact.is_committed:
         return replace(_open(run, start_folder(run)), source=StartModel(run))
-    trusted = run.config().model.trust_remote_code
-    files, path = artefact.manifest().files, artefact.local_folder()
-    whole = all((path / file).is_file() for file in files)
-    folder = open_unchanged(path, iterate_name(0), trust_remote_code=trusted) if whole else None
-    if folder is None or any(folder.files.get(file) != (entry.sha256, entry.bytes) for file, entry in files.items()):
-        artefact.checked_folder()  # names the file
-        raise RunDirError(f"{path}: changed while it was read; restore it")
-    return replace(folder, source=artefact)
+    return open_committed(artefact, iterate_name(0), trust_remote_code=run.config().model.trust_remote_code)
 
 
 def _open(run: RunDir, folder: Path) -> ModelFolder:

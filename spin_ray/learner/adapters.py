@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapter_folder import import_peft, read_values
-from spin_ray.learner.loading import without_weights
+from spin_ray.learner.loading import on_meta
 from spin_ray.learner.weights import tensor_shapes
 
 _LINEAR = (nn.Linear, Conv1D)
@@ -60,7 +60,7 @@ def refuse_unadaptable(folder: Path, config: LoraConfig, *, trust_remote_code: b
     if trust_remote_code:
         matrices = [name.removesuffix(".weight") for name, shape in tensor_shapes(folder).items() if len(shape) == 2]
         return refuse_absent(config.target_modules, matrices) if matrices else None
-    model = without_weights(AutoConfig.from_pretrained(folder))
+    model = on_meta(AutoConfig.from_pretrained(folder))
     if config.merge:
         _refuse_tied_head(model, config.target_modules)
     add_adapters(model, config, seed=0)

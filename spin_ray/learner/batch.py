@@ -8,8 +8,9 @@ Dimensions in all signatures:
     pairs     (real, generated) pairs
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64
@@ -64,18 +65,14 @@ class PackedBatch:
     """θ_0's response, for rows with ``initial_ids`` (T-SPIN)."""
 
     @property
-    def num_pairs(self) -> int:
-        return self.pair_row.shape[0]
-
-    @property
     def num_useful_tokens(self) -> int:
         """Returns the number of tokens without padding."""
         return sum(run.stop - run.start for run in self.runs if run.tree >= 0)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """Returns the batch with every tensor changed."""
+        tensors = {name: change(value) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)}
+        return replace(self, **tensors)
+
     def to(self, device: torch.device) -> "PackedBatch":
-        moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name in self.__slots__
-            for value in [getattr(self, name)]
-        }
-        return PackedBatch(**moved)
+        return self.map(lambda tensor: tensor.to(device))

@@ -6,11 +6,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from spin_ray.learner.head import TARGETS_MULTIPLE, Head, LogitTransform
-from spin_ray.learner.sizes import ROWS_PER_CHUNK
+from spin_ray.learner.head import Head, LogitTransform, padded, rows_per_chunk, upcast
 
 COPIES = 4
 """Tensors [rows, vocab] that a chunk holds at once; a chunk has ``ROWS_PER_CHUNK // COPIES`` rows."""
@@ -34,9 +32,9 @@ class ReadTop:
     def __call__(
         self, head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform
     ) -> TopTokens:
-        at, targets = _padded(at)
-        found = [_top(_logits(head, hidden, part, transform), self.k) for part in at.split(_rows(hidden))]
-        return TopTokens(*(torch.cat(parts)[:targets] for parts in zip(*found, strict=True)))
+        parts = padded(at).split(_rows(hidden))
+        found = [_top(_logits(head, hidden, part, transform), self.k) for part in parts]
+        return TopTokens(*(torch.cat(values)[: len(at)] for values in zip(*found, strict=True)))
 
 
 class ReadDivergence:
@@ -52,15 +50,12 @@ class ReadDivergence:
         self, head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform
     ) -> Float[Tensor, "targets"]:
         """Returns the divergences in fp32 (fp64 for fp64), in nats."""
-        at, targets = _padded(at)
-        fill = len(at) - targets
-        teacher = (functional.pad(part, (0, 0) * (part.dim() - 1) + (0, fill)) for part in self.teacher)
-        rows = _rows(hidden)
+        rows, values = _rows(hidden), (at, *self.teacher)
         found = [
             checkpoint(_of_chunk, head, hidden, *chunk, transform, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(*(part.split(rows) for part in (at, *teacher)), strict=True)
+            for chunk in zip(*(padded(each).split(rows) for each in values), strict=True)
         ]
-        return torch.cat(found)[:targets].clone()  # of a view FSDP2 would warn
+        return torch.cat(found)[: len(at)].clone()  # of a view FSDP2 would warn
 
 
 def divergence(logits: Float[Tensor, "rows vocab"], teacher: TopTokens) -> Float[Tensor, "rows"]:
@@ -95,14 +90,8 @@ def _top(logits: Tensor, k: int) -> TopTokens:
 
 
 def _logits(head: Head, hidden: Tensor, at: Tensor, transform: LogitTransform) -> Tensor:
-    logits = head(hidden[at])
-    return transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-
-
-def _padded(at: Tensor) -> tuple[Tensor, int]:
-    """Pads targets to whole chunks, at least one, so that every rank uses the head."""
-    return functional.pad(at, (0, -len(at) % TARGETS_MULTIPLE or (0 if len(at) else TARGETS_MULTIPLE))), len(at)
+    return transform(upcast(head(hidden[at])))
 
 
 def _rows(hidden: Tensor) -> int:
-    return ROWS_PER_CHUNK.get(hidden.device.type, ROWS_PER_CHUNK["cuda"]) // COPIES
+    return rows_per_chunk(hidden) // COPIES

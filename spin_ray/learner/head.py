@@ -66,9 +66,8 @@ def target_logps(
     Without targets, padding still reaches every parameter, else FSDP2's other ranks would wait.
     """
     targets = len(at)
-    fill = -targets % TARGETS_MULTIPLE or (TARGETS_MULTIPLE if not targets else 0)
-    at, target_ids = functional.pad(at, (0, fill)), functional.pad(target_ids, (0, fill))
-    rows = rows or ROWS_PER_CHUNK.get(hidden.device.type, ROWS_PER_CHUNK["cuda"])
+    at, target_ids = padded(at), padded(target_ids)
+    rows = rows or rows_per_chunk(hidden)
     if type(head) is nn.Linear:
         logps = _TargetLogps.apply(hidden[at], head.weight, head.bias, target_ids, transform, rows, fused)
         return cast(Tensor, logps)[:targets]
@@ -80,22 +79,33 @@ def target_logps(
     return torch.cat(logps)[:targets]
 
 
+def padded(values: Tensor) -> Tensor:
+    """Pads values of targets to ``TARGETS_MULTIPLE``, also if there are none: every rank uses the head."""
+    fill = -len(values) % TARGETS_MULTIPLE or (0 if len(values) else TARGETS_MULTIPLE)
+    return functional.pad(values, (0, 0) * (values.dim() - 1) + (0, fill))
+
+
+def rows_per_chunk(hidden: Tensor) -> int:
+    return ROWS_PER_CHUNK.get(hidden.device.type, ROWS_PER_CHUNK["cuda"])
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Returns logits in fp32 (fp64 for fp64)."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _of_chunk(head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform) -> Tensor:
     return _pick(head(hidden[at]), target_ids, transform)[0]
 
 
-def _upcast(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _pick(logits: Tensor, target_ids: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    logits = transform(_upcast(logits))
+    logits = transform(upcast(logits))
     total = logits.logsumexp(dim=-1)
     return logits.gather(-1, target_ids[:, None]).squeeze(-1) - total, total
 
 
 def _change(logits: Tensor, target_ids: Tensor, total: Tensor, gradient: Tensor, transform: LogitTransform) -> Tensor:
-    transformed = transform(_upcast(logits))
+    transformed = transform(upcast(logits))
     slope = transform.slope(transformed)
     change = transformed.sub_(total[:, None]).exp_().mul_(-gradient[:, None])
     change.scatter_add_(1, target_ids[:, None], gradient[:, None])
@@ -106,7 +116,7 @@ def _change_in_one_pass(
     logits: Tensor, target_ids: Tensor, total: Tensor, gradient: Tensor, transform: LogitTransform
 ) -> Tensor:
     """Computes ``_change`` in a form that compiles to one kernel."""
-    transformed = transform(_upcast(logits))
+    transformed = transform(upcast(logits))
     change = (transformed - total[:, None]).exp() * -gradient[:, None]
     is_target = torch.arange(logits.shape[1], device=logits.device) == target_ids[:, None]
     change = torch.where(is_target, change + gradient[:, None], change)

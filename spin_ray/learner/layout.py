@@ -9,7 +9,6 @@ import torch
 
 from spin_ray.errors import ModelError
 from spin_ray.learner.attention import candidates
-from spin_ray.learner.attention.capability import too_old
 from spin_ray.learner.probe import Probe
 from spin_ray.learner.scoring import Layout, ResponseScorer
 
@@ -49,10 +48,8 @@ def choose_layout(
         model: an unsharded model in fp32; it stays as it is.
 
     Raises:
-        ModelError: no choice gives right numbers, tokens see what follows them, or the GPU has no bf16.
+        ModelError: no choice gives right numbers, or tokens see what follows them.
     """
-    if dtype == torch.bfloat16 and (reason := too_old(device, "train.precision: bf16")):
-        raise ModelError(f"{reason}; set train.precision: fp32")
     choice, reasons = try_layouts(model, wanted, Probe(model, max_length, device, dtype))
     if choice.layout == "padded" and wanted == "auto":
         logger.warning(

@@ -27,7 +27,7 @@ def empty_model(source: Path) -> Any | None:
 
     Returns None if the model must be loaded whole, because transformers converts weights by rules that ``fused`` lacks.
     """
-    model = without_weights(AutoConfig.from_pretrained(source))
+    model = on_meta(AutoConfig.from_pretrained(source))
     stored = tensor_shapes(source)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in _stored_buffers(model).items()}
@@ -37,7 +37,7 @@ def empty_model(source: Path) -> Any | None:
     return model.eval()
 
 
-def without_weights(config: Any, kind: Any = AutoModelForCausalLM, attention: str | None = None) -> Any:
+def on_meta(config: Any, kind: Any = AutoModelForCausalLM, attention: str | None = None) -> Any:
     """Builds the model with parameters on the meta device."""
     attention = attention or first_attention(config)
     with _parameters_on_meta():
@@ -55,7 +55,7 @@ def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]
     Returns none if transformers splits stored weights or does not know the model.
     """
     try:
-        model = without_weights(AutoConfig.from_pretrained(source), kind, "eager")  # some classifiers have no other
+        model = on_meta(AutoConfig.from_pretrained(source), kind, "eager")  # some classifiers have no other
     except Exception:  # loading the folder raises the same error later
         return []
     found = stored_targets(model, tensor_shapes(source))
@@ -91,7 +91,7 @@ class _WeightFiles(FileSystem):
 def load_first_layers(source: Path) -> Any:
     """Loads the first layers, at least two and one of every kind, for the probe."""
     config = AutoConfig.from_pretrained(source)
-    keep_layers(config, layers_of_every_kind(without_weights(config)))
+    keep_layers(config, layers_of_every_kind(on_meta(config)))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would report every layer that is left out
     try:

@@ -15,7 +15,7 @@ from spin_ray.errors import ModelError
 from spin_ray.learner.decoder import layers_of_every_kind
 from spin_ray.learner.hf_folder import first_attention, lacking
 from spin_ray.learner.layout import CPU, try_layouts
-from spin_ray.learner.loading import keep_layers, missing_weights, without_weights
+from spin_ray.learner.loading import keep_layers, missing_weights, on_meta
 from spin_ray.learner.probe import Probe
 
 VOCABULARY = 64
@@ -96,7 +96,7 @@ def _cuts(config: Any, max_length: int) -> Iterator[Any]:
                     getattr(smaller, part).num_hidden_layers = 1
             if (getattr(text, "index_topk", None) or max_length) < max_length:
                 text.index_topk = min(text.index_topk, SPARSE_TOKENS)
-            keep_layers(smaller, layers_of_every_kind(without_weights(smaller)))
+            keep_layers(smaller, layers_of_every_kind(on_meta(smaller)))
         except Exception:
             continue
         yield smaller
@@ -154,7 +154,7 @@ def _few_tokens(config: Any, text: Any) -> None:
 
 
 def _made(config: Any, seed: int) -> Any | None:
-    if sum(it.numel() for it in without_weights(config).parameters()) * 4 > MOST_BYTES:
+    if sum(it.numel() for it in on_meta(config).parameters()) * 4 > MOST_BYTES:
         return None
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -16,6 +16,7 @@ from spin_ray.learner.attention.base import Window
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.decoder import decoder_of
 from spin_ray.learner.loading import as_eager, first_layers
+from spin_ray.learner.losses import segment_lengths
 from spin_ray.learner.packing import build_pack
 from spin_ray.learner.rope import rope_limit, switching
 from spin_ray.learner.scoring import Layout, attention_windows, padded_rows
@@ -143,7 +144,7 @@ class Probe:
         allowed = 1e-4 + 1e-5 * expected.abs()
         if dtype != torch.float32:
             rounding = 4 * (own[dtype] - expected).abs().max()
-            allowed = allowed + rounding + 0.02 * _response_lengths(batch)
+            allowed = allowed + rounding + 0.02 * segment_lengths(batch)
         if not ((found - expected).abs() <= allowed).all():
             return (
                 f"{layout} log-probabilities differ from those of eager attention, one response at a time, "
@@ -228,10 +229,6 @@ def _first_layers_in(model: Any, device: torch.device, dtype: torch.dtype) -> An
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return copy.eval()
-
-
-def _response_lengths(batch: PackedBatch) -> Float[Tensor, "segments"]:
-    return torch.bincount(batch.segment, minlength=batch.num_segments).float()
 
 
 def _long_pack(vocab_size: int, reach: int) -> PackedBatch:

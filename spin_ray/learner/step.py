@@ -1,10 +1,9 @@
 """The work of one train worker, in torch.distributed without Ray."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -224,10 +223,10 @@ def feed(
 
     def build(pack: Pack) -> tuple[int, PackedBatch]:
         batch = shape.build(pack, table)
-        return batch.num_useful_tokens, _each_tensor(batch, Tensor.pin_memory) if device.type == "cuda" else batch
+        return batch.num_useful_tokens, batch.map(Tensor.pin_memory) if device.type == "cuda" else batch
 
     def sent(tokens: int, batch: PackedBatch) -> tuple[int, PackedBatch]:
-        return tokens, _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+        return tokens, batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     with ThreadPoolExecutor(1, thread_name_prefix="packs") as builder:
         ahead: deque[Future[tuple[int, PackedBatch]]] = deque()
@@ -237,13 +236,6 @@ def feed(
                 yield sent(*ahead.popleft().result())
         while ahead:
             yield sent(*ahead.popleft().result())
-
-
-def _each_tensor(batch: PackedBatch, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-    values.update(tensors)
-    return PackedBatch(**values)
 
 
 def _pack_loss(

@@ -257,10 +257,10 @@ def _multimodal(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _loaded_parameters(whole: Any) -> int | None:
     """Returns the parameters that a run loads of a multimodal model; None if it is no causal language model."""
-    from spin_ray.learner.loading import without_weights  # slow
+    from spin_ray.learner.loading import on_meta  # slow
 
     try:
-        return sum(parameter.numel() for parameter in without_weights(whole).parameters())
+        return sum(parameter.numel() for parameter in on_meta(whole).parameters())
     except ValueError:
         return None
 

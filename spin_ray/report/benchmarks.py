@@ -212,7 +212,7 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
     limit_s = max(section.start_timeout_s, config.cluster.wait_for_nodes_s)
     wait_for_a_task(resources, limit_s, f"lm-eval on {request.name}")  # the other parts may follow the first
     # max_calls=1 ends the process afterwards: vLLM and torch give no memory back.
-    task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
+    task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources))
     running = {task.remote(run_dir, iterate, part): part for part in parts}
 
     def ended() -> Iterator[tuple[Request, dict[str, Any] | Exception]]:

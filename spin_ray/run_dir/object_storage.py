@@ -27,7 +27,7 @@ from obstore.exceptions import (
 )
 from obstore.store import ObjectStore, from_url
 
-from spin_ray.errors import ConfigError, StageError, first_line
+from spin_ray.errors import ConfigError, RunDirError, StageError, first_line
 from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
 from spin_ray.run_dir.storage import MANIFEST, UPDATE_TIMEOUT_S, Digest, Storage
 
@@ -156,7 +156,7 @@ class ObjectStorage(Storage):
         return Digest(found.hexdigest(), size)
 
     def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
-        return folder_with(CACHE, files, lambda file, to: self._download(f"{name}/{file}", to), self.where(name))
+        return folder_with(CACHE, files, partial(self._download, name), self.where(name))
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
         found, version = self._read_with_version(name)
@@ -194,10 +194,15 @@ class ObjectStorage(Storage):
         except FileNotFoundError:
             return None, "create"
 
-    def _download(self, name: str, target: Path) -> None:
+    def _download(self, folder: str, name: str, target: Path) -> None:
+        """Downloads a file of an artefact; raises RunDirError if the store has it no more."""
         with target.open("wb") as file:
-            for chunk in self._chunks(name):
-                file.write(chunk)
+            try:
+                for chunk in self._chunks(f"{folder}/{name}"):
+                    file.write(chunk)
+            except FileNotFoundError as error:
+                where = self.where(folder)
+                raise RunDirError(f"{where}/{name}: is missing; restore it or remove {where}") from error
 
     def _chunks(self, name: str) -> Iterator[bytes]:
         """Yields the object in pieces; after a failure it goes on behind the last piece.

@@ -67,8 +67,9 @@ def earlier_tries() -> int:
     return global_worker.core_worker.get_current_task_attempt_number()  # pyrefly: ignore[missing-attribute] (set by Ray)
 
 
-def task_options(resources: ResourcesConfig, *, retries: int) -> dict[str, Any]:
-    return _asked(resources) | {"max_retries": retries}
+def task_options(resources: ResourcesConfig) -> dict[str, Any]:
+    """Returns Ray's options of a task that is never tried again."""
+    return _asked(resources) | {"max_retries": 0}
 
 
 def _asked(resources: ResourcesConfig) -> dict[str, Any]:

@@ -31,7 +31,6 @@ def connect(config: SpinConfig) -> None:
         ResourceError: no cluster answers within 10 s, or Ray cannot start here.
         StageError: Ray did not start, for an unknown reason.
     """
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     refuse_other_ray(config)
     if not ray.is_initialized():
         address, place = _asked_address(config)

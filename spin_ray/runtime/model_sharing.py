@@ -4,7 +4,7 @@ driver's machine: _Giver ──parts of a file, as Ray objects──> each other
 """
 
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,15 +57,14 @@ class SharedFolder:
         return cache.is_whole(self.folder, files, CACHE)
 
     def _fetch(self, giver: Any, name: str, target: Path) -> None:
-        here = ray.get_runtime_context().get_node_id()
         parts = max(1, math.ceil(self.files[name].bytes / self.part_bytes))
         try:
             with target.open("wb") as file:
-                asked = giver.part.remote(name, 0, self.part_bytes, here)
+                asked = giver.part.remote(name, 0, self.part_bytes)
                 for number in range(parts):
                     (part,) = ray.get(asked, timeout=PART_TIMEOUT_S)
                     if number + 1 < parts:
-                        asked = giver.part.remote(name, number + 1, self.part_bytes, here)
+                        asked = giver.part.remote(name, number + 1, self.part_bytes)
                     file.write(ray.get(part, timeout=PART_TIMEOUT_S))
         except ray.exceptions.RayError as error:
             where = f"{self.folder}/{name}"
@@ -89,9 +88,8 @@ class _Giver:
     def __init__(self, folder: Path, files: Mapping[str, Digest]) -> None:
         self._folder, self._files = folder, files
         self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self._given: Counter[str] = Counter()
 
-    def part(self, name: str, number: int, size: int, node: str) -> list[Any]:
+    def part(self, name: str, number: int, size: int) -> list[Any]:
         """Returns a reference in a list, because Ray would replace a bare one by its value."""
         if name not in self._files:
             raise ValueError(f"{name} is no file of {self._folder}")
@@ -102,9 +100,4 @@ class _Giver:
                 found = self._kept[name, number] = ray.put(file.read(size))
             while len(self._kept) > KEPT_PARTS:
                 self._kept.popitem(last=False)
-        self._given[node] += max(0, min(size, self._files[name].bytes - number * size))
         return [found]
-
-    def given(self) -> dict[str, int]:
-        """Returns the bytes requested, by Ray's node id."""
-        return dict(self._given)

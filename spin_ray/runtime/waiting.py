@@ -57,7 +57,7 @@ def wait_for_a_task(resources: ResourcesConfig, limit_s: float, what: str) -> No
     Raises:
         StageError: it has not run after ``limit_s``; says that ``what`` waited.
     """
-    task = ray.remote(_do_nothing).options(**task_options(resources, retries=0)).remote()
+    task = ray.remote(_do_nothing).options(**task_options(resources)).remote()
     try:
         ray.get(task, timeout=limit_s)
     except ray.exceptions.GetTimeoutError as error:

@@ -15,14 +15,15 @@ _TYPES = {
 _WORDS = {
     "missing": "is missing", "json_invalid": "is not JSON ({error})", "finite_number": "must be a finite number",
     "greater_than": "must be more than {gt}", "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}", "literal_error": "must be {expected}",
+    "less_than": "must be less than {lt}", "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}", "string_pattern_mismatch": "must match {pattern}",
     "too_short": "has {actual_length}; at least {min_length} must be given",
     "too_long": "has {actual_length}; at most {max_length} are allowed",
     "string_too_long": "has more than {max_length} characters", "empty": "must not be empty",
     "string_unicode": "is not valid Unicode (a lone surrogate)",
     "string_type": "must be a text", "bool_type": "must be true or false", "list_type": "must be a list",
     "int_type": "must be a whole number", "int_from_float": "must be a whole number", "float_type": "must be a number",
-    "dict_type": "must be an object", "model_type": "must be an object", "model_attributes_type": "must be an object",
+    "model_type": "must be an object", "model_attributes_type": "must be an object",
 }  # fmt: skip
 """Messages by pydantic's type of error; pydantic's own speak of Python's types."""
 _NAMED = ("stream_options", "top_logprobs", "max_tokens")
@@ -114,7 +115,8 @@ def _where(error: Any) -> str:
 
 def _in_words(error: Any) -> str:
     context = error.get("ctx", {})
-    kind = "empty" if context.get("actual_length") == 0 else error["type"]
+    is_empty = context.get("actual_length") == 0 or context.get("min_length") == 1
+    kind = "empty" if is_empty else error["type"]
     return _WORDS[kind].format(**context) if kind in _WORDS else error["msg"]
 
 

@@ -99,6 +99,7 @@ class IterateEngine(LLMServer):
         if self._config.serving.resources.gpus:
             check_triton("serving.resources.gpus")
         folder, model = self._iterate.folder, self._config.model
+        # The keeper checked in another process, perhaps on another machine; vLLM loads these bytes.
         found = open_unchanged(folder, self._iterate.name, trust_remote_code=model.trust_remote_code)
         if found.digest != self._iterate.digest:
             raise RunDirError(f"{folder}: changed after it was checked; restore it")

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from spin_ray.errors import ConfigError, RunDirError
-from spin_ray.inputs.model_folder import Source, open_model
+from spin_ray.inputs.model_folder import Source, open_committed
 from spin_ray.inputs.start_model import open_initial
-from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.names import LATEST, api_name, iterate_number, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
@@ -85,9 +84,8 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
         model = open_initial(run)
         return Iterate(name, model.path, model.digest, run.date(), model.source)
     artefact = run.model(number)
-    folder = artefact.checked_folder()
     if run.is_adapter(number):
-        digest = folder_digest(folder_entries(folder))
+        folder, digest = artefact.checked_folder(), folder_digest(artefact.manifest().files)
         return Iterate(name, folder, digest, run.date(), artefact, open_iterate(run, api_name(0)))
-    model = open_model(folder, name, trust_remote_code=run.config().model.trust_remote_code)
-    return Iterate(name, folder, model.digest, run.date(), artefact)
+    model = open_committed(artefact, name, trust_remote_code=run.config().model.trust_remote_code)
+    return Iterate(name, model.path, model.digest, run.date(), artefact)

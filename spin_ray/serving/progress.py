@@ -11,7 +11,7 @@ from ray import serve
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import StageError
 from spin_ray.serving.app import APP
-from spin_ray.serving.engines import ENDED, RUN
+from spin_ray.serving.engines import RUN
 from spin_ray.serving.front import Front, serve_logs
 
 _LOOK_S = 1.0
@@ -36,7 +36,6 @@ class Progress:
         table: dict[str, Any] = {
             "engines": {},
             "problems": {},
-            "down": [],
             "troubles": {},
             "failures": {},
             "starting": {},
@@ -60,7 +59,7 @@ class Progress:
         """Returns what is new in the keeper's table since the last call."""
         now = {name: f"does not serve: {reason}" for name, reason in table["problems"].items()}
         now |= table["starting"] | dict.fromkeys(table["engines"], "ready")
-        now |= dict.fromkeys(table["down"], ENDED) | table["troubles"]
+        now |= table["troubles"]
         new = [f"{name}: {state}" for name, state in now.items() if self._told.get(name) != state]
         new += [f"{name}: {text}" for name, text in table["failures"].items() if self._failed.get(name) != text]
         if RUN in self._told and RUN not in now:

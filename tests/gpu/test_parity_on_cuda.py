@@ -78,7 +78,7 @@ def test_scores_are_transformers_own_one_response_at_a_time(alone, model):
     alone_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     expected = [logp_alone(alone_model, prompt, response) for prompt, *both in ROWS for response in both]
     learner, found = backend(model, alone), {}
-    assert (learner.layout, learner._scorer._attention.name) == ("packed", "flex")
+    assert (learner._scorer.layout, learner._scorer._attention.name) == ("packed", "flex")
     for batch in batches_of(ROWS):
         logps = learner.score(batch.to(alone)).cpu()
         for row, real, generated in zip(

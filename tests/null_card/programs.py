@@ -74,7 +74,7 @@ def kernels(*widths: str) -> None:
 def learns(name: str) -> None:
     """Scores, takes two steps, saves, loads and exports."""
     backend = _backend(**SETTINGS[name])
-    assert backend.layout == "packed"
+    assert backend._scorer.layout == "packed"
     for batch in batches_of(ROWS):
         backend.score(batch)
     _step(backend)

@@ -10,7 +10,8 @@ import ray
 from spin_ray.errors import RunDirError
 from spin_ray.run_dir.storage import bytes_digest
 from spin_ray.runtime import model_sharing as distribution
-from spin_ray.runtime.model_sharing import SharedFolder, _Giver
+from spin_ray.runtime.model_sharing import SharedFolder
+from tests.support.counting_giver import CountingGiver
 
 FILES = {"config.json": b"{}", "weights/model.safetensors": b"0123456789", "empty.txt": b""}
 DIGESTS = {name: bytes_digest(data) for name, data in FILES.items()}
@@ -32,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def giver(tmp_path: Path) -> Iterator[Any]:
     """An actor of another machine, as far as this process can tell; nine bytes in parts of three, and one more."""
-    actor = ray.remote(_Giver).options(name="giver", num_cpus=0).remote(write(tmp_path / "there"), DIGESTS)
+    actor = ray.remote(CountingGiver).options(name="giver", num_cpus=0).remote(write(tmp_path / "there"), DIGESTS)
     yield actor
     ray.kill(actor)
 
@@ -46,14 +47,15 @@ def test_a_folder_arrives_in_parts_once(tmp_path: Path, cache: Path, giver: Any)
     assert found.parent == cache
     assert {name: (found / name).read_bytes() for name in FILES} == FILES
     assert shared(tmp_path / "not here").local_folder() == found
-    assert list(ray.get(giver.given.remote()).values()) == [12]
+    weights = [("weights/model.safetensors", number) for number in range(4)]
+    assert ray.get(giver.asked.remote()) == dict.fromkeys([("config.json", 0), *weights, ("empty.txt", 0)], 1)
     assert not list(cache.glob("attempt-*"))
 
 
 def test_without_weights_only_the_rest_arrives(tmp_path: Path, cache: Path, giver: Any) -> None:
     found = shared(tmp_path / "not here").local_folder(weights=False)
     assert sorted(path.name for path in found.rglob("*") if path.is_file()) == ["config.json", "empty.txt"]
-    assert list(ray.get(giver.given.remote()).values()) == [2]
+    assert {name for name, _ in ray.get(giver.asked.remote())} == {"config.json", "empty.txt"}
 
 
 def test_the_same_content_at_the_same_path_is_used_in_place(tmp_path: Path, cache: Path) -> None:

@@ -37,6 +37,7 @@ from spin_ray.runtime.model_sharing import share
 from spin_ray.runtime.placement import check_fits
 from spin_ray.runtime.waiting import wait_until_free
 from spin_ray.runtime.workers import run_workers
+from tests.support.counting_giver import CountingGiver
 from tests.support.fakes import FakeEngine
 from tests.support.small_cluster import SmallCluster, may_hide, small_cluster, when
 
@@ -94,6 +95,7 @@ def local_ray(
     folder = tmp_path_factory.mktemp("nodes")
     patch.setattr(object_storage, "CACHE", folder / "cache-head")
     patch.setattr(distribution, "PART_BYTES", 2**18)  # the weights are 1.3 MB
+    patch.setattr(distribution, "_Giver", CountingGiver)
     with small_cluster(folder, hidden=model) as cluster:
         for name, pool in (("a", "any"), ("b", "engines"), ("c", "any")):
             cluster.add(name, pool)
@@ -176,9 +178,9 @@ def test_replicas_spread_over_the_nodes_and_each_gets_the_model_once(
     found = open_model(model, "sft")
     shared = share(found.path, found.files)  # as the run did
     assert shared is not None
-    given = ray.get(ray.get_actor(shared.giver).given.remote())
-    size = sum(file.bytes for file in found.files.values())
-    assert given == dict.fromkeys(played, size), "once each, and not to the head, which has it"
+    parts = {(name, part) for name, file in found.files.items() for part in range(max(1, -(-file.bytes // 2**18)))}
+    asked = ray.get(ray.get_actor(shared.giver).asked.remote())
+    assert asked == dict.fromkeys(parts, 3), "once by each node, and not by the head, which has it"
     for name in "abc":
         models = [path for path in nodes.cache(name).glob("*/*.safetensors")]
         assert [path.read_bytes() for path in models] == [(model / "model.safetensors").read_bytes()]

@@ -171,6 +171,7 @@ def test_what_clients_of_openai_and_vllm_send_is_understood(change: dict[str, An
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options: is for streams only"),
         (COMPLETIONS, {"prompt": [1, -5]}, "prompt.1: must be at least 0"),
         (COMPLETIONS, {"prompt": ""}, "prompt: must not be empty"),
+        (CHAT, {"model": ""}, "model: must not be empty"),
         (CHAT, {"messages": []}, "messages: must not be empty"),
         (CHAT, {"messages": HELLO["messages"] * 257}, "messages: has 257; at most 256 are allowed"),
         (CHAT, {"temperature": "1"}, "temperature: must be a number"),

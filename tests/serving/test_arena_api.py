@@ -150,6 +150,18 @@ def test_a_vote_is_a_comparison_and_a_verdict_and_nothing_else(client, body):
     assert client.post("/v1/votes", json=body).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("/v1/votes", {"battle": "x", "verdict": "a"}, "battle: must match ^[0-9a-f]{24}$"),
+        ("/v1/battles", ASKED | {"models": ["sft", ""]}, "models.1: must not be empty"),
+        ("/v1/battles", ASKED | {"seed": 2**31}, "seed: must be less than 2147483648"),
+    ],
+)
+def test_a_mistake_in_a_comparison_or_vote_is_told_in_words(client, path, body, told):
+    assert client.post(path, json=body).json()["error"]["message"] == told
+
+
 def test_a_comparison_is_voted_on_at_every_replica_and_after_a_restart(client, votes):
     battle, _ = fight(client)
     other = TestClient(make(votes), base_url="http://localhost")

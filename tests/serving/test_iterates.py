@@ -1,12 +1,14 @@
 """Which iterates may serve, and what must be true before anything listens."""
 
 import asyncio
+import hashlib
 import io
 import json
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -34,7 +36,7 @@ from spin_ray.serving.server import check_room, check_settings, start, with_room
 from tests.support.fake_engines import FakeEngines
 from tests.support.fakes import config_of
 from tests.support.paths import ROOT
-from tests.support.tiny_runs import add_iterate, make_run, tiny_config
+from tests.support.tiny_runs import add_iterate, make_adapter_run, make_run, tiny_config
 
 
 @pytest.fixture
@@ -68,7 +70,20 @@ def test_the_digest_is_that_of_the_folder(run: RunDir) -> None:
         assert (iterate.folder, iterate.digest) == (folder, folder_digest(folder_entries(folder)))
 
 
-@pytest.mark.parametrize("damage", ["flip", "remove", "manifest"])
+@pytest.mark.parametrize("made", [make_run, make_adapter_run])
+def test_a_checked_iterates_files_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[..., RunDir]
+) -> None:
+    run, digest, read = made(tmp_path / "run", iterates=1), hashlib.file_digest, []
+    folder = run.model(1).local_folder()
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(Path(file.name)) or digest(file, kind))
+    open_iterate(run, "iter-0")
+    assert sorted(path for path in read if path.parent == folder) == sorted(
+        folder / name for name in run.model(1).manifest().files
+    )
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "config", "manifest"])
 def test_an_iterate_whose_files_are_not_what_was_committed_is_not_opened(run: RunDir, damage: str) -> None:
     file = run.storage.path("iter_000/model/model.safetensors")
     if damage == "flip":
@@ -77,6 +92,8 @@ def test_an_iterate_whose_files_are_not_what_was_committed_is_not_opened(run: Ru
         file.write_bytes(data)
     elif damage == "remove":
         file.unlink()
+    elif damage == "config":
+        (file.parent / "config.json").write_text("{")
     else:
         (file.parent / "_MANIFEST.json").write_text("{")
     with pytest.raises(RunDirError):

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from spin_ray.config.sections import ServingConfig
+from spin_ray.serving.engines import ENDED
 from spin_ray.serving.front import listen
 from spin_ray.serving.progress import Progress
 
-EMPTY: dict[str, Any] = {"engines": {}, "problems": {}, "down": [], "troubles": {}, "failures": {}, "starting": {}}
+EMPTY: dict[str, Any] = {"engines": {}, "problems": {}, "troubles": {}, "failures": {}, "starting": {}}
 
 
 def test_each_step_of_an_engine_is_told_once_and_ready_means_that_something_answers() -> None:
@@ -22,7 +23,7 @@ def test_each_step_of_an_engine_is_told_once_and_ready_means_that_something_answ
         "sft: ready",
         "http://127.0.0.1:9000 answers; Ctrl-C stops it",
     ]
-    assert progress.lines(table | {"down": ["sft"]}) == ["sft: its engine has ended and starts again"]
+    assert progress.lines(table | {"troubles": {"sft": ENDED}}) == ["sft: its engine has ended and starts again"]
 
 
 def test_troubles_are_told_when_they_come_when_they_change_and_when_they_have_passed() -> None:
@@ -31,7 +32,7 @@ def test_troubles_are_told_when_they_come_when_they_change_and_when_they_have_pa
     progress.lines(table)
     out_of_memory = "its engine has ended (torch.OutOfMemoryError: CUDA out of memory) and starts again"
     stale = {"run": "cannot be followed ([Errno 116] Stale file handle: '/r/LATEST'); trying again"}
-    now = table | {"down": ["iter-0"], "troubles": {"iter-0": out_of_memory} | stale}
+    now = table | {"troubles": {"iter-0": out_of_memory} | stale}
     assert progress.lines(now) == [f"iter-0: {out_of_memory}", f"run: {stale['run']}"]
     assert progress.lines(now) == []
     again = "its engine has ended and cannot start again (ValueError: no room for a cache); trying again"

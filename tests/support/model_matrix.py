@@ -71,8 +71,8 @@ def examine(kind: ModelKind, folder: Path) -> Outcome:
     with torch.no_grad():
         export = (_scores(backend) - _alone(after)).abs().max()
     return Outcome(
-        layout=backend.layout, logps=float(logps), gradients=gradients, loss=float(loss), plain_loss=plain_loss.item(),
-        moved=moved, export=float(export), same_names=_tensors(start) == _tensors(target),
+        layout=backend._scorer.layout, logps=float(logps), gradients=gradients, loss=float(loss),
+        plain_loss=plain_loss.item(), moved=moved, export=float(export), same_names=_tensors(start) == _tensors(target),
     )  # fmt: skip
 
 

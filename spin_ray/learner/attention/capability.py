@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 KERNELS_NEED = (8, 0)
-"""Lowest compute capability for the kernels and bf16 (Ampere)."""
+"""Lowest compute capability for the kernels (Ampere)."""
 
 
 def too_old(device: torch.device, what: str) -> str | None:

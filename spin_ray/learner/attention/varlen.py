@@ -6,10 +6,10 @@
 Causal masks are aligned to the bottom right, so a response sees its whole prompt and its own past.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -36,10 +36,6 @@ class Varlen:
             return f"varlen_attn computes in bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
         if device.type != "cuda":
             return f"varlen_attn is for CUDA, not for {device.type}"
-        try:
-            _kernel()
-        except ImportError as error:
-            return f"torch {torch.__version__} has no torch.nn.attention.varlen ({error}); it came with torch 2.10"
         return too_old(device, "varlen_attn")
 
     def prepare(
@@ -123,20 +119,10 @@ def _rounded_longest(stops: np.ndarray) -> int:
 
 
 def _kernel() -> Callable[..., Tensor]:
-    """Returns torch's ``varlen_attn`` for grouped heads and, where torch can, without splits of the keys.
+    """Returns torch's ``varlen_attn`` for grouped heads and without splits of the keys.
 
     Splits would make a sequence's numbers depend on the others of its pack.
-
-    Raises:
-        ImportError: torch is older than the kernel.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # slow, and for GPUs only
 
-    takes = inspect.signature(varlen_attn).parameters
-    always: dict[str, Any] = {"enable_gqa": True, "num_splits": 1}
-    known = {name: value for name, value in always.items() if name in takes}
-
-    def kernel(*states: Any, **settings: Any) -> Tensor:
-        return cast(Tensor, varlen_attn(*states, **settings, **known))
-
-    return kernel
+    return cast(Callable[..., Tensor], partial(varlen_attn, enable_gqa=True, num_splits=1))

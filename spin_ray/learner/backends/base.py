@@ -87,11 +87,6 @@ class TrainBackend(Protocol):
     Dropout is always off, for a reproducible reference.
     """
 
-    layout: Literal["packed", "padded"]
-    """Layout that ``auto`` chose."""
-    steps_done: int
-    """Optimizer steps so far; ``load`` restores it."""
-
     @property
     def device(self) -> torch.device: ...
 

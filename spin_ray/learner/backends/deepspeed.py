@@ -57,7 +57,6 @@ class DeepSpeedBackend:
         choice = choose_layout(
             self._model, settings.attention, max_length=settings.max_length, device=device, dtype=settings.dtype
         )
-        self.layout = choice.layout
         if settings.lora is not None:
             add_adapters(self._model, settings.lora, seed=settings.seed, values=settings.adapter)
         if settings.gradient_checkpointing:

@@ -85,7 +85,6 @@ class Fsdp2Backend:
         mesh = make_mesh(settings.mesh, device)
         check_split(probe, mesh, device)
         del probe
-        self.layout = choice.layout
         if lora is not None:
             add_adapters(self._model, lora, seed=settings.seed, values=settings.adapter)
         if settings.precision == "bf16":

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spin_ray.config.compilers import missing_tools
 from spin_ray.errors import ModelError
+from spin_ray.learner import head
 from spin_ray.learner.adapter_folder import write_adapter
 from spin_ray.learner.adapters import file_name, is_adapter, merge_adapters, stored_name
 from spin_ray.learner.attention.hook import allow_many_graphs, keep_out_of_graphs
@@ -25,8 +26,6 @@ from spin_ray.learner.decoder import decoder_layers
 from spin_ray.learner.hf_folder import write_model
 
 logger = logging.getLogger(__name__)
-
-COMPILER = "inductor"
 
 
 def recompute_activations(model: Any) -> None:
@@ -74,7 +73,7 @@ def compile_layers(model: Any) -> None:
     )
     differentiable = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
     for layer in decoder_layers(model):
-        compiled = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
+        compiled = torch.compile(layer.forward, dynamic=True, backend=head.COMPILER)
         layer.forward = partial(_forward_as_in_training, compiled, differentiable)
         differentiable = differentiable or any(parameter.requires_grad for parameter in layer.parameters())
 

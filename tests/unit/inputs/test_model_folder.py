@@ -6,15 +6,19 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 import torch
+from obstore.store import MemoryStore
 from safetensors.torch import save_file
 
 from spin_ray.config.sections import ModelConfig
-from spin_ray.errors import ConfigError, ModelError
+from spin_ray.errors import ConfigError, ModelError, RunDirError
 from spin_ray.inputs.merged_start import find_model
 from spin_ray.inputs.model_folder import (
+    ModelFolder,
     folder_entries,
+    open_artefact,
     open_model,
     read_config,
     refuse_no_model,
@@ -23,7 +27,10 @@ from spin_ray.inputs.model_folder import (
 )
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.weights import refuse_damaged
-from spin_ray.run_dir.storage import MANIFEST
+from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.object_storage import ObjectStorage
+from spin_ray.run_dir.storage import MANIFEST, Storage, folder_digest
 
 
 @pytest.fixture
@@ -342,3 +349,47 @@ def test_a_revision_of_the_hub_is_fetched(folder, monkeypatch):
     )
     assert find_model(ModelConfig(path="org/name@v1.2", max_length=512)) == folder
     assert (asked["name"], asked["revision"]) == ("org/name", "v1.2")
+
+
+# What a run has trained
+
+
+def trained(storage: Storage, folder: Path) -> Artefact:
+    """Commits the files of ``folder`` as a model of a run."""
+    for file in folder.iterdir():
+        storage.create(f"iter_000/model/{file.name}", file.read_bytes())
+    artefact = Artefact(storage, "iter_000/model")
+    artefact.commit(folder_entries(folder), {}, {})
+    return artefact
+
+
+@pytest.fixture
+def on_store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artefact:
+    monkeypatch.setattr(object_storage, "CACHE", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    storage = ObjectStorage("s3://bucket/run")
+    storage.__dict__["_store"] = MemoryStore()  # in the place of the one that _store opens
+    return trained(storage, folder)
+
+
+def test_a_trained_model_on_a_store_is_downloaded_once(folder, on_store, monkeypatch):
+    initial, get, read = ModelFolder(folder, "0", "sft", 3), obstore.get, []
+    monkeypatch.setattr(obstore, "get", lambda *given, **options: read.append(given[1]) or get(*given, **options))
+    opened = open_artefact(on_store, "iter_000", initial)
+    assert sorted(name for name in read if not name.endswith(MANIFEST)) == [
+        f"iter_000/model/{file.name}" for file in sorted(folder.iterdir())
+    ]
+    assert opened.digest == folder_digest(on_store.manifest().files)
+    read.clear()
+    assert open_artefact(on_store, "iter_000", initial) == opened and {Path(name).name for name in read} == {MANIFEST}
+
+
+@pytest.mark.parametrize(("place", "is_missing"), [("store", True), ("store", False), ("disk", True), ("disk", False)])
+def test_a_trained_model_that_is_damaged_is_refused(folder, on_store, tmp_path, place, is_missing):
+    artefact = on_store if place == "store" else trained(Storage(tmp_path / "run"), folder)
+    weights = "iter_000/model/model.safetensors"
+    artefact.storage.delete(weights)
+    if not is_missing:
+        artefact.storage.create(weights, b"WEIGHTS")
+    with pytest.raises(RunDirError, match=f"{weights}: (is missing|differs).*; restore it or remove .*/iter_000/model"):
+        open_artefact(artefact, "iter_000", ModelFolder(folder, "0", "sft", 3))

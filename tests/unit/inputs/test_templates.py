@@ -78,7 +78,7 @@ def test_templates_that_look_at_texts_are_told_from_them(name):
 
 
 def test_the_embedded_models_templates_copy():
-    assert ChatRenderer(fresh_tokenizer())._template._skeletons.write([user("a"), assistant("b")]) is not None
+    assert ChatRenderer(fresh_tokenizer()).template._skeletons.write([user("a"), assistant("b")]) is not None
 
 
 def test_a_template_that_is_no_text_is_always_asked():
@@ -99,7 +99,7 @@ def renderers():
     both = {}
     for name, template in COPYING.items():
         both[name] = (ChatRenderer(fresh_tokenizer(template)), ChatRenderer(fresh_tokenizer(template)))
-        both[name][1]._template._skeletons = Skeletons(None)
+        both[name][1].template._skeletons = Skeletons(None)
     return both
 
 

@@ -90,7 +90,7 @@ def assert_same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_margins_are_exactly_0_at_step_0(make: MakeBackend, precision: str, attention: str) -> None:
     backend = make(precision=precision, attention=attention)
-    assert backend.layout == attention
+    assert backend._scorer.layout == attention
     for batch in batches_of(ROWS):
         reference = pair_logps(backend.score(batch), batch)
         margin = margins(*pair_logps(backend.logps(batch), batch), *reference, beta=5.0)
@@ -230,7 +230,6 @@ def test_the_deterministic_switch_forbids_kernels_of_no_fixed_order(
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
     """Counts compiled graphs; aot_eager traces forward and backward as for GPUs, but starts no C++ compiler."""
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(modules, "COMPILER", counter)
     monkeypatch.setattr(head, "COMPILER", counter)
     head._compiled.cache_clear()
     monkeypatch.setattr(hook.AttentionInterface, "_global_mapping", dict(hook.AttentionInterface._global_mapping))

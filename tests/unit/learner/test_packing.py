@@ -183,7 +183,7 @@ def test_pack_of_the_type_documentation() -> None:
         "generated_segment": [1],
         "pair_row": [0],
     }
-    assert (batch.num_segments, batch.num_pairs, batch.num_useful_tokens) == (2, 1, 5)
+    assert (batch.num_segments, len(batch.pair_row), batch.num_useful_tokens) == (2, 1, 5)
 
 
 def test_padding_is_known_by_length_even_where_the_pad_id_is_the_end_of_turn_id() -> None:
@@ -212,7 +212,7 @@ def test_empty_pack_is_all_padding_and_has_no_targets() -> None:
     batch = build_pack((), table_of([([5], [7], [8])]), pack_length=4, pad_id=9)
     assert batch.input_ids.tolist() == [9] * 4
     assert batch.tree.tolist() == [-1] * 4
-    assert (len(batch.target_ids), batch.num_segments, batch.num_pairs, batch.num_useful_tokens) == (0, 0, 0, 0)
+    assert (len(batch.target_ids), batch.num_segments, len(batch.pair_row), batch.num_useful_tokens) == (0, 0, 0, 0)
 
 
 def test_chunking_of_the_table_does_not_matter() -> None:

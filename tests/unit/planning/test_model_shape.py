@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ConfigError, ModelError
 from spin_ray.learner.adapters import add_adapters
-from spin_ray.learner.loading import without_weights
+from spin_ray.learner.loading import on_meta
 from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
 from spin_ray.planning.weights import adapted_widths, refuse_unknown_layers
 from tests.support.planning_cases import TINY, ZEPHYR
@@ -129,7 +129,7 @@ def test_model_and_adapters_have_the_parameters_of_transformers_and_peft(kind, s
     config = AutoConfig.for_model(kind, **(_SIZES | sizes))
     shape = ModelShape.from_config(config.to_dict(), "m/config.json")
     for targets in ("all-linear", names):
-        lora, model = LoraConfig(rank=3, target_modules=targets), without_weights(config)
+        lora, model = LoraConfig(rank=3, target_modules=targets), on_meta(config)
         refuse_unknown_layers(lora, shape)
         add_adapters(model, lora, seed=0)
         trained = sum(it.numel() for it in model.parameters() if it.requires_grad)
@@ -161,7 +161,7 @@ def test_each_family_of_transformers_has_the_counted_weights_or_is_refused():
         config = CONFIG_MAPPING[kind]()
         with suppress(ModelError):
             shape = ModelShape.from_config(config.to_dict(), kind)
-            weights = sum(it.numel() for it in without_weights(config).parameters())
+            weights = sum(it.numel() for it in on_meta(config).parameters())
             counted[kind] = shape.parameters / weights
     assert not {kind: ratio for kind, ratio in counted.items() if abs(ratio - 1) > 0.005}
     assert {"llama", "mistral", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_oss"} < set(

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.decoder import decoder_layers
-from spin_ray.learner.loading import without_weights
+from spin_ray.learner.loading import on_meta
 from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.learner_cost import evaluation_cost
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
@@ -46,7 +46,7 @@ def test_the_quantised_weights_are_those_of_linear_layers(kind: str, experts: di
     same config.json, without memory for its weights.
     """
     config = AutoConfig.for_model(kind, **SIZES, **experts)
-    shape, model = ModelShape.from_config(config.to_dict(), "config.json"), without_weights(config)
+    shape, model = ModelShape.from_config(config.to_dict(), "config.json"), on_meta(config)
     modules = [module for layer in decoder_layers(model) for module in layer.modules()]
     found = sum(module.weight.numel() for module in modules if type(module) is nn.Linear)
     gates = shape.layers * shape.hidden if kind == "qwen2_moe" else 0  # of the shared expert

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.inputs.rendering import ChatRenderer, open_renderer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_room, shortest_rows
@@ -13,7 +13,6 @@ from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import iteration_name
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import folder_digest
 
 
 class Seft(Algorithm):
@@ -63,5 +62,4 @@ def _reviser(turn: Turn, renderer: ChatRenderer) -> ModelFolder:
         turn.play(initial, [Job(run.prompts, answers, initial)])
         revision.training_rows(run, config, renderer, answers, rows)
         training.fine_tune(run, config, config.reviser, initial, rows, target)
-    files = target.verify().files
-    return ModelFolder(target.local_folder(), folder_digest(files), "reviser", initial.pad_id, source=target)
+    return open_artefact(target, "reviser", initial)
