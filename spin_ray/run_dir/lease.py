@@ -56,7 +56,7 @@ class Lease:
         while True:  # repeated if another driver was faster
             found = self._storage.find(LEASE)
             holder = holder_in(found, f"{self._storage.root}/{LEASE}")
-            if holder is not None and not self._is_stale(holder):
+            if holder is not None and not _is_stale(holder, self._timeout_s):
                 if holder["boot"] == _boot_id() or first not in (None, found):
                     raise RunDirError(f"{self._in_use(holder)}; wait for it, stop it, or choose another --out")
                 if first is None:
@@ -68,7 +68,7 @@ class Lease:
             if self._write_over(found):
                 break
         if holder is not None:
-            logger.warning("took over the lease of process %s on %s, which is gone", holder["pid"], holder["host"])
+            logger.warning("took over the lease of %s, which is gone", _named(holder))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -86,17 +86,7 @@ class Lease:
 
     def _in_use(self, holder: dict[str, Any]) -> str:
         age = time.time() - holder["renewed"]
-        return (
-            f"{self._storage.root}: in use by process {holder['pid']} on {holder['host']} "
-            f"(lease renewed {age:.0f} s ago)"
-        )
-
-    def _is_stale(self, holder: dict[str, Any]) -> bool:
-        if holder["boot"] == _boot_id() and holder["pid"] == os.getpid():
-            return holder["token"] not in _held
-        if holder["boot"] == _boot_id():
-            return _process_started(holder["pid"]) != holder["started"]
-        return time.time() - holder["renewed"] > self._timeout_s
+        return f"{self._storage.root}: in use by {_named(holder)} (lease renewed {age:.0f} s ago)"
 
     def _write_over(self, found: bytes | None) -> bool:
         content = {
@@ -127,6 +117,24 @@ class Lease:
                 self._write_over(ours)
             except (StageError, RunDirError, OSError) as error:  # e.g. a file server that is briefly unreachable
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
+
+
+def gone_driver(storage: Storage, timeout_s: float) -> str | None:
+    """Names the driver that holds the lease if it is gone; None if it lives, or nobody holds the lease."""
+    holder = holder_in(storage.find(LEASE), f"{storage.root}/{LEASE}")
+    return _named(holder) if holder and _is_stale(holder, timeout_s) else None
+
+
+def _is_stale(holder: dict[str, Any], timeout_s: float) -> bool:
+    if holder["boot"] == _boot_id() and holder["pid"] == os.getpid():
+        return holder["token"] not in _held
+    if holder["boot"] == _boot_id():
+        return _process_started(holder["pid"]) != holder["started"]
+    return time.time() - holder["renewed"] > timeout_s
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return f"process {holder['pid']} on {holder['host']}"
 
 
 def _boot_id() -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.status import print_difference, print_status, print_summary, status_as_json, what_is_kept
 from spin_ray.run_dir.events import stage_seconds
+from spin_ray.run_dir.fence import LEASE
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
@@ -154,6 +156,20 @@ def test_following_goes_on_until_nothing_is_running(run, call, monkeypatch):
     assert code == 0
     assert out.count("Last event: start iter_000/pairs") == 1
     assert out.count("Last event: commit iter_000/pairs") == 1
+
+
+def test_a_run_whose_driver_is_gone_does_not_run(run, call, monkeypatch):
+    """A driver that was killed closes no stage. From another machine only the age of its lease tells."""
+    run.event("start", "iter_000/training")
+    lease = {"token": "t", "host": "head-7", "boot": "another", "pid": 12, "started": 1.0, "renewed": time.time()}
+    run.storage.replace(LEASE, json.dumps(lease).encode())
+    assert status_as_json(run)["running"]
+    run.storage.replace(LEASE, json.dumps(lease | {"renewed": time.time() - 3600}).encode())
+    assert not status_as_json(run)["running"]
+    monkeypatch.setattr(cli.time, "sleep", lambda _: pytest.fail("follows a run that nobody drives"))
+    code, out, _ = call("status", run.storage.root, "--follow")
+    assert code == 0
+    assert "Stopped during iter_000 training: process 12 on head-7 is gone" in out
 
 
 def test_a_killed_evaluation_of_a_finished_run_does_not_keep_it_running(run, call, monkeypatch):
