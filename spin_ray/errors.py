@@ -102,6 +102,8 @@ def _last_line(error: BaseException) -> str:
     before, trailer, _ = text.rpartition("UserCodeException")
     if trailer:
         text = before.rpartition("The above exception was the direct cause")[0] or text
+    if killed := _KILLED_FOR_MEMORY.search(text):
+        return killed[0].replace(killed[1] or "", "")
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("Refer to the doc")]
     if not lines:
         return type(error).__name__
@@ -114,6 +116,8 @@ def _last_line(error: BaseException) -> str:
     return f"{said[0]} {said[1].strip()}" if said[0].rstrip().endswith(":") else said[0]
 
 
+_KILLED_FOR_MEMORY = re.compile(r".*killed due to the node running low on memory\.(?:.*?(, ID: \w+).*? limit)?")
+"""What Ray 2.60 says of a process that its memory monitor killed, before tables of workers and processes."""
 _ENDED_SAYS_RAY = re.compile(r"exits with a connection error code 2|^The worker died unexpectedly")
 """What Ray 2.60 says of a process that was killed by a signal, before a list of possible causes."""
 

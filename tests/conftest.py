@@ -36,8 +36,8 @@ ENGINES = "serving with engines"
 WITH_ENGINES = frozenset(
     f"tests/serving/test_{name}.py"
     for name in (
-        "adapters_on_one_engine", "arena_page", "bad_requests", "compare_command", "deployed", "fuzz",
-        "lm_eval_at_endpoint", "real_server", "server_stops",
+        "adapters_on_one_engine", "arena_page", "bad_requests", "compare_command", "fuzz", "lm_eval_at_endpoint",
+        "real_server", "server_stops", "serving_on_a_cluster",
     )
 )  # fmt: skip
 """Files whose tests ask one real server or start engines beside it: a process that is given one of them is given all.

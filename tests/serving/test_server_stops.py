@@ -1,4 +1,4 @@
-"""SIGTERM to the server that all tests of this folder shared; the name of this file puts it last."""
+"""SIGTERM to the server that the tests before this file shared; the name of this file puts it behind them."""
 
 import json
 import threading
