@@ -53,7 +53,7 @@ def test_the_line_of_an_error_that_is_passed_on_is_what_happened_not_a_page_of_a
     assert len(last_line(RuntimeError("x" * 5000))) < 500
     text = (
         "Training failed due to controller error:\n3 worker(s) were killed due to the node running low on memory. "
-        "Memory on the node (IP: 10.0.0.7, ID: 089db5bb) was 21.37GB used / 23.54GB limit (0.908006)\nOOM kill reason: …"
+        "Memory on the node (IP: 10.0.0.7, ID: 089db5bb) was 21.37GB used / 23.54GB limit (0.908006)\nOOM kill: …"
         "\nTop 10 memory users: PID\tMEM(GB)\tCOMMAND\n27553\t1.69\tpython\n30191\t0.66\tray::ServeReplica"
     )
     assert last_line(ray.exceptions.RayError(text)) == (
