@@ -90,6 +90,10 @@ class SpinConfig(Settings):
             schedule_epochs=_pick(self.train.schedule_epochs, iteration),
         )
 
+    def margin_beta(self, iteration: int) -> float:
+        """Returns the factor of reported margins: β, but 1 for SPPO, whose β is 1/η and no scale of margins."""
+        return 1.0 if self.algorithm == "sppo" else self.at(iteration).beta
+
     def identity(self) -> dict[str, Any]:
         """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``."""
         return flatten(_identity(self))

@@ -200,7 +200,8 @@ def build_pack(
 ) -> PackedBatch:
     """Builds one pack of PAIR_SCHEMA or TRIPLET_SCHEMA rows, targets and segments in pack order.
 
-    Padding fills up to ``pack_length``, or to a multiple of ``pad_multiple`` if that is less.
+    Equal responses to a prompt are one branch and one segment, so that the margin of y′ = y is exactly 0. Padding fills
+    up to ``pack_length``, or to a multiple of ``pad_multiple`` if that is less.
     Do not combine the table's chunks: one list array cannot hold 2^31 tokens.
     """
     columns = [table.column(name) for name in ("prompt_ids", "real_ids", "generated_ids")]
@@ -208,20 +209,13 @@ def build_pack(
     builder = _PackBuilder()
     for number, tree in enumerate(pack):
         prompt, real = (_tokens(column, tree[0]) for column in columns[:2])
-        last_of_prompt = builder.add_prompt(prompt, number)
-        real_segment = builder.add_response(real, number, 1, last_of_prompt, start=len(prompt))
-        branch = 1
+        builder.begin_tree(prompt, number)
+        real_segment = builder.add_response(real)
         for row in tree:
             generated = _tokens(columns[2], row)
-            generated_segment = -1
-            if len(generated):
-                branch += 1
-                generated_segment = builder.add_response(generated, number, branch, last_of_prompt, start=len(prompt))
-            builder.pairs.append((real_segment, generated_segment, row))
+            builder.pairs.append((real_segment, builder.add_response(generated) if len(generated) else -1, row))
             if initial is not None:
-                branch += 1
-                tokens = _tokens(initial, row)
-                builder.initial.append(builder.add_response(tokens, number, branch, last_of_prompt, start=len(prompt)))
+                builder.initial.append(builder.add_response(_tokens(initial, row)))
     multiple = pad_multiple or pack_length
     length = max(-(-builder.length // multiple), 1) * multiple
     return builder.finish(min(length, pack_length), pad_id, with_initial=initial is not None)
@@ -239,18 +233,23 @@ class _PackBuilder:
         self.pairs: list[tuple[int, int, int]] = []
         self.initial: list[int] = []  # segments
 
-    def add_prompt(self, tokens: np.ndarray, tree: int) -> int:
-        self.spans.append((tokens, 0, tree, 0))
-        self.length += len(tokens)
-        return self.length - 1
+    def begin_tree(self, prompt: np.ndarray, number: int) -> None:
+        self.spans.append((prompt, 0, number, 0))
+        self.length += len(prompt)
+        self._tree, self._prompt, self._prompt_end = number, len(prompt), self.length
+        self._segments: dict[bytes, int] = {}
 
-    def add_response(self, tokens: np.ndarray, tree: int, branch: int, last_of_prompt: int, *, start: int) -> int:
-        self.spans.append((tokens, start, tree, branch))
+    def add_response(self, tokens: np.ndarray) -> int:
+        """Returns the response's segment: that of an equal one of the tree, if there is one."""
+        if (segment := self._segments.get(tokens.tobytes())) is not None:
+            return segment
+        segment = self._segments[tokens.tobytes()] = len(self.targets)
+        self.spans.append((tokens, self._prompt, self._tree, len(self._segments)))
         predict_at = np.arange(self.length - 1, self.length + len(tokens) - 1)
-        predict_at[0] = last_of_prompt
+        predict_at[0] = self._prompt_end - 1
         self.targets.append((predict_at, tokens))
         self.length += len(tokens)
-        return len(self.targets) - 1
+        return segment
 
     def finish(self, pack_length: int, pad_id: int, *, with_initial: bool) -> PackedBatch:
         if self.length > pack_length:

@@ -31,10 +31,11 @@ def text_measures(
         groups: result of ``conversation_groups``.
     """
     real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
+    prompts = heldout["prompt_ids"].to_pylist()
     measures: dict[str, Any] = {
         "length_auc": length_auc(by_row["real_length"].tolist(), by_row["generated_length"].tolist()),
-        "duplicate_share": duplicate_share(generated),
-        "real_duplicate_share": duplicate_share(real),
+        "duplicate_share": duplicate_share(prompts, generated),
+        "real_duplicate_share": duplicate_share(prompts, real),
         "distinct_2": distinct_ngrams(generated, 2),
         "real_distinct_2": distinct_ngrams(real, 2),
     }
@@ -49,9 +50,13 @@ def length_auc(real: Sequence[int], generated: Sequence[int]) -> float:
     return float(mannwhitneyu(real, generated).statistic / (len(real) * len(generated)))
 
 
-def duplicate_share(responses: list[list[int]]) -> float:
-    """Returns the share of responses that repeat an earlier one: a, b, a, a -> 1/2."""
-    return 1 - len({tuple(ids) for ids in responses}) / max(len(responses), 1)
+def duplicate_share(prompts: list[list[int]], responses: list[list[int]]) -> float:
+    """Returns the share of responses that repeat one to another prompt: a, b, a, a -> 1/2.
+
+    Equal responses to the same prompt, which may be held out with several human responses, count once.
+    """
+    said = {(tuple(prompt), tuple(ids)) for prompt, ids in zip(prompts, responses, strict=True)}
+    return 1 - len({ids for _, ids in said}) / max(len(said), 1)
 
 
 def distinct_ngrams(responses: list[list[int]], n: int) -> float:

@@ -70,7 +70,7 @@ def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConf
     policy = max(range(len(iterates)), key=lambda index: iterate_number(iterates[index]))
     if iterates[policy] == "sft":
         return []
-    beta = config.at(iterate_number(iterates[policy]) - 1).beta
+    beta = config.margin_beta(iterate_number(iterates[policy]) - 1)
     per_token = config.objective.length_normalised
     p, y = iterates[policy], answers[policy]
 

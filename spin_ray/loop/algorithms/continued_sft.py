@@ -1,4 +1,4 @@
-"""Continued SFT, the baseline for self-play at equal compute."""
+"""Continued SFT, the baseline for self-play. The same prompts cost it less: nobody answers, and y alone is read."""
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective

@@ -80,7 +80,7 @@ def run(
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
             scores, work = _score(run_dir, config, samples_of, (model, previous, initial))
             counted |= work
-            names, beta = (model.name, previous.name, initial.name), config.at(iterate - 1).beta
+            names, beta = (model.name, previous.name, initial.name), config.margin_beta(iterate - 1)
             per_token, losses = config.objective.length_normalised, _row_losses(config, objective)
             margins = margin_measures(scores, *names, beta, losses, per_token=per_token, groups=groups)
             margins["standard_errors"] |= result["standard_errors"]

@@ -438,3 +438,11 @@ def test_a_run_keeps_the_sizes_that_it_began_with():
     assert again.identity() == begun.identity()
     other = config_of(generation={"resources": {"gpus": 1}, "shard_rows": 64}).settle_sizes(begun)
     assert sizes(other) == (64, 256)
+
+
+def test_reported_margins_are_times_beta_but_for_sppo_whose_beta_is_a_step_size():
+    sppo = {"algorithm": "sppo", "scorer": {"path": "judge"}, "generation": {"samples_per_prompt": 5}}
+    for more, factors in (({}, [0.1, 0.5]), (sppo, [1.0, 1.0])):
+        recipe = MINIMAL | {"iterations": 2, "objective": {"beta": [0.1, 0.5]}} | more
+        config = parse_config(recipe, source="r.yaml")
+        assert [config.margin_beta(iteration) for iteration in (0, 1)] == factors

@@ -201,6 +201,15 @@ def test_samples_of_one_prompt_share_its_tree_and_its_real_response() -> None:
     assert (batch.real_segment.tolist(), batch.generated_segment.tolist()) == ([0, 0], [1, 2])
 
 
+def test_equal_responses_to_a_prompt_are_one_branch_so_that_their_margin_is_exactly_0() -> None:
+    """y′ = y, and a sample that came twice; the same tokens under another prompt are others."""
+    rows: list[Row] = [([5, 6], [7, 2], [7, 2]), ([5, 6], [7, 2], [9, 2]), ([5, 6], [7, 2], [9, 2]), ([4], [3], [9, 2])]
+    batch = build_pack(((0, 1, 2), (3,)), table_of(rows), pack_length=12, pad_id=0)
+    assert batch.input_ids.tolist() == [5, 6, 7, 2, 9, 2, 4, 3, 9, 2, 0, 0]
+    assert (batch.real_segment.tolist(), batch.generated_segment.tolist()) == ([0, 0, 0, 2], [0, 1, 1, 3])
+    assert batch.branch.tolist()[:10] == [0, 0, 1, 1, 2, 2, 0, 1, 2, 2]
+
+
 def test_a_key_whose_samples_do_not_fit_together_becomes_several_trees() -> None:
     """Stem 4, five y' of 10 tokens: 4 + 10 + 10 fits 32, a third does not; so 2 + 2 + 1 samples."""
     rows: list[Row] = [([1, 2], [3, 4], list(range(10 * i, 10 * i + 10))) for i in range(1, 6)]

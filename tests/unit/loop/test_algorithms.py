@@ -323,10 +323,10 @@ def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]], cut: int =
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
         if job.target.path == "reviser/answers":
-            assert model == start
+            assert model == start and job.model.name == "reviser/sft", "iteration 0 would draw the same answers"
             write_answers(job.target, [("p", 0, tokens("it is 7"))], 1)
         else:
-            assert (job.target.path, model.name, job.samples) == ("iter_000/revisions", "reviser", 1)
+            assert (job.target.path, model.name, job.samples) == ("iter_000/revisions", "iter_000/reviser", 1)
             write_answers(job.target, [(f"q{i}/0", 0, ids) for i, ids in enumerate(revisions)], 9)
 
     def fine_tune(run_dir: RunDir, config: SpinConfig, how: Any, model: Any, rows: Artefact, target: Artefact) -> None:

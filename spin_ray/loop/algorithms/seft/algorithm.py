@@ -1,6 +1,7 @@
 """SEFT (Chen et al. 2024, arXiv 2406.10813)."""
 
 from collections import Counter
+from dataclasses import replace
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
@@ -52,6 +53,7 @@ class Seft(Algorithm):
 
 
 def _reviser(turn: Turn, renderer: ChatRenderer) -> ModelFolder:
+    """Returns the reviser under a name of this iteration, so that what it samples does not repeat an earlier one."""
     run, config, initial = turn.run, turn.config, turn.initial
     assert config.reviser is not None
     target = run.artefact("reviser/model")
@@ -59,7 +61,9 @@ def _reviser(turn: Turn, renderer: ChatRenderer) -> ModelFolder:
         from spin_ray.loop.stages.training import stage as training
 
         answers, rows = run.artefact("reviser/answers"), run.artefact("reviser/rows")
-        turn.play(initial, [Job(run.prompts, answers, initial)])
+        turn.play(
+            initial, [Job(run.prompts, answers, replace(initial, name="reviser/sft"))]
+        )  # iteration 0 asks the same
         revision.training_rows(run, config, renderer, answers, rows)
         training.fine_tune(run, config, config.reviser, initial, rows, target)
-    return open_artefact(target, "reviser", initial)
+    return open_artefact(target, f"{iteration_name(turn.iteration)}/reviser", initial)
