@@ -22,7 +22,7 @@ from spin_ray.runtime.precision import with_precision
 LONGEST_PROMPT_AND_RESPONSE, LONGEST_RESPONSE = 0.99, 0.95
 """Fractions of the rows that fit ``model.max_length`` and ``max_tokens``."""
 LEAST_STEPS = 10
-"""Fewest optimizer steps of an iteration. Few rows get a smaller batch than the paper's."""
+"""Fewest optimizer steps of a pass over the rows. Few rows get a smaller batch than the paper's."""
 PAPER_BATCH = 64
 PACK = {"cpu": 1024, "gpu": 4096}
 """Tokens per pack, unless rows are longer. On CPU a pack takes seconds."""

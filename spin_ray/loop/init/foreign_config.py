@@ -12,13 +12,21 @@ import yaml
 from spin_ray.errors import ConfigError
 from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_data import put_data
-from spin_ray.loop.init.foreign_tools import TRL, is_dpo_of_trl, other_method_of, reason_of, tool_of
+from spin_ray.loop.init.foreign_tools import (
+    LLAMA_FACTORY,
+    TRL,
+    entries_of,
+    is_dpo_of_trl,
+    other_method_of,
+    reason_of,
+    tool_of,
+)
 from spin_ray.loop.init.settings import Setting
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
-_LOSSES = {"sigmoid": "logistic", "hinge": "hinge"}
-_WITHOUT_REFERENCE = ("orpo", "simpo", "kto_pair")
-"""Losses of LLaMA-Factory whose β does not scale DPO's log-ratio."""
+_LOSSES = {"sigmoid": "logistic", "sigmoid_norm": "logistic", "hinge": "hinge"}
+_OTHER_BETA = ("ipo", "sppo_hard", "orpo", "simpo", "kto_pair")
+"""Losses whose β does not scale DPO's log-ratio. IPO and SPPO pull log-ratios to ±1/(2β)."""
 _WHOLE_MODEL = (False, None, "full", "")
 _NO_LIMIT = 1e6
 
@@ -39,12 +47,15 @@ def read_foreign(file: Path, gpus: int) -> Foreign:
     found = Foreign(file, tool, "sft", gpus)
     if other := other_method_of(config, file, tool):
         raise ConfigError(f"{file}: {other} is of another method; only sft and dpo can be read")
-    for key, value in config.items():
+    for key, value in entries_of(config, tool):
         name = tool.keys.get(key)
         if value is None and name != "max_length":  # an empty key is no setting, but an empty max_length means no limit
             continue
-        if name is None or name in found.given:
-            found.left[key] = reason_of(key) if name is None else "says the same as an earlier key"
+        if name is None:
+            found.left[key] = reason_of(key)
+        elif name in found.given:
+            earlier, taken = found.given[name]
+            found.left[key] = f"says the same as {earlier}" if value == taken else f"{earlier} goes before it"
         else:
             found.given[name] = (key, value)
     found.method = _method(found, config)
@@ -109,8 +120,11 @@ def _put_lora(found: Foreign) -> None:
         found.settings["train.lora.alpha"] = Setting(2 * rank, "twice the rank")
     found.put("train.lora.alpha", "alpha", int)
     if found.fact("rslora"):  # rsLoRA scales the change by alpha / √rank
-        alpha = round(found.settings["train.lora.alpha"].value * sqrt(rank))
+        exact = found.settings["train.lora.alpha"].value * sqrt(rank)
+        alpha = round(exact)
         found.settings["train.lora.alpha"] = Setting(alpha, f"times √{rank}: {found.why('rslora')}")
+        if abs(alpha - exact) > 0.01 * exact:
+            found.leave("rslora", f"the alpha of its scale is {exact:.4g}; whole ones only: {alpha}")
     if found.fact("all_linear"):
         found.settings["train.lora.target_modules"] = Setting("all-linear", found.why("all_linear"))
         found.leave("targets", "all linear layers have adapters")
@@ -169,18 +183,49 @@ def _put_training(found: Foreign) -> None:
 
 
 def _put_objective(found: Foreign) -> None:
-    found.put("objective.loss", "loss", _loss)
-    if found.fact("loss") in _WITHOUT_REFERENCE:
-        found.leave("beta", f"belongs to the loss {found.fact('loss')}")
+    weights = _weights_of_losses(found)
+    main = _loss_of_pairs(weights)
+    found.put("objective.loss", "loss", lambda _: _LOSSES.get(main))
+    if main == "sigmoid_norm":
+        found.settings["objective.length_normalised"] = Setting(True, found.why("loss"))
+    others = _OTHER_BETA if main else (*_OTHER_BETA, "sigmoid_norm")
+    if other := next((name for name in weights if name in others), None):
+        found.leave("beta", f"is another quantity in the loss {other}")
     else:
         found.put("objective.beta", "beta", float)
+    _put_sft_weight(found, weights, main)
+
+
+def _weights_of_losses(found: Foreign) -> dict[str, float]:
+    """Returns the weight of each loss in the sum that is minimised."""
+    given = "ipo" if found.fact("method") == "ipo" else found.fact("loss") or "sigmoid"
+    names = [str(name) for name in given] if isinstance(given, list) else [str(given)]
+
+    def read(weights: Any) -> dict[str, float]:
+        return dict(zip(names, [1.0] * len(names) if weights is None else map(float, weights), strict=True))
+
+    return found.read("loss_weights", read)
+
+
+def _loss_of_pairs(weights: Mapping[str, float]) -> str:
+    """Returns the loss that stands alone or beside ``sft``; empty if it has no equal here."""
+    names = [name for name in weights if name != "sft"]
+    return names[0] if len(names) == 1 and names[0] in _LOSSES and weights[names[0]] > 0 else ""
+
+
+def _put_sft_weight(found: Foreign, weights: Mapping[str, float], main: str) -> None:
+    per = "row" if found.tool is LLAMA_FACTORY else "micro-batch"
+    place, mean = "objective.sft_weight", f"the mean of the means per {per} there, over all tokens of a step here"
     if found.fact("sft_weight"):
-        found.put("objective.sft_weight", "sft_weight", float)
-
-
-def _loss(value: Any) -> str | None:
-    names = value if isinstance(value, list) else [value]
-    return _LOSSES.get(names[0]) if len(names) == 1 else None
+        found.settings[place] = Setting(found.read("sft_weight", float), f"{found.why('sft_weight')}: {mean}")
+    if not main:
+        found.leave("loss_weights", "belongs to losses without an equal here")
+        return
+    if weights.get("sft"):
+        why = found.why("loss_weights" if "loss_weights" in found.given else "loss")
+        found.settings[place] = Setting(float(f"{weights['sft'] / weights[main]:.4g}"), f"{why}: {mean}")
+    if weights[main] != 1:
+        found.leave("loss_weights", f"{main} has 1 here, which matters to max_grad_norm alone")
 
 
 def _put_optimizer(found: Foreign, place: str) -> None:

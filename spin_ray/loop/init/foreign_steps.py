@@ -32,10 +32,19 @@ def _steps(found: Foreign, settings: Settings, in_a_pass: int) -> Settings:
             max(1, round(passes)), f"{steps} steps of {in_a_pass} a pass: {found.why('max_steps')}"
         )
         found.leave("max_steps", f"is {passes:.2g} passes over the rows; whole ones only: {changed[epochs].value}")
-    warm_up = found.warmup_steps
-    if warm_up >= 1 and found.fact("schedule") != "constant":
-        steps = in_a_pass * (settings | changed)[epochs].value
-        why = f"{warm_up:g} of {steps:,} steps: {found.why('warmup_steps')}"
-        changed[f"{found.stage}.optimizer.warmup_fraction"] = Setting(round(min(1.0, warm_up / steps), 4), why)
+    return changed | _warm_up(found, in_a_pass * (settings | changed)[epochs].value)
+
+
+def _warm_up(found: Foreign, steps: int) -> Settings:
+    place, most = f"{found.stage}.optimizer.warmup_fraction", found.fact("most_warmup_steps")
+    if found.fact("schedule") == "constant":
+        return {}
+    if (count := found.warmup_steps) >= 1:
         found.left.pop(found.given["warmup_steps"][0], None)
-    return changed
+        why = f"{count:g} of {steps:,} steps: {found.why('warmup_steps')}"
+    elif most and found.given.keys().isdisjoint(("warmup_steps", "warmup_fraction")):
+        count = min(most, found.fact("warmup_fraction") * steps)
+        why = f"{count:.4g} of {steps:,} steps, at most {most}: {found.why('warmup_fraction')}"
+    else:
+        return {}
+    return {place: Setting(float(f"{min(1.0, count / steps):.4g}"), why)}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class Tool(NamedTuple):
     name: str
     keys: Mapping[str, str]
-    """Facts (see ``Foreign``) by the tool's own keys."""
+    """Facts (see ``Foreign``) by the tool's own keys. Of two keys for one fact the tool reads the first."""
     defaults: Mapping[str, Any]
     """Default values by fact."""
     sft: Mapping[str, Any] = {}
@@ -38,12 +38,12 @@ TRL = Tool(
     "TRL",
     _HUGGING_FACE
     | {
-        "dataset_name": "train", "datasets": "train", "dataset_mixer": "train", "dataset_config": "subset",
+        "datasets": "train", "dataset_mixer": "train", "dataset_name": "train", "dataset_config": "subset",
         "dataset_train_split": "split", "dataset_test_split": "heldout_split",
         "dataset_splits": "splits", "max_length": "max_length",
         "max_seq_length": "max_length", "beta": "beta", "loss_type": "loss", "use_peft": "lora", "lora_r": "rank",
         "lora_alpha": "alpha", "lora_target_modules": "targets", "use_rslora": "rslora", "load_in_4bit": "four_bits",
-        "load_in_8bit": "eight_bits", "packing": "packing", "rpo_alpha": "sft_weight",
+        "load_in_8bit": "eight_bits", "packing": "packing", "rpo_alpha": "sft_weight", "loss_weights": "loss_weights",
     },
     _TRAINER_DEFAULTS | {"max_length": 1024, "rank": 16, "alpha": 32},
     sft={"learning_rate": 2e-5},
@@ -55,14 +55,18 @@ AXOLOTL = Tool(
     | {
         "base_model": "model", "revision_of_model": "revision", "datasets": "train", "test_datasets": "heldout",
         "sequence_len": "max_length", "micro_batch_size": "micro_batch", "num_epochs": "epochs",
-        "optimizer": "optimizer", "lr_scheduler": "schedule", "rl": "method", "rl_beta": "beta", "dpo_beta": "beta",
-        "dpo_loss_type": "loss", "adapter": "lora", "lora_r": "rank", "lora_alpha": "alpha",
+        "optimizer": "optimizer", "lr_scheduler": "schedule", "rl": "method", "trl.beta": "beta", "rl_beta": "beta",
+        "dpo_beta": "beta", "dpo_loss_type": "loss", "dpo_loss_weights": "loss_weights",
+        "adapter": "lora", "lora_r": "rank", "lora_alpha": "alpha",
         "lora_target_modules": "targets", "lora_target_linear": "all_linear",
         "chat_template_kwargs": "template_variables", "peft_use_rslora": "rslora", "load_in_4bit": "four_bits",
         "load_in_8bit": "eight_bits", "sample_packing": "packing", "rpo_alpha": "sft_weight",
     },
     _TRAINER_DEFAULTS
-    | {"micro_batch": 1, "epochs": 1, "schedule": "cosine", "max_length": 512, "warmup_fraction": 0.03},
+    | {
+        "micro_batch": 1, "epochs": 1, "schedule": "cosine", "max_length": 512, "warmup_fraction": 0.03,
+        "most_warmup_steps": 100,
+    },
     dpo={"beta": 0.1},
 )  # fmt: skip
 LLAMA_FACTORY = Tool(
@@ -121,6 +125,18 @@ _ADVICE = {
 
 def tool_of(config: Mapping[str, Any]) -> Tool | None:
     return next((tool for key, tool in _MARKS.items() if key in config), None)
+
+
+def entries_of(config: Mapping[str, Any], tool: Tool) -> list[tuple[str, Any]]:
+    """Returns keys and values; of two for one fact the tool reads the first. Axolotl's ``trl`` becomes ``trl.beta``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if tool is AXOLOTL and key == "trl" and isinstance(value, Mapping):
+            flat |= {f"trl.{inner}": each for inner, each in value.items()}
+        else:
+            flat[key] = value
+    order = {key: number for number, key in enumerate(tool.keys)}
+    return sorted(flat.items(), key=lambda entry: order.get(entry[0], len(order)))
 
 
 def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:

@@ -31,6 +31,10 @@ def values(found: Foreign) -> dict[str, Any]:
     return {place: setting.value for place, setting in found.settings.items()}
 
 
+def objective_of(found: Foreign) -> dict[str, Any]:
+    return tree_of(found.settings).get("objective", {})
+
+
 def check(found: Foreign) -> None:
     """The settings alone make a recipe that a run would take, with room for packs and responses."""
     tree = tree_of(found.settings)
@@ -144,28 +148,29 @@ def test_configs_of_llama_factory_name_rows_in_its_registry(tmp_path):
     ]
     assert (got["train.lora.rank"], got["train.lora.alpha"]) == (8, 16)
     assert got["train.lora.target_modules"] == ["q_proj", "v_proj"]
-    assert (got["objective.beta"], got["train.global_batch_pairs"], got["train.learning_rate"]) == (0.2, 8, 5e-5)
+    assert (got["train.global_batch_pairs"], got["train.learning_rate"]) == (8, 5e-5)
     assert got["train.optimizer.warmup_fraction"] == 0.2
     assert set(found.left) == {
-        "template", "pref_loss", "max_samples", "fp16", "lr_scheduler_type", "dataset.0.formatting",
+        "template", "pref_loss", "pref_beta", "max_samples", "fp16", "lr_scheduler_type", "dataset.0.formatting",
     }  # fmt: skip
-    assert found.left["pref_loss"] == "has no equal here" and "objective.loss" not in got
+    assert found.left["pref_loss"] == "has no equal here" and objective_of(found) == {}
     check(found)
 
 
 def test_what_is_half_carried_over_is_listed(tmp_path):
-    """Two losses, a split of local files, and a longest input that is set to none."""
+    """Losses that are added up, a split of local files, and a longest input that is set to none."""
     data = {"path": "./rows", "split": "validation"}
     said = {
         "model_name_or_path": "m",
         "datasets": [data],
         "beta": 0.1,
-        "loss_type": ["sigmoid", "sft"],
+        "loss_type": ["sigmoid", "bco_pair", "sft"],
+        "loss_weights": [0.8, 0.2, 1.0],
         "max_length": None,
     }
     found = read(tmp_path, said)
-    assert set(found.left) == {"loss_type", "datasets.0.split"}
-    assert "objective.loss" not in found.settings and "model.max_length" not in found.settings
+    assert set(found.left) == {"loss_type", "loss_weights", "datasets.0.split"}
+    assert "model.max_length" not in found.settings and objective_of(found) == {"beta": 0.1}
 
 
 def test_a_data_set_that_is_in_no_registry_stays_open(tmp_path):
@@ -196,8 +201,25 @@ def test_packs_and_steps_become_rows_passes_and_fractions(tmp_path):
     assert by_rows(unseen, unseen.settings, Look()) == unseen.settings and "warmup_steps" in unseen.left
 
 
+@pytest.mark.parametrize(
+    ("rows", "more", "fraction"),
+    [
+        (40_000, {}, 100 / 20_000),
+        (400, {}, 0.03),
+        (40_000, {"warmup_ratio": 0.03}, 0.03),
+        (40_000, {"warmup_steps": 0}, 0.0),
+        (40_000, {"lr_scheduler": "constant"}, 0.0),
+    ],
+)
+def test_axolotl_s_default_warm_up_has_at_most_100_steps(tmp_path, rows, more, fraction):
+    """4 passes over 40,000 rows in batches of 8 are 20,000 steps."""
+    found = read(tmp_path, {"base_model": "m", "micro_batch_size": 8, "num_epochs": 4} | more)
+    settled = by_rows(found, found.settings, rows_of(rows, 256))
+    assert settled["sft.optimizer.warmup_fraction"].value == fraction
+
+
 def test_bits_and_scales_of_adapters(tmp_path):
-    """QLoRA; rsLoRA's scale α/√16 is 4 times α/16; a pattern of PEFT is no list of names."""
+    """QLoRA; rsLoRA's scale α/√16 is 4 times α/16, and √8 makes no whole α; a pattern of PEFT is no list of names."""
     said = {"model_name_or_path": "m", "use_peft": True, "lora_r": 16, "lora_alpha": 8, "beta": 0.1}
     more = {"load_in_4bit": True, "use_rslora": True, "lora_target_modules": r".*\.(q|v)_proj"}
     found = read(tmp_path, said | more)
@@ -205,18 +227,62 @@ def test_bits_and_scales_of_adapters(tmp_path):
     assert lora == {"base": "nf4", "merge": False, "rank": 16, "alpha": 32}
     assert set(found.left) == {"lora_target_modules"}
     check(found)
+    odd = read(tmp_path, said | {"lora_r": 8, "use_rslora": True})
+    assert values(odd)["train.lora.alpha"] == 23
+    assert odd.left == {"use_rslora": "the alpha of its scale is 22.63; whole ones only: 23"}
+    assert not read(tmp_path, said | {"lora_r": 8, "lora_alpha": 16, "use_rslora": True}).left  # 45 for 45.25
     eight = read(tmp_path, {"model_name_or_path": "m", "stage": "sft", "quantization_bit": 8})
     assert values(eight)["train.lora.base"] == "int8"
 
 
 def test_numbers_that_mean_something_else_here_are_not_taken_over(tmp_path):
-    """No steps of warm-up beside a ratio, kin of AdamW, SimPO's β; an added SFT loss is the same there and here."""
+    """No steps of warm-up beside a ratio, kin of AdamW, SimPO's β; an added SFT loss is a mean over rows there."""
     said = {"model_name_or_path": "m", "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5, "pref_ftx": 0.5}
     found = read(tmp_path, said | {"optim": "galore_adamw", "warmup_steps": 0, "warmup_ratio": 0.1})
     got = values(found)
     assert "objective.beta" not in got and "objective.loss" not in got and "train.optimizer.name" not in got
     assert got["train.optimizer.warmup_fraction"] == 0.1 and got["objective.sft_weight"] == 0.5
     assert set(found.left) == {"pref_loss", "pref_beta", "optim"}
+    assert "means per row there, over all tokens of a step here" in found.settings["objective.sft_weight"].why
+
+
+TRL, AXOLOTL = {"model_name_or_path": "m", "beta": 0.2}, {"base_model": "m", "rl": "dpo", "rl_beta": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("said", "objective", "left"),
+    [
+        (TRL | {"loss_type": "ipo"}, {}, {"loss_type", "beta"}),
+        (TRL | {"loss_type": ["sppo_hard"]}, {}, {"loss_type", "beta"}),
+        (TRL | {"loss_type": ["sigmoid", "ipo"]}, {}, {"loss_type", "beta"}),
+        (TRL | {"loss_type": ["sigmoid", "sigmoid_norm"]}, {}, {"loss_type", "beta"}),
+        (TRL | {"loss_type": "robust"}, {"beta": 0.2}, {"loss_type"}),
+        (AXOLOTL | {"rl": "ipo"}, {}, {"rl", "rl_beta"}),
+        (AXOLOTL | {"trl": {"beta": 0.3, "use_vllm": True}}, {"beta": 0.3}, {"rl_beta", "trl.use_vllm"}),
+        (AXOLOTL | {"dpo_beta": 0.2}, {"beta": 0.2}, {"dpo_beta"}),
+        (
+            TRL | {"loss_type": "sigmoid_norm"},
+            {"loss": "logistic", "length_normalised": True, "beta": 0.2},
+            set(),
+        ),
+        (
+            TRL | {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5]},
+            {"loss": "logistic", "beta": 0.2, "sft_weight": 0.5},
+            set(),
+        ),
+        (
+            AXOLOTL | {"dpo_loss_type": ["sft", "hinge"], "dpo_loss_weights": [0.5, 2.0]},
+            {"loss": "hinge", "beta": 0.2, "sft_weight": 0.25},
+            {"dpo_loss_weights"},
+        ),
+        (TRL | {"loss_type": ["sigmoid", "sft"]}, {"loss": "logistic", "beta": 0.2, "sft_weight": 1.0}, set()),
+    ],
+)
+def test_the_loss_and_its_numbers(tmp_path, said, objective, left):
+    """β is carried if it scales log-ratios there; an SFT loss counts relative to the loss of pairs."""
+    found = read(tmp_path, said)
+    assert objective_of(found) == objective and set(found.left) == left
+    check(found)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +312,10 @@ def test_numbers_that_mean_something_else_here_are_not_taken_over(tmp_path):
         ({"learning_rate": 1}, "no SFT or DPO config"),
         ({"base_model": "m", "micro_batch_size": 1, "learning_rate": "fast"}, "learning_rate is 'fast'"),
         ({"base_model": "m", "micro_batch_size": "auto"}, "micro_batch_size is 'auto'"),
+        (
+            {"model_name_or_path": "m", "beta": 0.1, "loss_weights": [1, 0.5]},
+            r"loss_weights is \[1, 0.5\], which is no",
+        ),
     ],
 )
 def test_other_methods_and_other_files_are_refused(tmp_path, config, words):
