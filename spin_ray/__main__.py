@@ -185,7 +185,7 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
     elif "://" in out:
         raise UserError(f"--out {out}: is no file of this machine; without --out the page goes to the first run")
     else:
-        click.echo(write_report(runs, Path(out)))
+        click.echo(write_report(runs, Path(out).expanduser()))
 
 
 @cli.command("export")

@@ -107,10 +107,14 @@ def parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
 
 
 def values_of(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``{"section.field": value}`` with texts read as YAML; raises ConfigError if one is no YAML."""
+    """Returns ``{"section.field": value}`` with texts read as YAML, a section before its fields.
+
+    Raises:
+        ConfigError: a text is no YAML.
+    """
     return {
         key: _parse_yaml(value, source=f"--{key}={value}") if isinstance(value, str) else copy.deepcopy(value)
-        for key, value in overrides.items()
+        for key, value in sorted(overrides.items(), key=lambda each: each[0].count("."))
     }
 
 

@@ -21,7 +21,13 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
+def _parted(value: Any) -> Any:
+    """Parts a text at its commas, as people write a list on a command line."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
 _number = BeforeValidator(_no_flag)
+Words = Annotated[tuple[str, ...], BeforeValidator(_parted)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _number]
 Fraction = Annotated[float, Field(ge=0, le=1), _number]
@@ -408,7 +414,7 @@ class LoraConfig(Section):
     alpha: Count = 32
     """Scale of the change, which is multiplied by alpha / rank. Adapters need 10 to 100 times the learning rate of full
     training."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Words = "all-linear"
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
     base: Literal["bf16", "nf4", "int8"] = "bf16"
     """Number format of the frozen weights: 2 bytes a parameter, or about 0.5 (``nf4``) or 1 (``int8``), both by
@@ -624,7 +630,7 @@ class ServingConfig(Section):
         "votes",
     )  # fmt: skip
     """Fields that no engine reads. A change of the others replaces a RayService's engines."""
-    models: tuple[str, ...] = ("sft", "latest")
+    models: Words = ("sft", "latest")
     """Iterates that have an engine: ``sft``, ``iter-0``, …, ``latest`` (follows RUN/LATEST), or ``all``."""
     host: str = "127.0.0.1"
     """Address to listen at. An address that other machines reach needs ``keys`` and Ray's token authentication."""

@@ -180,10 +180,17 @@ def find_folder(
     """
     folder = Path(path).expanduser().absolute()  # Ray workers run in other folders
     if folder.exists():
+        refuse_pattern(folder, setting)
         return folder
     if not is_hub_name(path):
         raise ModelError(f"{setting} {path}: no such folder")
     return fetch_model(name_on_hub(path, revision), setting, with_code=trust_remote_code)
+
+
+def refuse_pattern(folder: Path, setting: str) -> None:
+    """Raises ConfigError if a path has characters of a pattern, behind which vLLM finds no weights."""
+    if found := sorted(set("*?[") & set(str(folder))):
+        raise ConfigError(f"{setting} {folder}: vLLM loads no model from a path with {' or '.join(found)}; rename it")
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:

@@ -9,7 +9,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe, find_inputs, versions
 from spin_ray.inputs.findings import template_facts
 from spin_ray.inputs.graders import graders_of
-from spin_ray.inputs.model_folder import unopened_files
+from spin_ray.inputs.model_folder import refuse_pattern, unopened_files
 from spin_ray.inputs.rendering import open_renderer
 from spin_ray.loop.algorithms.table import check_algorithm, check_machine, find_algorithm, imported_by_workers
 from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of, use_of_run
@@ -40,6 +40,8 @@ def examine(
     if no_cluster:
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     check_algorithm(config)
+    if out and "://" not in out:
+        refuse_pattern(Path(out).absolute(), "--out")
     console.print("[green]ok[/] recipe")
     inputs = find_inputs(config)
     renderer = open_renderer(str(inputs.model.path), config.model)

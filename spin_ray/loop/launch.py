@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Inputs, Start, check_architecture, check_recipe, find_inputs
+from spin_ray.inputs.model_folder import refuse_pattern
 from spin_ray.inputs.needs import needs_of
 from spin_ray.planning.disk import check_room, parameters_of, use_of_run
 from spin_ray.planning.mesh import check_mesh
@@ -96,6 +97,8 @@ def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = 
 @contextmanager
 def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinConfig, Inputs]]:
     storage = open_storage(out)
+    if isinstance(storage.root, Path):
+        refuse_pattern(storage.root, "--out")
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         run = RunDir(lease.storage)
         begun = run.begun_config()

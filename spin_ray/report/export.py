@@ -42,8 +42,9 @@ def export(run: RunDir | str | Path, iterate: str, target: str | Path) -> str:
         return _upload(run, number, artefact.checked_folder(), target.removeprefix(HUB))
     if "://" in target:
         raise ConfigError(f"--to {target}: is no folder of this machine; export to one, and copy that to the store")
-    _write(run, number, Path(target))
-    return str(Path(target))
+    folder = Path(target).expanduser()
+    _write(run, number, folder)
+    return str(folder)
 
 
 def _write(run: RunDir, iterate: int, folder: Path) -> None:

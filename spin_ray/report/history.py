@@ -78,11 +78,12 @@ def find_iterate(run: RunDir, iterate: str) -> int:
     Raises:
         RunDirError: the run has no such iterate yet.
     """
-    number = read_iterate((run.latest() or "") if iterate == "latest" else iterate.strip())
+    named = iterate.strip()
+    number = read_iterate((run.latest() or "") if named == "latest" else named)
     iterations = run.config().iterations
     if number is None or number > iterations or (number and not run.model(number).is_committed):
         there = [iterate_name(n) for n in range(iterations + 1) if run.model(n).is_committed]
-        raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")
+        raise RunDirError(f"{run.storage.root}: has no iterate {named}; it has {', '.join(there) or 'none yet'}")
     return number
 
 

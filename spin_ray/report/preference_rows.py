@@ -12,6 +12,7 @@ from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.forms import FINISH_REASONS
 from spin_ray.inputs.messages import Conversation, Message
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, open_renderer
+from spin_ray.report.export import HUB
 from spin_ray.report.history import find_iterate, model_path
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -119,9 +120,11 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
         counts: gets ``written`` and ``left out``. ShareGPT's form cannot hold thoughts or several tool calls.
 
     Raises:
-        ConfigError: the file exists, or cannot be written.
+        ConfigError: the file exists, cannot be written, or would have no row.
     """
-    path = Path(target)
+    if "://" in target or target.startswith(HUB):
+        raise ConfigError(f"--to {target}: is no file of this machine; write rows to one, and copy that")
+    path = Path(target).expanduser()
     part = path.with_name(f"{path.name}.part")
     with writing(path):
         if path.exists():
@@ -134,6 +137,8 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
                     counts["left out" if made is None else "written"] += 1
                     if made is not None:
                         file.write(json.dumps({**made, **row.beside}, ensure_ascii=False) + "\n")
+            if not counts["written"]:
+                raise ConfigError(f"{path}: there is nothing to write: {said(counts)}")
             part.rename(path)
         finally:
             part.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ def print_summary(run: RunDir, console: Console) -> None:
     console.print(f"Model:  {model} (LATEST: {latest})", markup=False)
     words = "Go on:  "
     for command in ("status", "report", "serve", "eval"):
-        console.print(f"{words}spin-ray {command} {run.storage.root}", markup=False, soft_wrap=True)
+        console.print(f"{words}spin-ray {command} {shlex.quote(str(run.storage.root))}", markup=False, soft_wrap=True)
         words = " " * len(words)
 
 

@@ -215,15 +215,16 @@ def step_values(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def set_gauges(run: str, values: Mapping[str, float]) -> None:
-    """Sets gauges of a run. Does nothing without Ray, which exports them."""
+    """Sets gauges of a run. Does nothing without Ray, which exports them and takes ASCII alone in tags."""
     import ray
     from ray.util.metrics import Gauge
 
     if not ray.is_initialized():
         return
+    tags = {"run": run.encode("ascii", "backslashreplace").decode()}
     for name, value in values.items():
         if math.isfinite(value):
-            Gauge(metric_name(name), f"{name} of spin_ray", ("run",)).set(value, tags={"run": run})
+            Gauge(metric_name(name), f"{name} of spin_ray", ("run",)).set(value, tags=tags)
 
 
 def _settings(config: SpinConfig) -> dict[str, Any]:

@@ -59,10 +59,17 @@ def read_keys(file: str | Path) -> list[Key]:
 
 
 def new_key(name: str, per_minute: int | None = None, *, may_export: bool = False) -> tuple[str, str]:
-    """Returns a fresh key and its line for the key file."""
+    """Returns a fresh key and its line for the key file.
+
+    Raises:
+        ConfigError: a server would not read the line.
+    """
     key = f"sr-{secrets.token_urlsafe(32)}"
     words = [name, _sha256(key.encode()), str(per_minute or ""), "export" if may_export else ""]
-    return key, " ".join(filter(None, words))
+    line = " ".join(filter(None, words))
+    if not _LINE.fullmatch(line):
+        raise ConfigError(f"{name!r}: is no name of a key; use up to 64 letters, digits, '.', '@', '_' and '-'")
+    return key, line
 
 
 def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:

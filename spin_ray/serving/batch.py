@@ -69,7 +69,7 @@ def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
         DataError: the file or a row cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would also split texts, at U+2028
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split texts, at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
     for number, line in enumerate(line for line in lines if line.strip()):

@@ -26,6 +26,12 @@ def test_a_made_key_opens_and_its_line_does_not_hold_it(tmp_path: Path) -> None:
     assert alice not in file.read_text()
 
 
+@pytest.mark.parametrize("name", ["alice smith", "team/app", "", "a" * 65])
+def test_no_key_is_made_that_a_server_would_not_read(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name of a key; use up to 64 letters, digits"):
+        new_key(name)
+
+
 @pytest.mark.parametrize("header", [None, b"", b"Bearer", b"Bearer ", b"Basic x", b"Bearer \xff", b"Bearer sr-no"])
 def test_nothing_else_opens(header: bytes | None) -> None:
     assert find_key([Key("alice", new_key("alice")[1].split()[1], None)], header) is None

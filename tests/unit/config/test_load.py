@@ -99,6 +99,8 @@ def test_recipes_that_come_with_the_package_are_found_by_name_anywhere(tmp_path,
         ("train.learning_rate", "5e-7", 5e-7),  # YAML 1.1 reads this as text; a number is meant
         ("train.learning_rate", "[5e-7, 5e-7, 1e-7, 1e-7]", (5e-7, 5e-7, 1e-7, 1e-7)),
         ("objective.beta", "[0.1, 0.1, 0.1, 5.0]", (0.1, 0.1, 0.1, 5.0)),
+        ("serving.models", "all", ("all",)),
+        ("serving.models", "sft, latest", ("sft", "latest")),
         ("generation.sampling.max_tokens", "7", 7),
         ("model.path", "other", "other"),
         ("sft.epochs", "3", 3),
@@ -135,6 +137,14 @@ def test_a_section_given_from_python_is_not_changed_by_other_overrides(recipe):
     section = {"epochs": 1}
     config = load_config(recipe, {"train": section, "train.learning_rate": 1e-6})
     assert (config.train.epochs, config.train.learning_rate, section) == (1, 1e-6, {"epochs": 1})
+
+
+def test_a_section_comes_before_its_fields_whatever_was_said_first(recipe):
+    first = load_config(
+        recipe, {"train.lora.merge": "false", "train.lora": "{rank: 4, target_modules: 'q_proj,v_proj'}"}
+    )
+    assert first.train.lora is not None and not first.train.lora.merge
+    assert (first.train.lora.rank, first.train.lora.target_modules) == (4, ("q_proj", "v_proj"))
 
 
 def test_an_override_leaves_the_other_values_of_its_section(recipe):

@@ -17,6 +17,7 @@ from spin_ray.errors import ConfigError, ModelError, RunDirError
 from spin_ray.inputs.merged_start import find_model
 from spin_ray.inputs.model_folder import (
     ModelFolder,
+    find_folder,
     folder_entries,
     open_artefact,
     open_model,
@@ -393,3 +394,10 @@ def test_a_trained_model_that_is_damaged_is_refused(folder, on_store, tmp_path, 
         artefact.storage.create(weights, b"WEIGHTS")
     with pytest.raises(RunDirError, match=f"{weights}: (is missing|differs).*; restore it or remove .*/iter_000/model"):
         open_artefact(artefact, "iter_000", ModelFolder(folder, "0", "sft", 3))
+
+
+def test_a_folder_that_vllm_would_take_for_a_pattern_is_refused(tmp_path):
+    """vLLM finds weights by glob, hours later for a run's own models."""
+    (tmp_path / "mod[1]").mkdir()
+    with pytest.raises(ConfigError, match=r"model.path .*mod\[1\]: vLLM loads no model from a path with \[; rename it"):
+        find_folder(str(tmp_path / "mod[1]"))

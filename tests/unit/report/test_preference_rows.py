@@ -119,6 +119,22 @@ def votes(tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize("target", ["s3://bucket/rows.jsonl", "hub:me/rows"])
+def test_rows_are_written_to_files_of_this_machine_alone(run, tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is no file of this machine; write rows to one"):
+        write_rows(pairs_of(run, "0", Counter()), "trl", target, Counter())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_no_row_makes_no_file_and_home_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"none.jsonl: there is nothing to write: 0 rows written"):
+        write_rows([], "trl", str(tmp_path / "none.jsonl"), Counter())
+    assert write_rows(pairs_of(run, "0", Counter()), "trl", "~/rows.jsonl", Counter()) == str(tmp_path / "rows.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run"]
+
+
 @pytest.mark.parametrize("form", ["trl", "sharegpt"])
 def test_votes_become_the_same_rows_with_what_is_known_of_them(votes, tmp_path, form):
     counts = Counter[str]()

@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import ray
+from ray.util.metrics import Gauge
 
 from spin_ray.config.sections import TrackingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.report import tracking
-from spin_ray.report.tracking import check_trackers, points, step_values, track, track_all
+from spin_ray.report.tracking import check_trackers, points, set_gauges, step_values, track, track_all
 from tests.support.made_up_run import made_up_run
 
 
@@ -172,3 +174,12 @@ def test_no_tracker_no_files(run):
     track(run, configured(run, tensorboard=False), 0)
     assert not run.storage.exists("tensorboard")
     assert not run.storage.exists("tracking.json")
+
+
+def test_a_gauge_of_a_run_with_any_name_is_set(monkeypatch):
+    """Ray takes ASCII alone."""
+    set_to: list[tuple[float, dict[str, str]]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(Gauge, "set", lambda gauge, value, tags: set_to.append((value, tags)))
+    set_gauges("über mich", {"train/loss": 0.5, "train/margin": float("nan")})
+    assert set_to == [(0.5, {"run": "\\xfcber mich"})]
