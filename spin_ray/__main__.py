@@ -34,8 +34,8 @@ def cli() -> None:
 
 @cli.command(context_settings=_OVERRIDES)
 @click.option("--model", default=None, help="Model folder, or owner/name of a hub.")
-@click.option("--data", default=None, help="Training rows: a file, folder, glob or URI.")
-@click.option("--heldout", default=None, help="Rows that are never trained on. Not given: those beside the data.")
+@click.option("--data", multiple=True, help="Training rows: a file, folder, glob or URI. May be given several times.")
+@click.option("--heldout", multiple=True, help="Rows never trained on, as --data. Not given: those beside the data.")
 @click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G, or none. Not given: this machine's.")
 @click.option("--gpus-per-node", type=click.IntRange(min=1), default=None, help="GPUs of each machine.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
@@ -57,7 +57,9 @@ def init(yes: bool, words: tuple[str, ...], **options: Any) -> None:
     ask = None if yes or not sys.stdin.isatty() else lambda question, default: click.prompt(question, default=default)
     recipe = next((word for word in words if not word.startswith("--")), "recipe.yaml")
     overrides = parse_overrides(tuple(word for word in words if word != recipe))
-    write_recipe(Options(recipe=Path(recipe), values=values_of(overrides), **options), ask, Console(soft_wrap=True))
+    write_recipe(
+        Options(recipe=Path(recipe), values=values_of(overrides), **options), ask, Console(soft_wrap=True, emoji=False)
+    )
 
 
 @cli.command()

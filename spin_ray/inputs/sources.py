@@ -70,7 +70,10 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
         below = "/" in path[len(base) :]
         infos = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=below, allow_not_found=True))
         matching = [info for info in infos if _matches(info.path, path)]
-        _refuse_columns_of_folders([info.path for info in matching], base, source)
+        files = [info.path for info in matching if info.type == pyarrow.fs.FileType.File]
+        known = [file for file in files if file.lower().endswith(SUFFIXES)]
+        _refuse_several_splits(known, base, source, source.removesuffix(path.removeprefix(base)))
+        _refuse_columns_of_folders(files, base, source)
         return matching
     info = filesystem.get_file_info(path)
     if info.type != pyarrow.fs.FileType.Directory:
@@ -79,7 +82,7 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
     if saved := _saved_files(filesystem, path, infos):
         return saved
     found = [info for info in infos if info.type == pyarrow.fs.FileType.File and _is_data(info.path, path)]
-    _refuse_several_splits([info.path for info in found], path, source)
+    _refuse_several_splits([info.path for info in found], path, source, f"{source.rstrip('/')}/")
     _refuse_columns_of_folders([info.path for info in found], path, source)
     return found
 
@@ -96,7 +99,12 @@ def _refuse_columns_of_folders(files: list[str], folder: str, source: str) -> No
                 )
 
 
-def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:
+def _refuse_several_splits(files: list[str], folder: str, source: str, above: str) -> None:
+    """Refuses files of which some names tell of another split.
+
+    Args:
+        above: the folder as ``source`` names it, with the slash that ends it.
+    """
     parts: dict[str, dict[str, list[str]]] = {}
     words: dict[str, str] = {}
     for file in sorted(files):
@@ -112,8 +120,8 @@ def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:
     part = min(of_split, key=lambda name: ("sft" not in name, name))
     several = f" in several configurations ({', '.join(each[1:] for each in of_split)})" if len(of_split) > 1 else ""
     raise DataError(
-        f"{source}: holds files of several splits ({', '.join(sorted(words))}){several}; name one, e.g. "
-        f"{source.rstrip('/')}{_glob_of(part, of_split[part])}"
+        f"{source}: holds files of several splits ({', '.join(sorted(words))}){several}; a list of sources joins "
+        f"several; name one, e.g. {above}{_glob_of(part, of_split[part]).lstrip('/')}"
     )
 
 

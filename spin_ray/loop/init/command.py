@@ -12,6 +12,7 @@ from rich.markup import escape
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, writing
+from spin_ray.inputs.model_folder import is_adapter
 from spin_ray.loop.algorithms.table import check_packages, check_settings, find_algorithm
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.foreign import Foreign
@@ -36,8 +37,8 @@ class Options:
 
     recipe: Path
     model: str | None = None
-    data: str | None = None
-    heldout: str | None = None
+    data: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
     gpu: str | None = None
     gpus_per_node: int | None = None
     nodes: int = 1
@@ -115,21 +116,21 @@ def _count(answer: str) -> int:
 
 def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Settings:
     kept = {place: Setting(value, "given") for place, value in options.values.items()}
-    settings = (dict(foreign.settings) if foreign else {}) | kept
+    settings = (_still_meant(foreign, options) if foreign else {}) | kept
     settings |= {"iterations": settings.get("iterations", Setting(2, "a finished run goes on if this is raised"))}
     if foreign and foreign.method == "sft" and options.model is None:
         settings = _after_sft(settings, foreign)
     for place, given, question in (
         ("model.path", options.model, "Model (folder, or owner/name of a hub)"),
-        ("data.train", options.data, "Training rows (file, folder, glob or URI)"),
+        ("data.train", _source(options.data), "Training rows (file, folder, glob or URI)"),
     ):
         if given is not None:
             settings[place] = Setting(given)
         elif place not in settings:
             settings[place] = Setting(_asked(place, question, ask, foreign))
     train = settings["data.train"].value
-    heldout = options.heldout or (heldout_beside(train) if isinstance(train, str) else None)
-    if options.heldout is None and not _HELD_OUT & settings.keys() and ask:
+    heldout = _source(options.heldout) or (heldout_beside(train) if isinstance(train, str) else None)
+    if not options.heldout and not _HELD_OUT & settings.keys() and ask:
         said = ask("Held-out rows, never trained on (none: nothing is measured)", heldout or "none")
         heldout = None if said == "none" else said
     if heldout and (options.heldout or not _HELD_OUT & settings.keys()):
@@ -137,12 +138,34 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
     return _with_warm_up(settings, options, foreign, ask) | kept
 
 
+def _still_meant(foreign: Foreign, options: Options) -> Settings:
+    """Returns the config's settings without those that belong to a model or to rows given in place of its own."""
+    gone: set[str] = set()
+    if options.model is not None or "model.path" in options.values:
+        gone.add("model.base")
+    if options.data or "data.train" in options.values:
+        gone.add("data.columns")
+        if isinstance(options.values.get("data.train", _source(options.data)), list):
+            gone.add("data.max_rows")
+    for place in sorted(gone & foreign.settings.keys() - options.values.keys()):
+        foreign.left[place] = "belongs to what is given in place of the config's own"
+    return {place: setting for place, setting in foreign.settings.items() if place not in gone}
+
+
+def _source(paths: tuple[str, ...]) -> Any:
+    """Returns the value of a setting such as ``data.train``: one path, a list of sources, or None."""
+    return [{"path": path} for path in paths] if len(paths) > 1 else next(iter(paths), None)
+
+
 def _after_sft(settings: Settings, foreign: Foreign) -> Settings:
     made = foreign.output
     if made is None or not any((Path(made) / name).is_file() for name in ("config.json", "adapter_config.json")):
         return settings
+    if "model.base" in settings and foreign.fact("new_adapter") and is_adapter(Path(made)):
+        foreign.left["output_dir"] = f"{made} is an adapter above another; merge both with your tool to start from it"
+        return settings
     foreign.left["learning rate, epochs and batch"] = f"belong to the training that made {made}"
-    kept = {place: setting for place, setting in settings.items() if not place.startswith("sft.")}
+    kept = {place: it for place, it in settings.items() if not place.startswith("sft.") and place != "model.base"}
     return kept | {"model.path": Setting(made, f"what {foreign.file.name} made, so there is no warm-up")}
 
 
@@ -184,18 +207,20 @@ def _head(foreign: Foreign | None, machines: Machines) -> list[str]:
 def _print(options: Options, seen: Look, machines: Machines, foreign: Foreign | None, console: Console) -> None:
     for found in seen.train:
         form = ", ".join(found.forms)
-        console.print(f"[green]ok[/] data {found.source}: form {form}, {found.usable:,} of {found.read:,} rows usable")
+        console.print(
+            f"[green]ok[/] data {escape(found.source)}: form {form}, {found.usable:,} of {found.read:,} rows usable"
+        )
         if found.ignored:
             console.print(f"   {not_read(found)}", markup=False, highlight=False, soft_wrap=True)
         for line in histogram(found.lengths):
             console.print(f"   {line}", markup=False, highlight=False)
     for note in (*seen.notes, machines.note):
         if note:
-            console.print(f"[yellow]note[/] {note}", highlight=False)
+            console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
     if foreign and foreign.left:
-        names = ", ".join(foreign.left)
-        console.print(f"[yellow]note[/] {foreign.file}: not carried over (reasons in {options.recipe}): {names}")
-    console.print(f"[green]ok[/] {options.recipe}", highlight=False)
+        said = f"{foreign.file}: not carried over (reasons in {options.recipe}): {', '.join(foreign.left)}"
+        console.print(f"[yellow]note[/] {escape(said)}")
+    console.print(f"[green]ok[/] {escape(str(options.recipe))}", highlight=False)
 
 
 def _print_next(

@@ -88,7 +88,8 @@ def _lengths(given: Settings, seen: Look) -> Settings:
 
 
 def _evaluation(given: Settings) -> Settings:
-    if "data.heldout" not in given:  # data.heldout_fraction says how many
+    # data.heldout_fraction says how many; each of several sources says how many it gives
+    if "data.heldout" not in given or not isinstance(given["data.heldout"].value, str):
         return {}
     return {"evaluation.max_rows": Setting(HELDOUT_ROWS, "the first rows; leave it out to measure on all")}
 

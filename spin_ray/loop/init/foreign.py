@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.errors import ConfigError
-from spin_ray.loop.init.foreign_tools import Tool
+from spin_ray.loop.init.foreign_tools import LLAMA_FACTORY, Tool
 from spin_ray.loop.init.settings import Setting, Settings
 
 
@@ -31,6 +31,12 @@ class Foreign:
     @property
     def output(self) -> str | None:
         return self.given["output"][1] if "output" in self.given else None
+
+    @property
+    def starts_below_its_adapter(self) -> bool:
+        """True if DPO's reference is the model without the adapter that the training starts from: LLaMA-Factory's."""
+        own = self.fact("new_adapter") or "ref_model" in self.left
+        return self.method == "dpo" and self.tool is LLAMA_FACTORY and not own
 
     @property
     def stage(self) -> str:

@@ -28,6 +28,7 @@ _LOSSES = {"sigmoid": "logistic", "sigmoid_norm": "logistic", "hinge": "hinge"}
 _OTHER_BETA = ("ipo", "sppo_hard", "orpo", "simpo", "kto_pair")
 """Losses whose β does not scale DPO's log-ratio. IPO and SPPO pull log-ratios to ±1/(2β)."""
 _WHOLE_MODEL = (False, None, "full", "")
+_ADAPTERS = (True, "lora", "qlora")
 _NO_LIMIT = 1e6
 
 
@@ -99,6 +100,7 @@ def _put_model(found: Foreign) -> None:
     revision = found.fact("revision")
     at = f"@{revision}" if revision not in (None, "main") else ""
     found.put("model.path", "model", lambda name: f"{name}{at}")
+    _put_start_adapter(found)
     found.put("model.max_length", "max_length", int)
     if found.fact("trusted"):
         found.put("model.trust_remote_code", "trusted", bool)
@@ -106,11 +108,37 @@ def _put_model(found: Foreign) -> None:
     found.put("seed", "seed", int)
 
 
+def _put_start_adapter(found: Foreign) -> None:
+    """Makes an adapter that the training starts from the model, on the config's model as its base."""
+    adapters = found.read("start_adapter", _names)
+    if not adapters:
+        return
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"{found.file}: {found.given['start_adapter'][0]} names {len(adapters)} adapters, and one can be merged "
+            "here; merge them with your tool, and give the model by --model"
+        )
+    if found.fact("lora") not in _ADAPTERS:
+        found.leave("start_adapter", "is read there with adapters alone, and all weights are trained")
+        return
+    if "model.path" in found.settings:
+        found.settings["model.base"] = found.settings["model.path"]
+    why = f"{found.why('start_adapter')}, merged with its base"
+    if found.starts_below_its_adapter:
+        why += "; DPO's reference there is the base alone, here the merged model"
+    found.settings["model.path"] = Setting(adapters[0], why)
+
+
+def _names(value: Any) -> list[str]:
+    listed = value if isinstance(value, list) else str(value or "").split(",")
+    return [name for each in listed if (name := str(each).strip())]
+
+
 def _put_lora(found: Foreign) -> None:
     kind = found.fact("lora")
     if kind in _WHOLE_MODEL:
         return
-    if kind not in (True, "lora", "qlora"):
+    if kind not in _ADAPTERS:
         found.leave("lora", "has no equal here; all weights are trained")
         return
     _put_base(found, kind)

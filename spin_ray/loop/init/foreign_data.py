@@ -11,26 +11,65 @@ from spin_ray.loop.init.settings import Setting
 
 _LOADERS = ("json", "csv", "parquet", "arrow")
 """Names of loaders, whose data is in ``data_files``."""
-_READ = ("path", "name", "split", "data_files", "file_name", "hf_hub_url", "subset")
+_READ = ("path", "name", "split", "data_files", "file_name", "hf_hub_url", "subset", "columns")
 """Keys of a data set that are read. Other keys are reported."""
+_MAY = {name: name for name in ("system", "tools", "chosen", "rejected")} | {"kto_tag": "label"}
+_COLUMNS_OF = {
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history", **_MAY},
+    "sharegpt": {"messages": "conversations", **_MAY},
+    "openai": {"messages": "messages", **_MAY},
+}
+"""A form's columns by LLaMA-Factory's word for them, by formatting."""
 
 
 def put_data(found: Foreign) -> None:
     """Carries the data sets over. A data set that is not found stays unset, so that a person is asked."""
-    train = _paths(found, "train")
-    if len(train) == 1:
-        found.settings["data.train"] = Setting(train[0], found.why("train"))
-    elif train:
-        found.settings["data.train"] = Setting([{"path": path} for path in train], found.why("train"))
-    heldout = _paths(found, "heldout") or _heldout_split(found)
-    if len(heldout) == 1:
-        found.settings["data.heldout"] = Setting(heldout[0], found.why("heldout", "heldout_split", "splits"))
-    elif heldout:
-        found.leave("heldout", "names several data sets; join them in one")
+    entries = {name: _entries(found, name) for name in ("train", "heldout")}
+    train = _paths(found, "train", entries["train"])
+    if train:
+        found.settings["data.train"] = Setting(_value(train), found.why("train"))
+    heldout = _paths(found, "heldout", entries["heldout"]) or _heldout_split(found)
+    if heldout:
+        found.settings["data.heldout"] = Setting(_value(heldout), found.why("heldout", "heldout_split", "splits"))
+    _put_columns(found, entries)
     if len(train) == 1 and found.settings["data.train"].value:
         found.put("data.max_rows", "max_rows", int)
     else:
         found.leave("max_rows", "holds for each data set there; give data.train's own rows")
+
+
+def _value(paths: list[str]) -> Any:
+    return paths[0] if len(paths) == 1 else [{"path": path} for path in paths]
+
+
+def _put_columns(found: Foreign, entries: Mapping[str, list[Mapping[str, Any]]]) -> None:
+    """Carries the names of columns over, which a recipe has for all its data."""
+    first, *others = [_columns(entry) for entry in entries["train"]] or [{}]
+    shared = first if all(other == first for other in others) else {}
+    if shared:
+        found.settings["data.columns"] = Setting(shared, f"columns of {found.why('train')}")
+    for name, listed in entries.items():
+        for number, entry in enumerate(listed):
+            key, said = f"{found.given[name][0]}.{number}.columns", entry.get("columns")
+            if said is not None and not isinstance(said, Mapping):  # TRL's list of columns to keep
+                found.left[key] = f"{said!r} is not read"
+            elif _columns(entry) != shared:
+                found.left[key] = f"{said or 'no names'}: data.columns is one for all data sets"
+            elif unread := [theirs for theirs in said or {} if theirs not in _COLUMNS_OF[_formatting(entry)]]:
+                found.left[key] = f"{', '.join(unread)}: is not read"
+
+
+def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Returns ``data.columns`` of a data set in LLaMA-Factory's registry, without names that stay."""
+    known, said = _COLUMNS_OF[_formatting(entry)], entry.get("columns")
+    given = said if isinstance(said, Mapping) else {}
+    named = {known[theirs]: name for theirs, name in given.items() if theirs in known and name}
+    return {ours: name for ours, name in named.items() if ours != name}
+
+
+def _formatting(entry: Mapping[str, Any]) -> str:
+    said = str(entry.get("formatting"))
+    return said if said in _COLUMNS_OF else "alpaca"
 
 
 def _heldout_split(found: Foreign) -> list[str]:
@@ -42,7 +81,8 @@ def _heldout_split(found: Foreign) -> list[str]:
     return [_path({"path": names[0], "name": found.fact("subset"), "split": split})]
 
 
-def _paths(found: Foreign, name: str) -> list[str]:
+def _entries(found: Foreign, name: str) -> list[Mapping[str, Any]]:
+    """Returns the data sets that the config names."""
     value = found.fact(name)
     if value is None:
         return []
@@ -53,10 +93,13 @@ def _paths(found: Foreign, name: str) -> list[str]:
     elif isinstance(value, Mapping):
         split = next((each for each in found.fact("splits") or [] if "train" in each), "train")
         value = [{"path": path, "split": split, "fraction": part} for path, part in value.items()]
-    key = found.given[name][0]
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in value]
+
+
+def _paths(found: Foreign, name: str, entries: list[Mapping[str, Any]]) -> list[str]:
     paths = []
-    for number, entry in enumerate(value):
-        entry = {"path": entry} if isinstance(entry, str) else entry
+    for number, entry in enumerate(entries):
+        key = found.given[name][0]
         for other, content in entry.items():
             if other not in _READ and content is not None and (other, content) != ("fraction", 1.0):
                 found.left[f"{key}.{number}.{other}"] = f"{content!r} is not read"

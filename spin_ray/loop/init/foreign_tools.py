@@ -61,6 +61,7 @@ AXOLOTL = Tool(
         "lora_target_modules": "targets", "lora_target_linear": "all_linear",
         "chat_template_kwargs": "template_variables", "peft_use_rslora": "rslora", "load_in_4bit": "four_bits",
         "load_in_8bit": "eight_bits", "sample_packing": "packing", "rpo_alpha": "sft_weight",
+        "lora_model_dir": "start_adapter",
     },
     _TRAINER_DEFAULTS
     | {
@@ -77,7 +78,7 @@ LLAMA_FACTORY = Tool(
         "cutoff_len": "max_length", "stage": "method", "pref_beta": "beta", "pref_loss": "loss",
         "finetuning_type": "lora", "lora_rank": "rank", "lora_alpha": "alpha", "lora_target": "targets",
         "use_rslora": "rslora", "quantization_bit": "bits", "packing": "packing", "neat_packing": "neat_packing",
-        "pref_ftx": "sft_weight",
+        "pref_ftx": "sft_weight", "adapter_name_or_path": "start_adapter", "create_new_adapter": "new_adapter",
     },
     _TRAINER_DEFAULTS
     | {"learning_rate": 5e-5, "max_length": 2048, "lora": "lora", "rank": 8, "targets": "all", "folder": "data"},

@@ -262,13 +262,24 @@ def test_a_folder_of_several_splits_is_refused_and_one_of_them_taken(tmp_path):
     for name in ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "data/train_2.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(ROW)
-    with pytest.raises(UserError, match=r"several splits \(test, train\); name one, e\.g\. .*/data/train\*$"):
-        find_files(str(tmp_path))
+    for source in (tmp_path, f"{tmp_path}/**/*", f"file://{tmp_path}/*/*.jsonl"):
+        with pytest.raises(
+            UserError, match=r"several splits \(test, train\); .*; name one, e\.g\. .*/data/train\*$"
+        ) as caught:
+            find_files(str(source))
+        assert len(find_files(str(caught.value).partition("e.g. ")[2])) == 2
     assert [Path(file).name for file in find_files(f"{tmp_path}/**/train*")] == [
         "train-00000-of-00001.jsonl",
         "train_2.jsonl",
     ]
-    assert len(find_files(f"{tmp_path}/**/*")) == 3
+
+
+def test_a_relative_glob_over_several_splits_is_refused(tmp_path, monkeypatch):
+    """Training would learn the test rows without a word. The folders above the wildcard tell of no split."""
+    monkeypatch.chdir(written(tmp_path, ("train/test-0", "train/train-0", "test-1")))
+    with pytest.raises(UserError, match=r"^\*/\*\.jsonl: holds .* e\.g\. train/train-0\.jsonl$"):
+        find_files("*/*.jsonl")
+    assert len(find_files("train/test*")) == len(find_files("*.jsonl")) == 1
 
 
 @pytest.mark.parametrize("names", [("split=train/0.jsonl", "split=test/0.jsonl"), ("train.jsonl", "heldout.jsonl")])

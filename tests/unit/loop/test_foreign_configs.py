@@ -73,6 +73,35 @@ def test_a_dpo_config_of_trl(tmp_path):
     check(found)
 
 
+LF_DPO = {"model_name_or_path": "org/base", "model_revision": "v2", "stage": "dpo"}
+AX_DPO = {"base_model": "org/base", "rl": "dpo"}
+
+
+@pytest.mark.parametrize(
+    ("said", "path", "base", "left"),
+    [
+        (LF_DPO | {"adapter_name_or_path": "saves/sft"}, "saves/sft", "org/base@v2", set()),
+        (LF_DPO | {"adapter_name_or_path": ["saves/sft"]}, "saves/sft", "org/base@v2", set()),
+        (LF_DPO | {"adapter_name_or_path": ""}, "org/base@v2", None, set()),
+        (AX_DPO | {"adapter": "lora", "lora_model_dir": "./out/sft"}, "./out/sft", "org/base", set()),
+        (AX_DPO | {"lora_model_dir": "./out/sft"}, "org/base", None, {"lora_model_dir"}),
+    ],
+)
+def test_a_training_that_starts_from_an_adapter_starts_from_it_here(tmp_path, said, path, base, left):
+    found = read(tmp_path, said)
+    got = values(found)
+    assert (got["model.path"], got.get("model.base"), set(found.left)) == (path, base, left)
+    check(found)
+
+
+def test_the_reference_of_llama_factory_is_the_base_below_the_adapter(tmp_path):
+    """With ``create_new_adapter`` it merges the first adapter, so the reference is the same as here."""
+    said = LF_DPO | {"adapter_name_or_path": "saves/sft"}
+    reference = "reference there is the base alone"
+    assert reference in read(tmp_path, said).settings["model.path"].why
+    assert reference not in read(tmp_path, said | {"create_new_adapter": True}).settings["model.path"].why
+
+
 def test_what_a_config_is_silent_about_is_the_tool_s_default_and_not_ours(tmp_path):
     """TRL's DPO without a word: 1e-6, 3 epochs, batches of 8, no warm-up, 1024 tokens; a recipe's defaults differ."""
     found = read(tmp_path, {"model_name_or_path": "org/base", "beta": 0.1})
@@ -250,6 +279,42 @@ TRL, AXOLOTL = {"model_name_or_path": "m", "beta": 0.2}, {"base_model": "m", "rl
 
 
 @pytest.mark.parametrize(
+    ("entry", "columns", "left"),
+    [
+        ({"columns": {"prompt": "frage", "response": "antwort", "images": "bilder"}},
+         {"instruction": "frage", "output": "antwort"}, "images: is not read"),
+        ({"columns": {"prompt": "instruction", "query": "kontext"}}, {"input": "kontext"}, None),
+        ({"formatting": "sharegpt", "ranking": True, "columns": {"messages": "verlauf", "chosen": "gut"}},
+         {"conversations": "verlauf", "chosen": "gut"}, None),
+        ({"formatting": "sharegpt", "columns": {"messages": "conversations"}}, None, None),
+    ],
+)  # fmt: skip
+def test_columns_of_the_registry_are_read(tmp_path, entry, columns, left):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"} | entry}))
+    found = read(tmp_path, {"model_name_or_path": "m", "stage": "sft", "dataset": "rows"})
+    assert values(found).get("data.columns") == columns and found.left.get("dataset.0.columns") == left
+    check(found)
+
+
+def test_columns_that_differ_between_data_sets_are_said(tmp_path):
+    first, other = ({"file_name": "a.json", "columns": {"prompt": name}} for name in ("frage", "question"))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": first, "b": other, "c": first}))
+    said = {"model_name_or_path": "m", "stage": "sft"}
+    assert values(read(tmp_path, said | {"dataset": "a,c"}))["data.columns"] == {"instruction": "frage"}
+    both = read(tmp_path, said | {"dataset": "a,b"})
+    assert "data.columns" not in values(both) and {"dataset.0.columns", "dataset.1.columns"} <= set(both.left)
+    beside = read(tmp_path, said | {"dataset": "a", "eval_dataset": "b"})
+    assert values(beside)["data.columns"] == {"instruction": "frage"} and "eval_dataset.0.columns" in beside.left
+
+
+def test_several_held_out_data_sets_are_a_list(tmp_path):
+    held = [{"path": "json", "data_files": "a.jsonl"}, {"path": "json", "data_files": "b.jsonl"}]
+    found = read(tmp_path, {"base_model": "m", "datasets": [{"path": "rows.jsonl"}], "test_datasets": held})
+    assert values(found)["data.heldout"] == [{"path": "a.jsonl"}, {"path": "b.jsonl"}] and not found.left
+    check(found)
+
+
+@pytest.mark.parametrize(
     ("said", "objective", "left"),
     [
         (TRL | {"loss_type": "ipo"}, {}, {"loss_type", "beta"}),
@@ -311,6 +376,7 @@ def test_the_loss_and_its_numbers(tmp_path, said, objective, left):
         ({"base_model": "m", "pretraining_dataset": [{"path": "d"}]}, "pretraining_dataset is of another method"),
         ({"learning_rate": 1}, "no SFT or DPO config"),
         ({"base_model": "m", "micro_batch_size": 1, "learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"model_name_or_path": "m", "stage": "dpo", "adapter_name_or_path": "a,b"}, "names 2 adapters, and one can"),
         ({"base_model": "m", "micro_batch_size": "auto"}, "micro_batch_size is 'auto'"),
         (
             {"model_name_or_path": "m", "beta": 0.1, "loss_weights": [1, 0.5]},

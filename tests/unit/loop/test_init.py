@@ -18,9 +18,10 @@ from spin_ray.errors import ConfigError
 from spin_ray.inputs.survey import Survey
 from spin_ray.loop.algorithms.table import check_algorithm, check_settings, find_algorithm
 from spin_ray.loop.init import look
-from spin_ray.loop.init.command import Options
+from spin_ray.loop.init.command import Options, _answers
 from spin_ray.loop.init.command import init as write_recipe
 from spin_ray.loop.init.fit import _ladder, fit
+from spin_ray.loop.init.foreign_config import read_foreign
 from spin_ray.loop.init.look import Look, find_machines, heldout_beside
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text
@@ -173,6 +174,52 @@ def test_what_is_given_stays_where_a_card_is_too_small_for_it(seen):
         settings, _, misfit = fit(GIVEN | given, large, find_machines("RTX 4090", 1, 1), given)
         assert settings == settings | given
         assert ("train.lora.rank" in settings) == ("train.lora" not in given), misfit
+
+
+def test_data_given_twice_is_a_list_and_paths_with_brackets_are_shown(tmp_path):
+    """Rows and held-out rows; ``evaluation.max_rows`` is for one source alone."""
+    for name in "abcd":
+        (tmp_path / f"{name}[red].jsonl").write_text(
+            "".join(f'{{"prompt": "{name} {n}", "response": "{n}"}}\n' for n in range(40))
+        )
+    a, b, c, d = (str(tmp_path / f"{name}[red].jsonl") for name in "abcd")
+    recipe = tmp_path / "r[bold].yaml"
+    words = ("--data", a, "--data", b, "--heldout", c, "--heldout", d)
+    result = init(recipe, "--model", "embedded:tiny-llama", *words, "--gpu", "none", "--yes")
+    assert result.exit_code == 0, result.output
+    config = load_config(recipe)
+    assert [source.path for source in config.data.train] == [a, b]
+    assert [source.path for source in config.data.heldout] == [c, d] and config.evaluation.max_rows is None
+    assert f"data {a}: form" in result.output and f"ok {recipe}\n" in result.output
+
+
+def test_what_is_given_in_place_of_a_foreign_config_s_own_takes_what_belonged_to_it_along(tmp_path):
+    """A base model below another model, and names of columns of other rows, would stop the run."""
+    (tmp_path / "dataset_info.json").write_text('{"a": {"file_name": "a.json", "columns": {"prompt": "q"}}}')
+    said = {"model_name_or_path": "org/base", "stage": "sft", "adapter_name_or_path": "saves/sft", "dataset": "a"}
+    source, recipe = tmp_path / "sft.yaml", tmp_path / "mine.yaml"
+    source.write_text(yaml.safe_dump(said | {"max_samples": 9}))
+    result = init(recipe, "--from", source, *HERE, "--data", HERE[3], "--gpu", "none")
+    assert result.exit_code == 0, result.output
+    config = load_config(recipe)
+    assert config.model.base is None and config.data.columns == {} and config.data.max_rows is None
+    assert "model.base" in result.output and "data.columns" in result.output
+
+
+def test_spin_starts_from_the_whole_model_that_a_foreign_sft_made_from_an_adapter(tmp_path):
+    """No base is named for it. An adapter above another adapter is no start, as one adapter is merged."""
+    made = tmp_path / "out"
+    said = {"model_name_or_path": "org/base", "stage": "sft", "adapter_name_or_path": "saves/a"}
+    source = tmp_path / "sft.yaml"
+    source.write_text(yaml.safe_dump(said | {"output_dir": str(made), "create_new_adapter": True}))
+    options = Options(recipe=tmp_path / "r.yaml", source=source, data=("embedded:arithmetic-train",))
+    made.mkdir()
+    (made / "adapter_config.json").write_text("{}")
+    above = _answers(options, read_foreign(source, 1), None)
+    assert above["model.path"].value == "saves/a" and above["model.base"].value == "org/base"
+    (made / "adapter_config.json").rename(made / "config.json")
+    whole = _answers(options, read_foreign(source, 1), None)
+    assert whole["model.path"].value == str(made) and "model.base" not in whole
 
 
 def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):
