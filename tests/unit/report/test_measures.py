@@ -27,7 +27,7 @@ HEALTHY = {
 def test_duplicates_are_what_an_earlier_response_said():
     assert duplicate_share([[1], [2], [3], [4]], [[1, 2], [3], [1, 2], [1, 2]]) == 0.5
     assert duplicate_share([[1], [1], [2]], [[1, 2], [1, 2], [3]]) == 0, "one prompt with two human responses"
-    assert duplicate_share([[1], [2]]) == 0.0
+    assert duplicate_share([[1], [2]], [[1], [2]]) == 0.0
 
 
 def test_distinct_counts_different_pairs_within_responses_only():

@@ -215,9 +215,9 @@ def test_the_summary_shows_examples_the_model_and_how_to_go_on(run):
     for line in ("user  How are you?", "human  fine", "sft  so so", "iter_000  very well"):
         assert text.count(line) == 3
     assert f"Model:  {run.storage.root}/iter_000/model (LATEST: iter_000)" in text
-    assert f"Go on:  spin-ray status {run.storage.root}" in text
+    assert f"Go on:  spin-ray status '{run.storage.root}'" in text
     for command in ("report", "serve", "eval"):
-        assert f"\n        spin-ray {command} {run.storage.root}\n" in text
+        assert f"\n        spin-ray {command} '{run.storage.root}'\n" in text
 
 
 def test_what_a_stopped_run_keeps_is_said_once_it_has_begun(run, tmp_path, monkeypatch):
