@@ -55,11 +55,16 @@ def _amount_problems(config: Settings) -> Iterator[str]:
                 yield f"{place}.resources.{name}: {amount:g}: Ray counts in steps of {LEAST_AMOUNT:g}; raise it"
 
 
+def parts_of_a_gpu(part: float) -> int:
+    """Returns how many requests for so much of a GPU one GPU holds. Ray takes a part from a single GPU."""
+    return int(1 / part + 1e-6)
+
+
 def _memory_problems(config: Settings) -> Iterator[str]:
     """Each engine waits for its share of a card, of which driver and processes hold some besides."""
     for place, resources, setting, engine in _engines(config):
         gpus, asked = resources.gpus, engine.gpu_memory_utilization
-        together = int(min(_side_by_side(config, place), 1 / gpus + 1e-6)) if 0 < gpus < 1 else 1
+        together = min(_side_by_side(config, place), parts_of_a_gpu(gpus)) if 0 < gpus < 1 else 1
         if gpus and together * asked >= 1:
             said = f"{together} engines of {place}.resources.gpus {gpus:g} share a card; " if together > 1 else ""
             cure = f"lower it to {0.9 / together:.2g}" + (" or ask for a GPU each" if said else "")

@@ -187,9 +187,12 @@ def find_folder(
     return fetch_model(name_on_hub(path, revision), setting, with_code=trust_remote_code)
 
 
-def refuse_pattern(folder: Path, setting: str) -> None:
-    """Raises ConfigError if a path has characters of a pattern, behind which vLLM finds no weights."""
-    if found := sorted(set("*?[") & set(str(folder))):
+def refuse_pattern(folder: Path | str, setting: str) -> None:
+    """Raises ConfigError if a local path has characters of a pattern, behind which vLLM finds no weights.
+
+    Of a store, whose root is a text, vLLM reads a copy on this machine.
+    """
+    if isinstance(folder, Path) and (found := sorted(set("*?[") & set(str(folder)))):
         raise ConfigError(f"{setting} {folder}: vLLM loads no model from a path with {' or '.join(found)}; rename it")
 
 

@@ -18,6 +18,7 @@ from spin_ray.planning.mesh import check_mesh
 from spin_ray.report import doctor as shown
 from spin_ray.report.grading import check_on_workers
 from spin_ray.report.tracking import check_trackers
+from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
@@ -40,8 +41,8 @@ def examine(
     if no_cluster:
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     check_algorithm(config)
-    if out and "://" not in out:
-        refuse_pattern(Path(out).absolute(), "--out")
+    if out:
+        refuse_pattern(open_storage(out).root, "--out")
     console.print("[green]ok[/] recipe")
     inputs = find_inputs(config)
     renderer = open_renderer(str(inputs.model.path), config.model)

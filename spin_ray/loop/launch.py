@@ -97,8 +97,7 @@ def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = 
 @contextmanager
 def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinConfig, Inputs]]:
     storage = open_storage(out)
-    if isinstance(storage.root, Path):
-        refuse_pattern(storage.root, "--out")
+    refuse_pattern(storage.root, "--out")
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         run = RunDir(lease.storage)
         begun = run.begun_config()

@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass, replace
-from math import ceil, floor
+from math import ceil
 
+from spin_ray.config.limits import parts_of_a_gpu
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError
 from spin_ray.planning.hardware import CPU, GB, GPUS, Hardware
@@ -109,8 +110,8 @@ def most_engines(config: SpinConfig, cluster: Cluster) -> int:
 
 
 def places(size: float, gpus: int) -> int:
-    """Returns how many groups of ``size`` GPUs a node of so many holds. Ray puts a part of a GPU on a single one."""
-    return gpus * floor(1 / size + 1e-9) if size < 1 else gpus // ceil(size)
+    """Returns how many groups of ``size`` GPUs a node of so many holds."""
+    return gpus * parts_of_a_gpu(size) if size < 1 else gpus // ceil(size)
 
 
 def _groups_of_an_engine(config: SpinConfig) -> tuple[float, int]:
@@ -124,5 +125,6 @@ def gpus_of(config: SpinConfig) -> dict[str, float]:
     asked = {"generation": (config.generation.resources.gpus, config.generation.replicas)}
     asked["training"] = (config.train.resources.gpus, config.train.workers)
     return {
-        stage: ceil(count / places(size, 1)) if 0 < size < 1 else size * count for stage, (size, count) in asked.items()
+        stage: ceil(count / parts_of_a_gpu(size)) if 0 < size < 1 else size * count
+        for stage, (size, count) in asked.items()
     }

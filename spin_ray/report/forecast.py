@@ -15,7 +15,7 @@ PREPARATION = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Play:
-    """What the algorithm makes of the rows in an iteration."""
+    """Rows that the algorithm answers and learns from in an iteration."""
 
     answered: str | None
     """Stage whose rows θ_t answers, e.g. ``prompts``; None: it answers none."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import ray
 
+from spin_ray.config.limits import parts_of_a_gpu
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 from spin_ray.runtime.autoscaler import Ask, Request, asking, only
@@ -221,9 +222,9 @@ def _unplaced(bundles: Bundles, nodes: list[dict[str, float]]) -> Bundles:
 
 
 def _with_whole_share(bundle: Mapping[str, float]) -> dict[str, float]:
-    """Returns the bundle with an n-th of a GPU where n of such fit one, as Ray takes a part from a single GPU."""
+    """Returns the bundle with an n-th of a GPU where one GPU holds n of such parts."""
     gpus = bundle.get("GPU", 0)
-    return {**bundle, "GPU": 1 / math.floor(1 / gpus + 1e-6)} if 0 < gpus < 1 else dict(bundle)
+    return {**bundle, "GPU": 1 / parts_of_a_gpu(gpus)} if 0 < gpus < 1 else dict(bundle)
 
 
 def covers(free: Mapping[str, float], needed: Mapping[str, float]) -> bool:

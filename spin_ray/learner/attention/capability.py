@@ -1,4 +1,4 @@
-"""What GPUs lack: kernels on old ones, shared memory on small ones."""
+"""Lacks of GPUs: kernels on old ones, shared memory on small ones."""
 
 from typing import Any
 
