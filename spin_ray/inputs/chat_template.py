@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from os.path import commonprefix
 from string import ascii_letters, digits, punctuation
@@ -16,6 +17,7 @@ from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
 from spin_ray.inputs.losses import Losses, Tools
 from spin_ray.inputs.messages import REASONING
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.inputs.templates import Skeletons
 from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
 
@@ -42,7 +44,7 @@ class ChatTemplate:
 
         Args:
             kwargs: variables of the template.
-            date: time for ``strftime_now``.
+            date: date that the template writes.
 
         Raises:
             ModelError: the template is missing, broken or unfit for training.
@@ -52,7 +54,7 @@ class ChatTemplate:
             raise ModelError(
                 f"{self._name}: its tokenizer has no chat template; set model.chat_template to a file with one"
             )
-        self._tokenizer, self.kwargs, self.date = tokenizer, dict(kwargs), date
+        self._tokenizer, self.variables = tokenizer, TemplateVariables(dict(kwargs), date)
         try:
             self.source: str = tokenizer.get_chat_template()
         except ValueError as error:  # several templates, none of them the default
@@ -165,7 +167,8 @@ class ChatTemplate:
             (texts,) = self.write_all([messages], [tools])
             return [] if isinstance(texts, RenderError) else self._encode("".join(texts))
         named = self._with_named_thoughts(messages)
-        found = self._tokenizer.apply_chat_template(named, tools=tools, return_dict=True, **self.variables())
+        arguments = self.variables.arguments(self._tokenizer, tools)
+        found = self._tokenizer.apply_chat_template(named, tools=tools, return_dict=True, **arguments)
         return list(found["input_ids"])
 
     def _find_key_of_thoughts(self) -> str:
@@ -273,13 +276,9 @@ class ChatTemplate:
         return any(re.search(rf"\b{re.escape(word)}\b", source) for source in sources)
 
     def _refuse_unread_kwargs(self) -> None:
-        for name in self.kwargs:
+        for name in self.variables.kwargs:
             if not self.names(name):
                 raise ModelError(f"model.chat_template_kwargs.{name}: the chat template does not read it; take it out")
-
-    def variables(self, more: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:
-        """Returns what the template reads beside the messages."""
-        return {**self.kwargs, **more, "strftime_now": self.date.strftime}
 
     def _end_turn(self, prompt: str, rest: str, said: Mapping[str, Any]) -> tuple[str, str] | RenderError:
         if lost := _lost_thought(rest, said):
@@ -332,10 +331,11 @@ class ChatTemplate:
         if len(conversations) > 1 and any(offers):
             each = zip(conversations, offers, strict=True)
             return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer], more)]
-        variables, named = self.variables(more), [self._with_named_thoughts(each) for each in conversations]
+        offered, named = offers[0] or None, [self._with_named_thoughts(each) for each in conversations]
+        arguments = self.variables.arguments(self._tokenizer, offered, more)
         try:
             return self._tokenizer.apply_chat_template(
-                named, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+                named, tools=offered, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
             )
         except Exception as error:  # a template may raise anything
             if len(conversations) == 1:
@@ -395,8 +395,8 @@ class ChatTemplate:
 
     def would_write(self, messages: Conversation, tools: Tools, kwargs: Mapping[str, Any]) -> bool:
         """Tells whether the conversation could be trained on with other template variables."""
-        given, losses = self.kwargs, self._losses
-        self.kwargs, self._losses = {**given, **kwargs}, Losses(self.ask)
+        given, losses = self.variables, self._losses
+        self.variables, self._losses = replace(given, kwargs={**given.kwargs, **kwargs}), Losses(self.ask)
         try:
             said = self.in_its_form(messages)
             if self._find_unwritten(said, tools, False):
@@ -405,7 +405,7 @@ class ChatTemplate:
         except RenderError:
             return False
         finally:
-            self.kwargs, self._losses = given, losses
+            self.variables, self._losses = given, losses
         return not isinstance(texts, RenderError) and _lost_thought(texts[1], said[-1]) is None
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:

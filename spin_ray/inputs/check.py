@@ -176,7 +176,7 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
         if config.scorer.kind == "reward":
             read = [each for source in _paths(inputs.train) for each in _rendered(renderer, rows[source])]
             messages = [(each.origin, each.messages) for each in read]
-            refuse_other_roles(inputs.scorer.path, messages, renderer.template.variables())
+            refuse_other_roles(inputs.scorer.path, messages, renderer.template.variables)
     return Start(
         **vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings), graded=graded
     )

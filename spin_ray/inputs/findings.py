@@ -111,7 +111,7 @@ def _sentences(facts: TemplateFacts, template: ChatTemplate) -> Iterator[Finding
         )
     if facts.writes_date:
         yield Finding(
-            f"the chat template may write the date; this run's is {template.date:%d %b %Y} to its end", "note"
+            f"the chat template may write the date; this run's is {template.variables.date:%d %b %Y} to its end", "note"
         )
     if _BLANKS.keys() & set(facts.strips):
         yield Finding("the chat template trims responses: blanks around them are not learnt", "note")
@@ -184,7 +184,9 @@ def _find_thoughts(renderer: ChatRenderer, written: list[tuple[str, str]], sourc
 
 
 def _cure_of_thoughts(template: ChatTemplate) -> str:
-    switch = next((name for name in SWITCHES if template.names(name) and template.kwargs.get(name) is not False), None)
+    switch = next(
+        (name for name in SWITCHES if template.names(name) and template.variables.kwargs.get(name) is not False), None
+    )
     if switch:
         return f"Set model.chat_template_kwargs: {{{switch}: false}}, or add the thoughts to the data"
     return "Set model.chat_template to a file that opens no thought, or add the thoughts to the data"

@@ -1,13 +1,14 @@
 """Checks of SPPO's preference models before sampling."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from spin_ray.errors import ConfigError, DataError, ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.model_folder import positions_of, read_config, refuse_adapter
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.learner.tokenizer_file import open_tokenizer
 from spin_ray.learner.weights import find_packed, refuse_damaged, tensor_shapes
 
@@ -52,7 +53,7 @@ _AFTER_THE_PAD = (
 """Families whose first position is the one after ``pad_token_id``."""
 
 
-def refuse_other_roles(folder: Path, rows: Iterable[tuple[str, Conversation]], variables: Mapping[str, Any]) -> None:
+def refuse_other_roles(folder: Path, rows: Iterable[tuple[str, Conversation]], variables: TemplateVariables) -> None:
     """Renders rows (place, messages) as the preference model reads them.
 
     Raises:
@@ -63,7 +64,7 @@ def refuse_other_roles(folder: Path, rows: Iterable[tuple[str, Conversation]], v
         return
     for place, messages in rows:
         try:
-            tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+            tokenizer.apply_chat_template(messages, tokenize=False, **variables.arguments(tokenizer))
         except Exception as error:  # the template's own, and jinja's
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise DataError(

@@ -18,6 +18,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line, memory_advice, user_error_in
 from spin_ray.inputs.start_model import start_folder
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
 from spin_ray.report.conditions import differing, shared_conditions
 from spin_ray.report.endpoint import Unanswered, unreachable
@@ -95,7 +96,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         UserError: lm-eval is missing, or does not know a task.
         StageError: the evaluation failed. Earlier results are kept.
     """
-    request = replace(request, variables=run_dir.template_variables(config))
+    request = replace(request, variables=TemplateVariables(config.model.chat_template_kwargs, run_dir.date()))
     results: dict[str, Any] = {}
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         counted["tasks"] = 0

@@ -2,15 +2,19 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
 from spin_ray.report.endpoint import Unanswered, ask
 from spin_ray.report.redaction import hide_in_text
@@ -50,8 +54,8 @@ class Request:
     """Number of first rows of each task, for trials. None: all."""
     chat: bool = False
     """True: applies the chat template."""
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, with the run's date. An endpoint has its own."""
+    variables: TemplateVariables | None = None
+    """Variables of the chat template. None: an endpoint's own."""
     dtype: str = "float32"
     max_length: int | None = None
     """Most tokens; longer questions lose their beginning. None: the model's limit."""
@@ -91,8 +95,7 @@ def measure(request: Request) -> dict[str, Any]:
             tasks = [benchmark.task for benchmark in group]
             with harness_warnings.counted() as texts:
                 answer = simple_evaluate(
-                    model=kind,
-                    model_args=arguments,
+                    model=_open_model(kind, arguments, request),
                     tasks=tasks,
                     num_fewshot=None if shots < 0 else shots,
                     task_manager=manager,
@@ -151,8 +154,6 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
         "dtype": request.dtype,
         "trust_remote_code": request.trust_remote_code,
     }
-    if request.chat and request.variables:
-        common["chat_template_args"] = dict(request.variables)
     if request.backend == "hf":  # lm-eval assumes a GPU unless told otherwise
         import torch
 
@@ -170,6 +171,39 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
     )
     del arguments["model"], arguments["max_model_len"]  # by lm-eval's names
     return "vllm", common | length | arguments
+
+
+def _open_model(kind: str, arguments: dict[str, Any], request: Request) -> Any:
+    """Opens lm-eval's model, which writes conversations by the run's variables.
+
+    lm-eval 0.4.13 passes the backend ``vllm`` no ``enable_thinking`` but None (models/vllm_causallms.py).
+    """
+    from lm_eval.api.registry import get_model
+
+    model: Any = get_model(kind).create_from_arg_obj(arguments)
+    if request.chat and request.variables is not None and not request.endpoint:
+        model.apply_chat_template = partial(_write, model.tokenizer, request.variables)
+    return model
+
+
+def _write(
+    tokenizer: Any, variables: TemplateVariables, messages: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """Writes a conversation; as lm-eval does, without its system message where the template refuses one."""
+
+    def write(messages: list[dict[str, str]]) -> str:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **variables.arguments(tokenizer),
+        )
+
+    try:
+        return write(messages)
+    except TemplateError:
+        return write([message for message in messages if message["role"] != "system"])
 
 
 def _route(request: Request) -> str:

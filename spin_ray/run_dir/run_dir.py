@@ -257,10 +257,6 @@ class RunDir:
             return datetime.now().replace(microsecond=0)
         return datetime.fromisoformat(self.description()["date"])
 
-    def template_variables(self, config: SpinConfig) -> dict[str, Any]:
-        """Returns what a chat template reads beside the messages."""
-        return {**config.model.chat_template_kwargs, "strftime_now": self.date().strftime}
-
     def stage(self, name: str) -> AbstractContextManager[dict[str, Any]]:
         return stage(self.storage, name)
 

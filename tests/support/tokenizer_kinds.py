@@ -1,11 +1,17 @@
 """Small tokenizers of every kind, trained here, and templates that end prompts in every way."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
@@ -99,3 +105,11 @@ TEMPLATES = {
     "no mark": "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}",
 }  # fmt: skip
+
+
+@contextmanager
+def transformers_date(date: datetime) -> Iterator[None]:
+    """Sets the clock of transformers' own function ``strftime_now``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: date))
+        yield

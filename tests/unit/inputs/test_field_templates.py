@@ -10,7 +10,7 @@ import pytest
 from spin_ray.inputs.check import _other_ids
 from spin_ray.inputs.findings import find_in_rows, find_in_template
 from spin_ray.inputs.rendering import ChatRenderer, Rendered
-from tests.support.tokenizer_kinds import tokenizer_of_kind
+from tests.support.tokenizer_kinds import tokenizer_of_kind, transformers_date
 
 S, E = "<|im_start|>", "<|im_end|>"
 SYSTEM = {"role": "system", "content": "Be good."}
@@ -142,8 +142,8 @@ def whole_ids(renderer: ChatRenderer, field: Field, messages: Any, tools: Any) -
     if renderer.template.opening:
         keeps = TURNS.replace("m.content", f"(m.content if loop.last else {CUT})")
         tokenizer.chat_template = field.template.replace(TURNS.replace("m.content", CUT), keeps)
-    more = {"strftime_now": datetime(2024, 7, 26).strftime}
-    ids = list(tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **more)["input_ids"])
+    with transformers_date(datetime(2024, 7, 26)):
+        ids = list(tokenizer.apply_chat_template(messages, tools=tools, return_dict=True)["input_ids"])
     end = renderer.end_of_turn_id
     return ids[: len(ids) - ids[::-1].index(end)] if renderer.writes_end_of_turn else [*ids, end]
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Debe
 
 from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.loop.algorithms.sppo import preference_models, preferences
 from spin_ray.loop.algorithms.sppo.preference_models import RewardScorer, load_scorer
 from tests.support.preference_models import save_pairrm, save_reward_model
@@ -18,6 +19,7 @@ from tests.support.preference_models import save_pairrm, save_reward_model
 torch.set_num_threads(1)
 PROMPT = [{"role": "user", "content": "2 + 2 = ?"}]
 RESPONSES = ["2 + 2 = 4", "5", "why do you ask"]
+NO_VARIABLES = TemplateVariables({}, datetime(2024, 7, 26))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def pairrm(tmp_path_factory):
 
 
 def scorer_of(folder, kind, device="cpu"):
-    return load_scorer(ScorerConfig(path=str(folder), kind=kind), folder, torch.device(device))
+    return load_scorer(ScorerConfig(path=str(folder), kind=kind), folder, torch.device(device), NO_VARIABLES)
 
 
 @pytest.mark.parametrize("kind", ["reward", "pairrm"])
@@ -55,7 +57,7 @@ def test_a_reward_model_judges_the_whole_chat_by_the_difference_of_its_outputs(r
 
 
 def test_a_reward_models_template_reads_the_recipes_variables_and_the_runs_date(reward):
-    variables = {"think": False, "strftime_now": datetime(2024, 7, 26).strftime}
+    variables = TemplateVariables({"think": False}, datetime(2024, 7, 26))
     scorer = load_scorer(ScorerConfig(path=str(reward), kind="reward"), reward, torch.device("cpu"), variables)
     scorer._tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% if think %}?{% endif %}"
     assert scorer._tokenizer.decode(scorer._encode(PROMPT, "4")["input_ids"]) == "26 Jul 2024"
@@ -69,7 +71,7 @@ def test_rewards_of_a_bf16_model_are_not_rounded_to_bf16(reward, tmp_path, on_cp
     model.score.weight.mul_(64)  # rewards of tens, where bf16 has steps of 0.125
     model.save_pretrained(tmp_path)
     tokenizer, body = AutoTokenizer.from_pretrained(reward), copy.deepcopy(model.model)
-    scorer: Any = RewardScorer(tmp_path, tokenizer, 64, {}, on_cpu=on_cpu)
+    scorer: Any = RewardScorer(tmp_path, tokenizer, 64, NO_VARIABLES, on_cpu=on_cpu)
     row, model = scorer._encode(PROMPT, "4"), model.double()
     ids = torch.tensor([row["input_ids"]])
     state = (model.model if on_cpu else body)(input_ids=ids).last_hidden_state[0, -1].double()
@@ -106,7 +108,9 @@ def test_pairrm_compares_the_states_at_its_marks_in_both_orders(pairrm):
 
 
 def test_a_text_that_is_too_long_is_cut_and_keeps_the_marks(pairrm):
-    scorer = load_scorer(ScorerConfig(path=str(pairrm), kind="pairrm", max_length=40), pairrm, torch.device("cpu"))
+    scorer = load_scorer(
+        ScorerConfig(path=str(pairrm), kind="pairrm", max_length=40), pairrm, torch.device("cpu"), NO_VARIABLES
+    )
     wins = scorer.wins([{"role": "user", "content": "why " * 200}], ["a " * 200, "b " * 200])
     assert wins.isfinite().all()
 
@@ -116,7 +120,9 @@ def test_a_text_that_is_too_long_is_cut_and_keeps_the_marks(pairrm):
 def test_responses_that_lose_their_end_are_counted(kind, has_template, reward, pairrm):
     """Once each, however many it is compared with; so are all whose prompt loses its end."""
     folder = {"reward": reward, "pairrm": pairrm}[kind]
-    scorer: Any = load_scorer(ScorerConfig(path=str(folder), kind=kind, max_length=80), folder, torch.device("cpu"))
+    scorer: Any = load_scorer(
+        ScorerConfig(path=str(folder), kind=kind, max_length=80), folder, torch.device("cpu"), NO_VARIABLES
+    )
     if not has_template:
         scorer._tokenizer.chat_template = None
     scorer.wins(PROMPT, RESPONSES)

@@ -13,7 +13,6 @@ import pytest
 import ray.cloudpickle
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from transformers.utils import chat_template_utils
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Source
@@ -36,6 +35,7 @@ from spin_ray.run_dir.storage import MANIFEST, Storage, table_from_bytes
 from tests.support import small_run
 from tests.support.fakes import config_of
 from tests.support.fakes import rows_of as rows_of_artefact
+from tests.support.tokenizer_kinds import transformers_date
 from tests.unit.inputs.test_prompt_rows import chat, rows_of, task_of
 
 REASONS = {"malformed", "empty", "too_long", "template", "duplicate"}
@@ -427,7 +427,7 @@ def test_any_row_is_used_or_in_quarantine_and_none_is_lost(tmp_path_factory, row
         assert row["real_ids"].count(2) == 1
 
 
-def test_the_date_that_a_template_writes_makes_no_other_template(monkeypatch):
+def test_the_date_that_a_template_writes_makes_no_other_template():
     """Llama 3.2's template writes the day. A run goes on after midnight."""
     tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
     tokenizer.chat_template = "{{ strftime_now('%d %b') }}" + tokenizer.chat_template
@@ -438,7 +438,7 @@ def test_the_date_that_a_template_writes_makes_no_other_template(monkeypatch):
     later = ChatRenderer(tokenizer, date=tomorrow)
     assert later.render_prompt(question) != prompt, "or the test shows nothing"
     assert prompts.template_digest(later) == first
-    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: tomorrow))
-    assert renderer.render_prompt(question) == prompt, "a run has one date"
+    with transformers_date(tomorrow):
+        assert renderer.render_prompt(question) == prompt, "a run has one date"
     tokenizer.chat_template = "Today: " + tokenizer.chat_template
     assert prompts.template_digest(ChatRenderer(tokenizer)) != first

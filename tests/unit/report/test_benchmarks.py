@@ -11,9 +11,11 @@ from ray.exceptions import WorkerCrashedError
 from rich.console import Console
 
 from spin_ray.errors import ConfigError, StageError, UserError
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import benchmarks, harness_warnings
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
-from spin_ray.report.harness import Benchmark, Request, _model, measure
+from spin_ray.report.harness import Benchmark, Request, _model, _open_model, measure
 from tests.support.fakes import config_of
 from tests.support.made_up_run import TINY, made_up_run
 
@@ -118,12 +120,20 @@ def test_an_engine_of_the_tasks_has_the_runs_stages_and_on_cpu_whole_prompts():
     assert arguments == arguments | expected
 
 
-@pytest.mark.parametrize("backend", ["hf", "vllm"])
-def test_the_chat_template_has_the_runs_variables(backend):
-    variables = {"enable_thinking": False, "strftime_now": datetime(2024, 7, 26).strftime}
-    asked = {"benchmarks": (), "backend": backend, "variables": variables}
-    assert _model(request_for(config_of(), 1, MODEL, chat=True, **asked))[1]["chat_template_args"] == variables
-    assert "chat_template_args" not in _model(request_for(config_of(), 1, MODEL, **asked))[1]
+@pytest.mark.slow
+def test_the_chat_template_has_the_runs_variables_and_date():
+    """lm-eval itself would give the backend vllm no variable enable_thinking (0.4.13)."""
+    variables = TemplateVariables({"enable_thinking": False}, datetime(2024, 7, 26))
+    asked = {"benchmarks": (), "chat": True, "variables": variables}
+    request = request_for(config_of(), 1, resolve("embedded:tiny-llama"), **asked)
+    model = _open_model(*_model(request), request)
+    model.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ enable_thinking }}"
+        "{{ strftime_now(' %d %b %Y ') }}{{ messages[-1].content }}{% if add_generation_prompt %} So:{% endif %}"
+    )
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    assert model.apply_chat_template(said) == "False 26 Jul 2024 Why? So:"
+    assert model.apply_chat_template(said, add_generation_prompt=False) == "False 26 Jul 2024 Why?"
 
 
 @pytest.mark.slow

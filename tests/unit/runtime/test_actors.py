@@ -116,7 +116,7 @@ def test_a_model_that_cannot_be_loaded_is_no_death_of_its_actor(tmp_path: Path):
     """An error from ``__init__`` would be tried again by Ray Data; one from a call ends the stage."""
     missing: Any = SimpleNamespace(here=lambda **_: tmp_path)
     job: Any = SimpleNamespace(
-        scorer=ScorerConfig(path="judge"), preference_model=missing, policy=missing, variables={}
+        scorer=ScorerConfig(path="judge"), preference_model=missing, policy=missing, variables=None
     )
     actor = preferences._Comparing(job)
     with pytest.raises(Exception, match="is no reward model"):

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.learner.tokenizer_file import open_tokenizer
 from spin_ray.learner.weights import weight_files
 
@@ -31,7 +32,7 @@ class PreferenceScorer(Protocol):
 
 
 def load_scorer(
-    config: ScorerConfig, folder: Path, device: torch.device, variables: Mapping[str, Any] | None = None
+    config: ScorerConfig, folder: Path, device: torch.device, variables: TemplateVariables
 ) -> PreferenceScorer:
     """Loads the preference model, with ``variables`` for its chat template.
 
@@ -41,7 +42,7 @@ def load_scorer(
     try:
         tokenizer = open_tokenizer(folder)
         scorer = (
-            RewardScorer(folder, tokenizer, config.max_length, variables or {}, on_cpu=device.type == "cpu")
+            RewardScorer(folder, tokenizer, config.max_length, variables, on_cpu=device.type == "cpu")
             if config.kind == "reward"
             else PairRmScorer(folder, tokenizer, config.max_length)
         )
@@ -57,7 +58,7 @@ class RewardScorer:
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Any, max_length: int, variables: Mapping[str, Any], *, on_cpu: bool
+        self, folder: Path, tokenizer: Any, max_length: int, variables: TemplateVariables, *, on_cpu: bool
     ) -> None:
         from transformers import AutoModelForSequenceClassification
 
@@ -85,7 +86,8 @@ class RewardScorer:
     def _encode(self, prompt: Conversation, response: str) -> dict[str, list[int]]:
         if self._tokenizer.chat_template:
             chat = [*prompt, {"role": "assistant", "content": response}]
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, **self._variables)
+            arguments = self._variables.arguments(self._tokenizer)
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, **arguments)
             tokens = partial(self._tokenizer, text, add_special_tokens=False)
         else:
             tokens = partial(self._tokenizer, _instruction(prompt), response)

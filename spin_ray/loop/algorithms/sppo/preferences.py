@@ -1,7 +1,6 @@
 """Win probabilities of SPPO from a preference model, one actor per replica."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,7 @@ from spin_ray.config.sections import ResourcesConfig, ScorerConfig
 from spin_ray.errors import StageError, last_line, memory_advice, user_error_in
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, load_scorer
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.artefact import Artefact, FileEntry, seal
@@ -39,7 +39,7 @@ class PreferenceJob:
     trust_remote_code: bool
     scorer: ScorerConfig
     preference_model: ModelFolder
-    variables: Mapping[str, Any]
+    variables: TemplateVariables
     fingerprint: str
 
 
@@ -68,7 +68,7 @@ def run(
         trust_remote_code=config.model.trust_remote_code,
         scorer=config.scorer,
         preference_model=preference_model,
-        variables=run_dir.template_variables(config),
+        variables=TemplateVariables(config.model.chat_template_kwargs, run_dir.date()),
         fingerprint=digest([inputs, settings]),
     )
     with run_dir.stage(target.path) as counted:
