@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
@@ -107,7 +107,7 @@ def test_iterates_name_the_class_that_every_program_loads_alike(tmp_path):
 
 def test_a_class_that_the_folder_does_not_name_is_refused_with_the_cure(tmp_path):
     folder = folder_of_class(tmp_path / "model", "LlamaTokenizerFast")
-    loaded = AutoTokenizer.from_pretrained(folder)
+    loaded = LlamaTokenizer.from_pretrained(folder)  # as AutoTokenizer does before transformers 5.24
     folder = folder_of_class(tmp_path / "other", "Qwen2Tokenizer")
     with pytest.raises(ModelError, match=r"as a LlamaTokenizer, loses line breaks .*hf download NAME --local-dir"):
         as_written(loaded, folder)
@@ -121,6 +121,6 @@ def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path):
 
 def test_a_class_that_makes_other_tokens_is_told(tmp_path):
     folder = folder_of_class(tmp_path / "model", "LlamaTokenizerFast")
-    said = str(warn_of_other_tokens(AutoTokenizer.from_pretrained(folder), folder))
+    said = str(warn_of_other_tokens(LlamaTokenizer.from_pretrained(folder), folder))
     assert "makes other tokens" in said and "'Hello, what is 12" in said
     assert "] in place of ['" in said, "both tokenizations are shown"
