@@ -9,7 +9,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup gpu-setup docs-site demo gpu-demo demo-report readme serve-demo arena-picture smoke test chaos audit check lint bench null-card gpu-bench peers quality format lock clean
+.PHONY: help setup gpu-setup docs-site demo gpu-demo demo-report readme serve-demo arena-picture smoke test ranges chaos audit check lint bench null-card gpu-bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
 avx2: $(READY) ## The learner's quick tests as on a processor with AVX2 alone
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest tests/unit/learner --ignore tests/unit/learner/test_deepspeed.py -m "not slow" \
 		$(SIDE_BY_SIDE)
+
+ranges: $(READY) ## The quick unit tests with the newest and with the lowest versions that pyproject.toml allows
+	requirements/ranges.sh highest
+	requirements/ranges.sh lowest-direct
 
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed
