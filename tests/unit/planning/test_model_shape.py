@@ -103,8 +103,8 @@ _MIXTURE: dict[str, Any] = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
 }  # fmt: skip
 _NO_DEFAULTS = {
-    "cohere_compass_text", "dots1", "gemma4_assistant", "hunyuan_v1_dense", "ministral", "mllama", "musicgen", "musicgen_melody",
-    "nemotron",
+    "cohere_compass_text", "dots1", "gemma4_assistant", "hunyuan_v1_dense", "ministral", "mllama", "musicgen",
+    "musicgen_melody", "nemotron",
 }  # fmt: skip
 """Families whose default config makes no model."""
 _MHA = {"num_key_value_heads": 4}
