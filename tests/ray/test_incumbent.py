@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -23,8 +25,20 @@ OTHER = "/shared/runs/other"
 
 @pytest.fixture
 def serve_ends(local_ray: None) -> Iterator[None]:
+    """Ends Ray Serve with its replicas' processes, which listen beyond loopback and outlive their actors' names."""
     yield
     serve.shutdown()
+    deadline = time.monotonic() + 60
+    while replicas := [process.pid for process in psutil.Process().children(recursive=True) if is_replica(process)]:
+        assert time.monotonic() < deadline, f"waited 60 s for the processes {replicas}"
+        time.sleep(0.1)
+
+
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return "ServeReplica" in " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 @pytest.mark.usefixtures("serve_ends")

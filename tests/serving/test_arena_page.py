@@ -93,7 +93,9 @@ def compare(page: Page, prompt: str = PROMPT) -> None:
     ],
 )
 def test_a_blind_comparison_and_a_vote_by_keyboard(serve, open_page, votes, name, look):
-    page = open_page(serve(word_s=0.05), **look)
+    engines = TalkingEngines()
+    engines.gate.clear()
+    page = open_page(serve(engines=engines), **look)
     expect(page.get_by_role("heading", name="Which answer is better?")).to_be_visible()
     compare(page)
     expect(side(page, "a", "status")).to_have_text("writing…")
@@ -101,6 +103,7 @@ def test_a_blind_comparison_and_a_vote_by_keyboard(serve, open_page, votes, name
         expect(ballot(page, verdict)).to_be_disabled()
     page.keyboard.press("1")
     assert votes.tallies() == []
+    engines.gate.set()
     expect(ballot(page, "a")).to_be_enabled()
     assert page.locator(".writing").count() == 0, "votes were allowed before both answers had ended"
     for one in "ab":
@@ -171,7 +174,7 @@ def test_a_late_reply_to_a_vote_leaves_the_next_comparison_blind(serve, open_pag
 
 def test_a_late_list_of_iterates_changes_no_open_comparison(serve, open_page):
     """The list comes while both answer, without the iterates that were asked."""
-    engines = TalkingEngines(word_s=0.1)
+    engines = TalkingEngines()
     page = open_page(serve(engines=engines))
     page.get_by_text("Open", exact=True).click()
     page.get_by_label("Log-probabilities").check()
@@ -187,10 +190,13 @@ def test_a_late_list_of_iterates_changes_no_open_comparison(serve, open_page):
     page.locator("#again").click()
     wait_for_held_reply(page)
     engines.names.serve_now(ITERATES, newest=ITERATES[-1])
+    engines.gate.clear()
     compare(page, "hi")
     expect(side(page, "a", "answer")).not_to_be_empty()
     release_reply(page)
     expect(page.get_by_label("First iterate")).not_to_have_value("iter-0")
+    expect(page.locator(".writing")).to_have_count(2)
+    engines.gate.set()
     expect(page.locator("#margin")).to_contain_text("beta 0.5")
     assert [each["models"] for each in scored][-1] == ["iter-0", "sft"]
 
@@ -202,7 +208,7 @@ def test_a_page_that_is_opened_while_models_start_says_so_and_looks_again(serve,
     expect(page.locator("#starting")).to_contain_text("Models start; 1 of the 2")
     expect(page.get_by_role("alert")).to_be_hidden()
     engines.names.serve_now(["sft", "iter-0"], newest="iter-0")
-    expect(page.locator("#starting")).to_be_hidden(timeout=10_000)
+    expect(page.locator("#starting")).to_be_hidden()
     compare(page)
     expect(ballot(page, "a")).to_be_enabled()
     engines.names.serve_now(["sft"], newest="sft")
@@ -288,7 +294,9 @@ def test_failures_are_told_in_words_and_cost_the_vote(serve, open_page):
 
 
 def test_a_server_that_is_full_says_when_to_come_back(serve, open_page):
-    url = serve(max_concurrent=3, word_s=0.3)
+    engines = TalkingEngines()
+    engines.gate.clear()
+    url = serve(max_concurrent=3, engines=engines)
     first, second = open_page(url), open_page(url)
     compare(first)
     expect(side(first, "a", "answer")).not_to_be_empty()
@@ -300,7 +308,9 @@ def test_a_server_that_is_full_says_when_to_come_back(serve, open_page):
 
 
 def test_streams_can_be_stopped(serve, open_page):
-    page = open_page(serve(word_s=0.5))
+    engines = TalkingEngines()
+    engines.gate.clear()
+    page = open_page(serve(engines=engines))
     compare(page)
     expect(side(page, "a", "answer")).not_to_be_empty()
     page.keyboard.press("Escape")

@@ -58,7 +58,7 @@ def vanished(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callab
 
 
 def slow(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
-    engines._word_s = 0.2
+    engines.gate.clear()
     return lambda: ask(app(engines, votes, request_timeout_s=0.1))
 
 

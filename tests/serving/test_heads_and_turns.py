@@ -47,7 +47,11 @@ def listening(engines: FakeEngines, **serving: Any) -> Iterator[int]:
     """Starts a server and yields its port; it must stop within 20 s."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         app = make_app(engines, tiny_config(**serving), [], empty_votes())
-        server = uvicorn.Server(uvicorn.Config(app, http=heads.LimitedHeads, log_level="error", lifespan="off"))
+        config = uvicorn.Config(
+            app, http=heads.LimitedHeads, log_level="error", lifespan="off",
+            timeout_keep_alive=60,  # longer than any test leaves a connection idle
+        )  # fmt: skip
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while not server.started:

@@ -47,7 +47,8 @@ class Deployed:
 
     def applications(self) -> dict[str, Any]:
         """Returns what KubeRay asks for."""
-        asked = httpx.get(f"{self.head.dashboard}/api/serve/applications/", headers=self.head.authorization)
+        url = f"{self.head.dashboard}/api/serve/applications/"
+        asked = httpx.get(url, headers=self.head.authorization, timeout=ANSWER_S)
         return asked.raise_for_status().json()["applications"]
 
     def replicas(self) -> dict[str, list[str]]:
@@ -84,7 +85,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         deployed = Deployed(head, run, url, key, folder / "serve.yaml")
         deployed.deploy()
         until(lambda: {app["status"] for app in deployed.applications().values()} == {"RUNNING"}, START_S)
-        until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 10)  # KubeRay sends clients here now
+        until(lambda: httpx.get(f"{url}/readyz").status_code == 200, START_S)  # KubeRay sends clients here now
         yield deployed
 
 

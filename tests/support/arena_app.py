@@ -5,7 +5,9 @@ As a program, a server of its own: ``python -m tests.support.arena_app DATABASE_
 
 import asyncio
 import json
+import re
 import sys
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -35,13 +37,15 @@ class TalkingEngines:
     An answer is one token, with log p −10 under its own iterate and −30 under the others.
     """
 
-    def __init__(self, word_s: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.names = Names()
         self.names.serve_now(ITERATES, newest=ITERATES[-1])
         self.problems: dict[str, str] = {}
         self.troubles: dict[str, str] = {}
         self.down: set[str] = set()
-        self._word_s = word_s
+        self.gate = threading.Event()
+        """Answers wait here before their last word."""
+        self.gate.set()
 
     def digest(self, iterate: str) -> str:
         return digest(iterate)
@@ -55,7 +59,7 @@ class TalkingEngines:
             yield event({"content": "well"})
             yield {"error": {"code": 500}}
             return
-        async for piece in says(EVIL if "evil" in prompt else SAYS[iterate], self._word_s):
+        async for piece in says(EVIL if "evil" in prompt else SAYS[iterate], self.gate):
             yield piece
 
 
@@ -67,11 +71,10 @@ def make(
     votes: VoteStore,
     *,
     keys: list[Key] | None = None,
-    word_s: float = 0.0,
     engines: TalkingEngines | None = None,
     **serving: Any,
 ) -> FastAPI:
-    return make_app(engines or TalkingEngines(word_s), tiny_config(**serving), keys or [], votes)
+    return make_app(engines or TalkingEngines(), tiny_config(**serving), keys or [], votes)
 
 
 def scored(iterate: str, **fields: Any) -> dict[str, Any]:
@@ -86,11 +89,15 @@ def scored(iterate: str, **fields: Any) -> dict[str, Any]:
     return {"prompt_token_ids": [0], "choices": [choice], "usage": {}}
 
 
-async def says(text: str, word_s: float = 0.0) -> AsyncIterator[str]:
-    """Yields the events of a chat completion as vLLM writes them."""
-    for number, word in enumerate(text.split(" ")):
-        yield event({"content": word if number == 0 else f" {word}"})
-        await asyncio.sleep(word_s)
+async def says(text: str, gate: threading.Event) -> AsyncIterator[str]:
+    """Yields the events of a chat completion as vLLM writes them; the last word waits for ``gate``."""
+    *words, last = re.findall(" ?[^ ]+", text)
+    for word in words:
+        yield event({"content": word})
+        await asyncio.sleep(0)
+    while not gate.is_set():
+        await asyncio.sleep(0.01)
+    yield event({"content": last})
     yield event({}, "stop")
     yield "data: [DONE]\n\n"
 

@@ -1,5 +1,6 @@
 """A head node of `ray start`, with dashboard, metrics and a token."""
 
+import os
 import random
 import shutil
 import socket
@@ -16,6 +17,7 @@ import psutil
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 TOKEN = "0123456789abcdef" * 4
+_given: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,19 @@ def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
 def free_port() -> int:
     """Returns a free port that nobody gets who asks for any: it is bound only seconds later.
 
-    Linux gives those from 32768 on, and Ray's workers take theirs below 20000.
+    Linux gives those from 32768 on, and Ray's workers take theirs below 20000. Each process of pytest-xdist has ports
+    of its own, and gives none twice.
     """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(20_000 + number % count, 32_768, count)
     while True:
-        port = random.SystemRandom().randrange(20_000, 32_768)
+        port = random.SystemRandom().choice(ports)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def _kill(pid: int) -> None:

@@ -48,8 +48,8 @@ STAND_INS = {
         exec sleep 60""",
     "python": """echo python >> "$CALLS"
         xargs < "$CALLS.up\"""",
-    "spin-ray": """echo "spin-ray $*" >> "$CALLS"
-        trap 'echo "stopped in peace" >> "$CALLS"; exit 143' TERM
+    "spin-ray": """trap 'echo "stopped in peace" >> "$CALLS"; exit 143' TERM
+        echo "spin-ray $*" >> "$CALLS"
         if [ "$ENDS_WITH" = never ]; then for _ in $(seq 200); do sleep 0.05; done; fi
         exit "$ENDS_WITH\"""",
 }

@@ -23,7 +23,7 @@ from spin_ray.run_dir.storage import Storage
 from tests.support.made_up_run import made_up_run
 
 Answer = tuple[int, dict[str, str], bytes | threading.Event]
-"""Status, headers and body; with an event none, until it is set or a second has passed."""
+"""Status, headers and body; with an event none, until it is set or 30 s have passed."""
 JSON = {"Content-Type": "application/json"}
 FIRST = (200, JSON, json.dumps({"choices": [{"message": {"content": "[[A]]"}}]}).encode())
 
@@ -45,7 +45,7 @@ def server(*answers: Answer, models: tuple[str, ...] = ()) -> Iterator[tuple[str
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             status, headers, body = answers[min(len(asked), len(answers)) - 1]
             if isinstance(body, threading.Event):
-                body.wait(3)
+                body.wait(30)
             else:
                 self.tell(status, headers, body)
 
@@ -114,15 +114,16 @@ def test_what_was_judged_before_a_failure_is_kept(tmp_path: Path) -> None:
     assert again["contradicting"] == 3 and len(asked) == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_lists_models_and_is_silent_when_asked_is_asked_once(tmp_path: Path) -> None:
     """One that has answered before is asked again."""
     held = threading.Event()
     slow: Answer = (200, JSON, held)
-    with server(slow) as (url, asked), pytest.raises(StageError, match=r"no answer within 0.8 s; is the model loaded"):
-        judged(tmp_path / "run", url, timeout_s=0.8)
+    with server(slow) as (url, asked), pytest.raises(StageError, match=r"no answer within 3 s; is the model loaded"):
+        judged(tmp_path / "run", url, timeout_s=3)
     assert len(asked) == 1
     with server(FIRST, slow, FIRST) as (url, asked):
-        assert judged(tmp_path / "other", url, timeout_s=0.8)["contradicting"] == 3
+        assert judged(tmp_path / "other", url, timeout_s=3)["contradicting"] == 3
     assert len(asked) == 7
     held.set()
 

@@ -78,11 +78,12 @@ def test_mlflow_reads_back_what_was_written(run):
 
 @pytest.mark.slow
 def test_weights_and_biases_gets_one_offline_run(run, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     config = configured(run, tensorboard=False, wandb={})
     for iterate in (0, 1):
         track(run, config, iterate)
+    wandb.teardown()  # its process writes the end of a file only after finish()
     files = sorted(glob.glob(str(run.storage.path("wandb/offline-run-*/*.wandb"))))
     assert len({file.rpartition("-")[2] for file in files}) == 1  # both of the same run id
     rows = [row for file in files for row in wandb_history(Path(file).read_bytes())]

@@ -233,13 +233,14 @@ def test_a_paused_driver_that_wakes_after_a_takeover_changes_nothing_more(storag
     try:
         wait_for(lambda: storage.exists("LATEST"))
         monkeypatch.setattr(lease_module, "_boot_id", lambda: "another machine")
-        monkeypatch.setattr(fence, "LOCK_TIMEOUT_S", 0.05)
         lease = None
         while lease is None:  # until it is not stopped within a change, for whose end a takeover waits
             os.kill(pid, signal.SIGSTOP)
             time.sleep(0.1)
             try:
-                lease = Lease(storage, timeout_s=0.1).__enter__()
+                with monkeypatch.context() as patch:
+                    patch.setattr(fence, "LOCK_TIMEOUT_S", 0.05)
+                    lease = Lease(storage, timeout_s=0.1).__enter__()
             except RunDirError:
                 os.kill(pid, signal.SIGCONT)
                 time.sleep(0.01)

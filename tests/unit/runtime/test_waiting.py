@@ -113,10 +113,12 @@ def test_work_that_moves_may_take_long_and_work_that_stands_still_is_given_up(cl
         return "done"
 
     assert while_it_moves(work, lambda: next(looks), 0.2, "a step") == "done"
+    stuck = threading.Event()
     with pytest.raises(
         StageError, match=r"waited 0 s for a step; the cluster has 2 CPU in 1 nodes, 2 CPU of them free"
     ):
-        while_it_moves(work, lambda: 0, 0.1, "a step")
+        while_it_moves(lambda: stuck.wait(60), lambda: 0, 0.1, "a step")
+    stuck.set()
 
 
 def test_what_the_work_raises_comes_back(cluster) -> None:
