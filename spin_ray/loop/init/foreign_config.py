@@ -208,7 +208,7 @@ def _put_training(found: Foreign) -> None:
     _put_precision(found)
     if stage == "train":
         _put_objective(found)
-    elif found.tool is TRL and found.fact("loss") not in (None, "nll"):
+    elif found.tool is TRL and found.fact("loss") not in (None, "nll", "chunked_nll"):
         found.leave("loss", "the warm-up maximises the likelihood of the responses (nll)")
 
 
