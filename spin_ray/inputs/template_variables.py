@@ -22,28 +22,24 @@ class TemplateVariables:
     """The only date that templates write."""
 
     def arguments(self, tokenizer: Any, tools: Any = None, more: Mapping[str, Any] = _NOTHING) -> dict[str, Any]:
-        """Returns arguments of ``apply_chat_template``, with the date in the template that it would choose.
+        """Returns arguments of ``apply_chat_template``; a template that writes the date is among them, with this one.
+
+        transformers 5.24 hands templates plain data only, so a function given as a variable would be a text.
 
         Raises:
             ValueError: the tokenizer has no template, or several without a default.
         """
-        arguments = {**self.kwargs, **more}
-        source = tokenizer.get_chat_template(tools=tools)
-        return arguments if (dated := self.with_date(source)) == source else {**arguments, "chat_template": dated}
-
-    def with_date(self, source: str) -> str:
-        """Returns a template that writes the date, whatever the clock says.
-
-        transformers 5.24 hands templates plain data only, so a function given as a variable would be a text.
-        """
-        return source if _DATES not in source else _macro(self.date) + source
+        arguments, source = {**self.kwargs, **more}, tokenizer.get_chat_template(tools=tools)
+        if _DATES in source:
+            arguments["chat_template"] = _macro(self.date) + source
+        return arguments
 
 
 @lru_cache(maxsize=8)
 def _macro(date: datetime) -> str:
-    """Returns a macro in place of transformers' function of the same name.
+    """Returns a macro in place of transformers' function of the same name, whatever the clock says.
 
-    Its last line break belongs to a block, so Jinja drops it, and ``source`` still begins a line.
+    Its last line break belongs to a block, so Jinja drops it, and the template still begins a line.
     """
     directives = [f"%{flag}{letter}" for flag in _FLAGS for letter in ascii_letters]
     written = {name: text for name in directives if (text := date.strftime(name)) != name}
