@@ -21,7 +21,7 @@ from spin_ray.inputs.start_model import start_folder
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
 from spin_ray.report.conditions import differing, shared_conditions
-from spin_ray.report.endpoint import Unanswered, unreachable
+from spin_ray.report.endpoint import Unanswered, card_of, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.history import find_iterate, model_path
 from spin_ray.report.model_card import write_card
@@ -29,6 +29,7 @@ from spin_ray.report.redaction import hide_in_text
 from spin_ray.report.whole_model import write_whole_model
 from spin_ray.run_dir.names import api_name, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import folder_digest
 from spin_ray.runtime.actors import task_options
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.placement import in_the_cluster
@@ -55,14 +56,14 @@ _USE_LESS: dict[Backend, str] = {
     "generation.engine.max_num_seqs, or generation.replicas",
 }
 _CURE = "the score holds these rows too; for cut prompts give fewer examples (--tasks TASK:N) or a longer --max-length"
-MEANS = {f"mean of {name}": preset for name, preset in PRESETS.items()}
+MEANS = {f"mean of {name}": preset for name, preset in PRESETS.items() if all(it.metric for it in preset)}
 
 
 def parse_benchmarks(words: Sequence[str]) -> tuple[Benchmark, ...]:
-    """Reads ``--tasks``, e.g. a preset and a task with 8 examples: ``["paper", "gsm8k:8"]``.
+    """Reads ``--tasks``, e.g. a preset and a task with 8 examples: ``["paper", "triviaqa:8"]``.
 
     Raises:
-        ConfigError: a number of examples is not whole.
+        ConfigError: a number of examples is not whole, or a task is asked for with two of them.
     """
     found: list[Benchmark] = []
     for word in words:
@@ -70,7 +71,19 @@ def parse_benchmarks(words: Sequence[str]) -> tuple[Benchmark, ...]:
         if colon and not shots.isdigit():
             raise ConfigError(f"--tasks {word}: the number of examples after the colon must be a whole number")
         found += PRESETS.get(word, (Benchmark(name, int(shots) if colon else None),))
-    return tuple(found)
+    by_task: dict[str, Benchmark] = {}
+    for benchmark in found:
+        earlier = by_task.setdefault(benchmark.task, benchmark)
+        if earlier.shots != benchmark.shots:
+            raise ConfigError(
+                f"--tasks: {benchmark.task} with {_examples(earlier.shots)} and with {_examples(benchmark.shots)}; "
+                "eval.json keeps one result of a task, so choose one"
+            )
+    return tuple(by_task.values())
+
+
+def _examples(shots: int | None) -> str:
+    return "its own number of examples" if shots is None else f"{shots} examples"
 
 
 def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> Request:
@@ -110,7 +123,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
 
 def _measure(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> Iterable[dict[str, Any]]:
     if request.endpoint:
-        return [_measure_at_endpoint(request)]
+        return [_measure_at_endpoint(run_dir, iterate, request)]
     return _measure_on_ray(run_dir, iterate, request, config)
 
 
@@ -163,10 +176,14 @@ def averages(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_mean(results: dict[str, Any]) -> Iterator[str]:
-    """Yields why a complete preset has no mean."""
-    for name, _, tasks in _complete(results):
-        if names := differing(tasks):
-            yield f"{name}: left out, because its tasks ran with different values of {', '.join(names)}"
+    """Yields why a preset whose tasks have all run has no mean."""
+    for name, preset in MEANS.items():
+        if all(benchmark.task in results for benchmark in preset):
+            reasons = [reason for benchmark in preset if (reason := _why_not_quoted(benchmark, results))]
+            if names := differing([results[benchmark.task] for benchmark in preset]):
+                reasons.append(f"its tasks ran with different values of {', '.join(names)}")
+            if reasons:
+                yield f"{name}: left out, because {'; '.join(reasons)}"
 
 
 def _complete(results: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, float]], list[dict[str, Any]]]]:
@@ -179,19 +196,30 @@ def _complete(results: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, 
 
 def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float] | None:
     """Returns (value, error); None unless the task ran with the preset's examples on all rows."""
-    result = results.get(benchmark.task)
-    if result is None or benchmark.metric not in result["metrics"] or result["limit"] is not None:
+    if _why_not_quoted(benchmark, results):
         return None
-    if result["shots"] not in (benchmark.shots, None):  # a group (mmlu) may have no number
-        return None
-    metric = result["metrics"][benchmark.metric]
+    metric = results[benchmark.task]["metrics"][benchmark.metric]
     return metric["value"], metric["standard_error"] or 0.0
 
 
-def _measure_at_endpoint(request: Request) -> dict[str, Any]:
+def _why_not_quoted(benchmark: Benchmark, results: dict[str, Any]) -> str | None:
+    result = results.get(benchmark.task)
+    if result is None:
+        return f"{benchmark.task} has not run"
+    if benchmark.metric not in result["metrics"]:
+        return f"{benchmark.task} has no {benchmark.metric}"
+    if result["limit"] is not None:
+        return f"{benchmark.task} ran on its first {result['limit']} rows"
+    if result["shots"] != benchmark.shots:
+        return f"{benchmark.task} ran with {_examples(result['shots'])}, not {benchmark.shots}"
+    return None
+
+
+def _measure_at_endpoint(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:
     endpoint = request.endpoint or ""
     if reason := unreachable(endpoint):  # lm-eval would read its data first and then retry for minutes
         raise StageError(f"{hide_in_text(endpoint)}: {hide_in_text(reason)}")
+    _refuse_another_run(run_dir, iterate, request)
     try:
         return measure(request)
     except UserError:
@@ -200,6 +228,19 @@ def _measure_at_endpoint(request: Request) -> dict[str, Any]:
         kind = error.kind if isinstance(error, Unanswered) else StageError
         said = str(error) if isinstance(error, Unanswered) else f"{type(error).__name__}: {first_line(error)}"
         raise kind(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {hide_in_text(said)}") from error
+
+
+def _refuse_another_run(run_dir: RunDir, iterate: int, request: Request) -> None:
+    """Raises ConfigError if a server of spin_ray serves another model under the iterate's name."""
+    endpoint, artefact = request.endpoint or "", run_dir.model(iterate)
+    card = card_of(endpoint, request.name)
+    if card.get("owned_by") == "spin_ray" and artefact.is_committed:
+        found, expected = str(card.get("digest")), folder_digest(artefact.manifest().files)
+        if found != expected:
+            raise ConfigError(
+                f"{hide_in_text(endpoint)}: its {request.name} is not that of {run_dir.storage.root} (digest "
+                f"{found[:8]}…, not {expected[:8]}…); ask a server of this run, started after {request.name} was made"
+            )
 
 
 def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> Iterator[dict[str, Any]]:

@@ -107,13 +107,27 @@ def _start(text: bytes) -> str:
     return repr(" ".join(text[:_MOST_SAID].decode("utf-8", "replace").split())[:80])
 
 
+def card_of(endpoint: str, model: str) -> dict[str, Any]:
+    """Returns what the server says of a model; empty if it says nothing."""
+    card = _get(endpoint, f"models/{model}")
+    return card if isinstance(card, dict) else {}
+
+
 def _models(endpoint: str) -> list[str]:
     try:
-        with urllib.request.urlopen(_request(f"{endpoint.rstrip('/')}/models"), timeout=LOOK_S) as answer:
-            names = [str(model["id"]) for model in json.load(answer)["data"]]
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+        names = [str(model["id"]) for model in _get(endpoint, "models")["data"]]
+    except (LookupError, TypeError):
         return []
     return names[:_MOST_NAMES] + (["…"] if len(names) > _MOST_NAMES else [])
+
+
+def _get(endpoint: str, route: str) -> Any:
+    """Returns the JSON answer; None if there is none within ``LOOK_S``."""
+    try:
+        with urllib.request.urlopen(_request(f"{endpoint.rstrip('/')}/{route}"), timeout=LOOK_S) as answer:
+            return json.load(answer)
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
 
 
 def _retry_after(header: str | None) -> float:

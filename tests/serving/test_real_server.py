@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.report.endpoint import card_of
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.storage import folder_digest
 from tests.support.served import ANSWER_S, START_S, Served
@@ -215,6 +216,8 @@ def test_latest_moves_under_load_without_a_failed_or_mixed_answer(served: Served
     with ThreadPoolExecutor(3) as pool:
         clients = [pool.submit(_stream_until, served, stop, results) for _ in range(3)]
         try:
+            made = served.run.model(1).manifest().files
+            assert card_of(f"{served.url}/v1", "iter-0")["digest"] == folder_digest(made), "as eval --endpoint compares"
             add_iterate(served.run, 2, loads=False)
             served.run.publish(2)
             assert "engine did not start (vLLM: AssertionError: Attempted to load weight" in _problem(served, "iter-1")

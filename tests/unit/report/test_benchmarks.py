@@ -16,8 +16,10 @@ from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import benchmarks, harness_warnings
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
 from spin_ray.report.harness import Benchmark, Request, _model, _open_model, measure
+from spin_ray.run_dir.storage import folder_digest
 from tests.support.fakes import config_of
 from tests.support.made_up_run import TINY, made_up_run
+from tests.support.tiny_runs import make_run
 
 MODEL = str(TINY)
 
@@ -27,6 +29,11 @@ def test_tasks_are_names_presets_and_numbers_of_examples():
     assert parse_benchmarks(["paper"]) == PRESETS["paper"]
     with pytest.raises(ConfigError, match="gsm8k:many"):
         parse_benchmarks(["gsm8k:many"])
+    assert parse_benchmarks(["paper", "gsm8k:5"]) == PRESETS["paper"]
+    with pytest.raises(ConfigError, match=r"--tasks: gsm8k with 5 examples and with 8 examples; .* choose one"):
+        parse_benchmarks(["paper", "gsm8k:8"])
+    with pytest.raises(ConfigError, match="mine with its own number of examples and with 0 examples"):
+        parse_benchmarks(["mine", "mine:0"])
 
 
 def test_the_papers_preset_has_its_numbers_of_examples():
@@ -39,18 +46,17 @@ ALIKE = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False}
 
 
 def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
-    """Six values 0.1 … 0.6, standard errors 0.03: 0.35 ± 0.03 / √6. A group has no number of examples of its own."""
+    """Six values 0.1 … 0.6, standard errors 0.03: 0.35 ± 0.03 / √6."""
 
     def result(benchmark: Benchmark, value: float) -> dict:
         metrics = {benchmark.metric: {"value": value, "standard_error": 0.03}, "other": {"value": 9.0}}
-        return ALIKE | {
-            "metrics": metrics, "shots": None if benchmark.task == "mmlu" else benchmark.shots, "limit": None
-        }  # fmt: skip
+        return ALIKE | {"metrics": metrics, "shots": benchmark.shots, "limit": None}
 
     results = {it.task: result(it, (place + 1) / 10) for place, it in enumerate(PRESETS["paper"])}
     [mean] = averages(results)["mean of paper"]["metrics"].values()
     assert mean == {"value": pytest.approx(0.35), "standard_error": pytest.approx(0.03 / math.sqrt(6))}
     assert averages(results | {"gsm8k": results["gsm8k"] | {"shots": 8}}) == {}
+    assert averages(results | {"mmlu": results["mmlu"] | {"shots": None}}) == {}, "examples that nobody knows"
     assert averages(results | {"gsm8k": results["gsm8k"] | {"limit": 10}}) == {}
     assert averages({"gsm8k": results["gsm8k"]}) == {}
     cut = {"text": "Truncating N tokens", "count": 12, "tasks": ["gsm8k", "winogrande"]}
@@ -64,7 +70,9 @@ def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
         ({"chat": True}, "its tasks ran with different values of chat"),
         ({"dtype": "bfloat16", "max_length": 2048}, "different values of dtype, max_length"),
         ({"backend": "http://127.0.0.1:8000/v1"}, "different values of backend"),
-        ({"limit": 10}, None),
+        ({"limit": 10}, "left out, because gsm8k ran on its first 10 rows"),
+        ({"shots": 8}, "left out, because gsm8k ran with 8 examples, not 5"),
+        ({"metrics": {}}, "left out, because gsm8k has no exact_match/strict-match"),
     ],
 )
 def test_a_later_result_of_other_conditions_takes_the_mean_away(tmp_path, monkeypatch, others, why):
@@ -83,7 +91,7 @@ def test_a_later_result_of_other_conditions_takes_the_mean_away(tmp_path, monkey
     assert "mean of paper" not in found and run.evaluation(1)["benchmarks"] == found
     console = Console(file=io.StringIO(), width=200)
     benchmarks.print_results("iter_000", found, console)
-    assert ((why or "left out") in console.file.getvalue()) == bool(why)
+    assert why in console.file.getvalue()
 
 
 @pytest.mark.parametrize(("chat", "kind"), [(False, "local-completions"), (True, "local-chat-completions")])
@@ -237,6 +245,25 @@ def test_a_dead_endpoint_is_named_before_lm_eval_starts(tmp_path):
     with pytest.raises(StageError, match=r"127\.0\.0\.1:9/v1: nothing answers there") as caught:
         benchmarks.run(run, run.config(), 0, request)
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize("owner", ["spin_ray", "vllm"])
+def test_a_server_of_another_run_is_no_endpoint_of_this_one(tmp_path, monkeypatch, owner):
+    """Other servers say nothing of what they serve."""
+    run = make_run(tmp_path / "run", 1)
+    own, asked = folder_digest(run.model(1).manifest().files), []
+    request = request_for(run.config(), 1, "/m", benchmarks=(), endpoint="http://h/v1")
+    monkeypatch.setattr(benchmarks, "unreachable", lambda endpoint: None)
+    monkeypatch.setattr(benchmarks, "measure", lambda request: asked.append(request) or {})
+    monkeypatch.setattr(benchmarks, "card_of", lambda *_: {"owned_by": owner, "digest": own})
+    benchmarks.run(run, run.config(), 1, request)
+    monkeypatch.setattr(benchmarks, "card_of", lambda *_: {"owned_by": owner, "digest": "0" * 64})
+    if owner == "spin_ray":
+        with pytest.raises(ConfigError, match=r"http://h/v1: its iter-0 is not that of .*run \(digest 00000000…"):
+            benchmarks.run(run, run.config(), 1, request)
+    else:
+        benchmarks.run(run, run.config(), 1, request)
+    assert len(asked) == (1 if owner == "spin_ray" else 2)
 
 
 @pytest.mark.slow
