@@ -213,7 +213,7 @@ def _check_lengths(model: Any, requests: Sequence[Any]) -> None:
         if room <= 0:
             raise ConfigError(
                 f"--tasks {request.task_name}: asks for answers of {most} tokens (max_gen_toks), which leave no room "
-                f"for a question within {model.max_length}; give a longer --max-length"
+                f"for a question within {model.max_length} tokens; give a longer --max-length"
             )
         if of_endpoint and (length := len(model.tok_encode(prompt))) > room:
             harness_warnings.OURS.warning("prompt (%d tokens) exceeds %d; its beginning is cut off", length, room)
