@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -13,7 +13,7 @@ from spin_ray.errors import ConfigError
 from spin_ray.inputs.ends import named_ends, other_ends
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.template_variables import TemplateVariables
-from spin_ray.inputs.thoughts import SWITCHES, ends_a_thought
+from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, ends_a_thought, opened_by
 from spin_ray.report import harness_warnings
 from spin_ray.runtime.engine import engine_arguments, platform
 
@@ -21,6 +21,21 @@ if TYPE_CHECKING:
     from spin_ray.report.harness import Request
 
 ENDPOINT_REQUESTS = 8
+
+
+class _Thoughts(NamedTuple):
+    end: str
+    """Mark that ends a thought, e.g. ``</think>``."""
+    are_open: bool
+    """True: the prompt opens them."""
+
+    def cut_from(self, answer: str) -> str:
+        """Returns what is behind the thought, as lm-eval's ``think_end_token`` does."""
+        if self.end in answer:
+            return answer.rpartition(self.end)[2].lstrip()
+        if self.are_open or answer.lstrip().startswith(tuple(MARKS_OF_THOUGHTS)):
+            harness_warnings.OURS.warning("a thought has no end; it is scored as the answer")
+        return answer
 
 
 def arguments_of(request: "Request") -> tuple[str, dict[str, Any]]:
@@ -75,10 +90,9 @@ def open_model(kind: str, arguments: dict[str, Any], request: "Request") -> Any:
     model: Any = get_model(kind).create_from_arg_obj(arguments)
     tokenizer = load_tokenizer(request.model, trust_remote_code=request.trust_remote_code)
     renderer = _open_renderer(tokenizer, request) if request.chat else None
+    thoughts = _thoughts_of(renderer) if renderer else None
     options: dict[str, Any] = {}
     ends: list[int] = []
-    if renderer and (mark := _end_of_thought(renderer)):
-        model.think_end_token = _id_if_skipped(mark, tokenizer) if kind == "hf" else mark
     if request.endpoint and request.chat:
         model.apply_chat_template = partial(_warn_of_beginning, model.apply_chat_template)
     elif not request.endpoint:
@@ -88,10 +102,12 @@ def open_model(kind: str, arguments: dict[str, Any], request: "Request") -> Any:
         ends = _find_ends(request, tokenizer, renderer)
         if kind == "hf":
             _forget_generation_config(model, ends)
+            if thoughts:
+                _show(thoughts.end, model)
         else:
             options["stop_token_ids"] = ends
     texts = [tokenizer.decode([end], skip_special_tokens=True) for end in ends]
-    model.generate_until = partial(_generate, model, model.generate_until, options, texts)
+    model.generate_until = partial(_generate, model, model.generate_until, options, texts, thoughts)
     return model
 
 
@@ -120,18 +136,26 @@ def _forget_generation_config(model: Any, ends: list[int]) -> None:
     )
 
 
-def _end_of_thought(renderer: ChatRenderer) -> str | None:
-    """Returns the mark that ends the model's thoughts, e.g. ``</think>``; None if it has none or they are off."""
+def _thoughts_of(renderer: ChatRenderer) -> _Thoughts | None:
+    """Returns the thoughts that the template provides for; None if it does not, or the recipe switches them off."""
     template = renderer.template
     if any(template.variables.kwargs.get(name) is False for name in SWITCHES):
         return None
-    return template.opening.end if template.opening else ends_a_thought(template.source)
+    end = template.opening.end if template.opening else ends_a_thought(template.source)
+    return _Thoughts(end, opened_by(template.prompt) is not None) if end else None
 
 
-def _id_if_skipped(mark: str, tokenizer: Any) -> str | int:
-    """Returns the id of a mark that is a special token, because the backend ``hf`` takes those out of its answers."""
-    added = tokenizer.added_tokens_decoder.items()
-    return next((token_id for token_id, token in added if token.special and str(token) == mark), mark)
+def _show(mark: str, model: Any) -> None:
+    """Keeps ``mark`` in the answers of lm-eval's model ``hf``, which leaves special tokens out."""
+    decode, [*ids] = model.tok_decode, model.tokenizer.encode(mark, add_special_tokens=False)
+
+    def decode_all(tokens: Any, skip_special_tokens: bool = True) -> str:
+        if not (skip_special_tokens and len(ids) == 1 and isinstance(tokens, list) and ids[0] in tokens):
+            return decode(tokens, skip_special_tokens=skip_special_tokens)
+        last = len(tokens) - tokens[::-1].index(ids[0])
+        return mark.join(decode(part) for part in (tokens[: last - 1], tokens[last:]))
+
+    model.tok_decode = decode_all
 
 
 def _write(
@@ -168,23 +192,26 @@ def _generate(
     generate: Any,
     options: dict[str, Any],
     ends: list[str],
+    thoughts: _Thoughts | None,
     requests: Sequence[Any],
     disable_tqdm: bool = False,
 ) -> list[str]:
     """Generates answers with ``options``; cuts them at ``ends`` and at all of their task's strings ``until``.
 
-    lm-eval leaves that to an endpoint, and a chat endpoint gets four strings at most. Strings within a thought end
-    nothing, so a model that thinks gets none.
+    lm-eval leaves that to an endpoint, and a chat endpoint gets four strings at most. A model that thinks gets none,
+    because they must not end a thought. lm-eval's backend ``hf`` would send them all the same.
     """
     if model.tokenizer is not None:  # a chat endpoint counts tokens itself
         _check_lengths(model, requests)
     untils = [_until(request.args[1]) for request in requests]
-    more = options | ({"until": []} if getattr(model, "think_end_token", None) else {})
+    more = options | ({"until": []} if thoughts else {})
     asked = []
     for request in requests:
         prompt, given, *others = request.args
         asked.append(replace(request, arguments=(prompt, given | more, *others)))
     answers = generate(asked, disable_tqdm=disable_tqdm)
+    if thoughts:
+        answers = [thoughts.cut_from(answer) for answer in answers]
     return [_cut(answer, [*ends, *until]) for answer, until in zip(answers, untils, strict=True)]
 
 

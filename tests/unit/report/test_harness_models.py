@@ -96,16 +96,16 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that always says the same; yields its URL and what it was asked."""
+    """A server that repeats what it was asked first; yields its URL and all that it was asked."""
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
-        def do_POST(self) -> None:  # noqa: N802 (name that http.server wants)
+        def do_POST(self) -> None:
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            text = f"{THOUGHT}one S5 two"
+            text = asked[-1]["messages"][0]["content"] if "messages" in asked[-1] else "one"
             body = json.dumps({"choices": [{"index": 0, "text": text, "message": {"content": text}}]}).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -155,6 +155,21 @@ def test_an_answer_ends_with_its_turn_and_has_no_thought(chatty, template, varia
     assert answer(model, [model.apply_chat_template(ASKED)], until) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("opening", "said", "times"),
+    [("", "<think>ab", 1), ("", "yes", 0), ("<think>\n", "ab", 1), ("<think>\n", "ab</think>yes", 0)],
+)
+def test_a_thought_without_an_end_is_told(endpoint, opening, said, times):
+    """The longest answer of a task may cut it off."""
+    folder = resolve("embedded:tiny-llama")
+    template = "{# </think> #}" + (Path(folder) / "chat_template.jinja").read_text()
+    template += f"{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}"
+    model = opened(folder, endpoint=endpoint[0], chat=True, max_length=64, chat_template=template)
+    with harness_warnings.counted() as texts:
+        found = answer(model, [model.apply_chat_template([{"role": "user", "content": said}])])
+    assert (sum(texts.values()), found) == (times, [said.rpartition("</think>")[2]])
+
+
 def test_an_end_that_is_no_special_token_is_cut_off_too(chatty, tmp_path):
     folder = shutil.copytree(chatty, tmp_path / "plain")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -171,13 +186,14 @@ def test_an_end_that_is_no_special_token_is_cut_off_too(chatty, tmp_path):
 
 
 def test_the_end_of_a_thought_is_found_where_it_is_a_special_token(tmp_path):
-    """transformers leaves special tokens out of its texts, so lm-eval needs the id."""
+    """transformers leaves special tokens out of its texts."""
     folder = copy_of_tiny(tmp_path / "tiny")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
     tokenizer.chat_template = "{# </think> #}" + tokenizer.chat_template
     tokenizer.save_pretrained(folder)
-    assert opened(folder, chat=True).think_end_token == tokenizer.convert_tokens_to_ids("</think>")
+    model = opened(folder, chat=True)
+    assert model.tok_decode(tokenizer("a</think>b<|im_end|>").input_ids) == "a</think>b"
 
 
 def test_settings_of_generation_beside_the_weights_change_no_answer(tmp_path):
@@ -209,14 +225,15 @@ def test_a_chat_endpoints_answer_is_cut_at_all_ends_of_its_task(endpoint):
     url, asked = endpoint
     stops = ["S1", "S2", "S3", "S4", " S5"]
     folder = resolve("embedded:tiny-llama")
+    said = [{"role": "user", "content": f"{THOUGHT}one S5 two"}]
     model = opened(folder, endpoint=url, chat=True, max_length=64)
     with harness_warnings.counted() as texts:
-        prompt = model.apply_chat_template([*ASKED, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
+        prompt = model.apply_chat_template([*said, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
     assert list(texts) == [
         "the task begins the answer (gen_prefix): spin-ray serve goes on with it, another server may begin anew"
     ]
     assert answer(model, [prompt], stops) == [f"{THOUGHT}one"]
     thinks = "{# </think> #}" + (Path(folder) / "chat_template.jinja").read_text()
     model = opened(folder, endpoint=url, chat=True, max_length=64, chat_template=thinks)
-    assert answer(model, [model.apply_chat_template(ASKED)], ["ab", *stops]) == ["one"]
+    assert answer(model, [model.apply_chat_template(said)], ["ab", *stops]) == ["one"]
     assert [each["stop"] for each in asked] == [stops[:4], []]
