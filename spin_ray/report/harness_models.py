@@ -34,7 +34,7 @@ class _Thoughts(NamedTuple):
         if self.end in answer:
             return answer.rpartition(self.end)[2].lstrip()
         if self.are_open or answer.lstrip().startswith(tuple(MARKS_OF_THOUGHTS)):
-            harness_warnings.OURS.warning("a thought has no end; it is scored as the answer")
+            harness_warnings.OURS.warning("an answer has no end of its thought, and is scored whole")
         return answer
 
 
@@ -141,8 +141,9 @@ def _thoughts_of(renderer: ChatRenderer) -> _Thoughts | None:
     template = renderer.template
     if any(template.variables.kwargs.get(name) is False for name in SWITCHES):
         return None
-    end = template.opening.end if template.opening else ends_a_thought(template.source)
-    return _Thoughts(end, opened_by(template.prompt) is not None) if end else None
+    opened = opened_by(template.prompt)
+    end = opened[1] if opened else ends_a_thought(template.source)
+    return _Thoughts(end, opened is not None) if end else None
 
 
 def _show(mark: str, model: Any) -> None:

@@ -150,6 +150,21 @@ def test_the_chat_template_has_the_runs_variables_and_date():
     assert model.apply_chat_template(said, add_generation_prompt=False) == "False 26 Jul 2024 <|im_start|>user\nWhy?"
 
 
+def test_the_start_model_is_asked_by_the_recipes_template(tmp_path, monkeypatch):
+    """Its folder has its own template, or none; the folders of trained iterates have the recipe's."""
+    run, file = made_up_run(tmp_path / "run"), tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    config = run.config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"chat_template": str(file)})})
+    asked = []
+    monkeypatch.setattr(
+        benchmarks, "_measure_on_ray", lambda _run, _iterate, request, _config: asked.append(request) or []
+    )
+    for chat in (True, False):
+        benchmarks.run(run, config, 0, request_for(config, 0, "/m", benchmarks=(), chat=chat))
+    assert [request.chat_template for request in asked] == ["{{ messages }}", None]
+
+
 @pytest.mark.slow
 def test_benchmarks_are_dealt_out_to_the_runs_workers():
     request = request_for(config_of(), 0, "/m", benchmarks=PRESETS["paper"])
