@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from spin_ray.inputs.rendering import ChatRenderer
 
 
 def other_ends(folder: Path, renderer: ChatRenderer) -> tuple[int, ...]:
-    """Returns the ids that model folder and tokenizer name, ascending, without the template's.
+    """Returns the ids that model folder and tokenizer name, ascending, without the template's."""
+    return tuple(sorted(named_ends(folder, renderer.tokenizer) - {renderer.end_of_turn_id}))
+
+
+def named_ends(folder: Path, tokenizer: Any) -> set[int]:
+    """Returns the ids that model folder and tokenizer name.
 
     An id in the folder's files that is no added token is ignored as a mistake.
     """
-    tokenizer = renderer.tokenizer
     named = {tokenizer.eos_token_id}
     for file in ("generation_config.json", "config.json"):
         try:
@@ -21,5 +26,4 @@ def other_ends(folder: Path, renderer: ChatRenderer) -> tuple[int, ...]:
         for scope in (content, content.get("text_config")):
             ends = scope.get("eos_token_id") if isinstance(scope, dict) else None
             named |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
-    ends = {end for end in named if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id}
-    return tuple(sorted(end for end in ends - {renderer.end_of_turn_id} if end is not None))
+    return {end for end in named - {None} if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id}

