@@ -23,7 +23,8 @@ from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
 from spin_ray.report.conditions import differing, shared_conditions
 from spin_ray.report.endpoint import Unanswered, card_of, unreachable
-from spin_ray.report.harness import Backend, Benchmark, Request, measure
+from spin_ray.report.harness import measure
+from spin_ray.report.harness_request import Backend, Benchmark, Request
 from spin_ray.report.history import find_iterate, model_path
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text

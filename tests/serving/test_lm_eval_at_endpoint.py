@@ -12,7 +12,7 @@ pytest.importorskip("tenacity")
 from spin_ray.errors import ConfigError
 from spin_ray.report import benchmarks
 from spin_ray.report.benchmarks import parse_benchmarks
-from spin_ray.report.harness import Request
+from spin_ray.report.harness_request import Request
 from tests.support.lm_eval_cases import CHOICES, Plain, write_task
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

@@ -16,8 +16,9 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import benchmarks, harness_warnings
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
-from spin_ray.report.harness import Benchmark, Request, _shots_of, measure
+from spin_ray.report.harness import _shots_of, measure
 from spin_ray.report.harness_models import arguments_of, open_model
+from spin_ray.report.harness_request import Benchmark, Request
 from spin_ray.run_dir.storage import folder_digest
 from tests.support.fakes import config_of
 from tests.support.made_up_run import TINY, made_up_run

@@ -19,8 +19,8 @@ from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import harness_warnings
-from spin_ray.report.harness import Request
 from spin_ray.report.harness_models import arguments_of, open_model
+from spin_ray.report.harness_request import Request
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ import pytest
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.report import benchmarks, harness, judge
 from spin_ray.report.endpoint import Unanswered, _retry_after
-from spin_ray.report.harness import Benchmark, Request, measure
+from spin_ray.report.harness import measure
+from spin_ray.report.harness_request import Benchmark, Request
 from spin_ray.report.judge import Judge
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
