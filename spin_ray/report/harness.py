@@ -117,6 +117,7 @@ def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any
                 "versions": dict(_versions(request)),
                 "backend": hide_in_text(request.endpoint) if request.endpoint else request.backend,
                 "dtype": None if request.endpoint else request.dtype,
+                "engine": _engine(request),
                 "max_length": request.max_length,
                 "chat": request.chat,
                 "limit": request.limit,
@@ -128,6 +129,12 @@ def _shots_of(task: str, answer: Any) -> int | None:
     """Returns a task's number of examples, and a group's if all of its tasks have the same."""
     found = {_shots_of(each, answer) for each in answer["group_subtasks"].get(task, ())}
     return found.pop() if len(found) == 1 else answer["n-shot"].get(task)
+
+
+def _engine(request: Request) -> str | None:
+    """Returns the engine's arguments beside the recipe's own settings, such as ``quantization=fp8``; None without."""
+    is_vllm = request.backend == "vllm" and not request.endpoint
+    return ", ".join(f"{name}={value}" for name, value in request.engine.extra.items()) or None if is_vllm else None
 
 
 def _versions(request: Request) -> Iterator[tuple[str, str]]:

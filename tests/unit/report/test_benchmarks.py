@@ -16,7 +16,8 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.report import benchmarks, harness_warnings
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
-from spin_ray.report.harness import _shots_of, measure
+from spin_ray.report.conditions import in_words
+from spin_ray.report.harness import _engine, _shots_of, measure
 from spin_ray.report.harness_models import arguments_of, open_model
 from spin_ray.report.harness_request import Benchmark, Request
 from spin_ray.run_dir.storage import folder_digest
@@ -52,7 +53,7 @@ def test_a_group_has_its_tasks_number_of_examples():
     assert _shots_of("mmlu", alike | {"n-shot": {"a": 5, "b": 5, "c": 0}}) is None
 
 
-ALIKE = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False}
+ALIKE = {"backend": "hf", "dtype": "float32", "engine": None, "max_length": None, "chat": False}
 """Conditions of every result."""
 
 
@@ -75,12 +76,21 @@ def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
     assert averages(results | warned)["mean of paper"]["warnings"] == [cut]
 
 
+def test_an_engines_other_arguments_are_a_condition():
+    """They may change every number, as quantised weights do."""
+    config = config_of(generation={"engine": {"extra": {"quantization": "fp8"}}})
+    said = [_engine(request_for(config, 1, MODEL, benchmarks=(), backend=backend)) for backend in ("hf", "vllm")]
+    assert said == [None, "quantization=fp8"]
+    assert in_words("gsm8k", ALIKE | {"engine": said[1]}) == "gsm8k, hf, float32, quantization=fp8"
+
+
 @pytest.mark.parametrize(
     ("others", "why"),
     [
         ({"chat": True}, "its tasks ran with different values of chat"),
         ({"dtype": "bfloat16", "max_length": 2048}, "different values of dtype, max_length"),
         ({"backend": "http://127.0.0.1:8000/v1"}, "different values of backend"),
+        ({"engine": "quantization=fp8"}, "different values of engine"),
         ({"limit": 10}, "left out, because gsm8k ran on its first 10 rows"),
         ({"shots": 8}, "left out, because gsm8k ran with 8 examples, not 5"),
         ({"metrics": {}}, "left out, because gsm8k has no exact_match/strict-match"),
