@@ -1,4 +1,4 @@
-"""What a chat template reads beside the messages: a recipe's variables and the run's date."""
+"""Variables and date that a chat template reads beside the messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What lm-eval is asked, and of which model."""
+"""Requests to lm-eval: benchmarks, and the model that is asked."""
 
 from dataclasses import dataclass, field
 from typing import Literal
