@@ -29,7 +29,7 @@ from spin_ray.run_dir.events import (
     stage_seconds,
     stage_warnings,
 )
-from spin_ray.run_dir.lease import gone_driver
+from spin_ray.run_dir.lease import gone_driver, living_driver
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir, open_run
 
@@ -145,13 +145,12 @@ def what_is_kept(out: str) -> str:
 
 
 def is_running(run: RunDir) -> bool:
-    """Tells whether the driver's last stage is open, and the driver is not known to be gone."""
-    last = spans(of_driver(run.events()))[-1:]
-    return any(span.outcome == "running" for span in last) and _gone_driver(run) is None
+    """Tells whether a driver holds the run's lease and lives, in a stage or between two."""
+    return living_driver(run.storage, _timeout(run)) is not None
 
 
-def _gone_driver(run: RunDir) -> str | None:
-    return gone_driver(run.storage, run.config().storage.lease_timeout_s)
+def _timeout(run: RunDir) -> float:
+    return run.config().storage.lease_timeout_s
 
 
 def _beside(events: list[Event]) -> list[Span]:
@@ -166,9 +165,10 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
     last = next(iter(spans(of_driver(events))[-1:]), None)
     if last is None or last.outcome != "running":
         return
-    if driver := _gone_driver(run):
-        line = f"Stopped during {last.folder} {last.stage}: {driver} is gone; the same command goes on"
-        console.print(line, markup=False)
+    if not is_running(run):
+        driver = gone_driver(run.storage, _timeout(run))
+        why = f"{driver} is gone" if driver else "no driver has the run"
+        console.print(f"Stopped during {last.folder} {last.stage}: {why}; the same command goes on", markup=False)
         return
     log = run.train_log(last.folder) if last.stage == "training" else []
     if log:

@@ -119,10 +119,20 @@ class Lease:
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
 
 
+def living_driver(storage: Storage, timeout_s: float) -> str | None:
+    """Names the driver that holds the lease and lives; None if it is gone, or nobody holds the lease."""
+    holder = _holder(storage)
+    return _named(holder) if holder and not _is_stale(holder, timeout_s) else None
+
+
 def gone_driver(storage: Storage, timeout_s: float) -> str | None:
     """Names the driver that holds the lease if it is gone; None if it lives, or nobody holds the lease."""
-    holder = holder_in(storage.find(LEASE), f"{storage.root}/{LEASE}")
+    holder = _holder(storage)
     return _named(holder) if holder and _is_stale(holder, timeout_s) else None
+
+
+def _holder(storage: Storage) -> dict[str, Any] | None:
+    return holder_in(storage.find(LEASE), f"{storage.root}/{LEASE}")
 
 
 def _is_stale(holder: dict[str, Any], timeout_s: float) -> bool:

@@ -16,6 +16,7 @@ from spin_ray.report.history import read_evaluations
 from spin_ray.report.status import print_difference, print_status, print_summary, status_as_json, what_is_kept
 from spin_ray.run_dir.events import stage_seconds
 from spin_ray.run_dir.fence import LEASE
+from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
@@ -33,6 +34,7 @@ EVALUATION = {
     "answer_accuracy": 0.5,
     "against_opponent": {"loss": 0.69312, "margin": -0.1234, "accuracy": 0.75},
 }
+LEASE_FROM_ELSEWHERE = {"token": "t", "host": "head-7", "boot": "another", "pid": 12, "started": 1.0}
 
 
 @pytest.fixture
@@ -148,23 +150,24 @@ def test_status_says_what_happened_last_and_what_is_published(run):
     assert "LATEST: sft" in text
 
 
-def test_following_goes_on_until_nothing_is_running(run, call, monkeypatch):
-    """The stage ends while the second picture is waited for."""
+def test_following_goes_on_until_the_driver_ends(run, call, monkeypatch):
+    """Also between two stages: the first look sees one, the second none, and then the driver gives its lease back."""
     run.event("start", "iter_000/pairs")
-    monkeypatch.setattr(cli.time, "sleep", lambda _: run.event("commit", "iter_000/pairs", seconds=1.0))
+    run.storage.replace(LEASE, json.dumps(LEASE_FROM_ELSEWHERE | {"renewed": time.time()}).encode())
+    waits = iter([lambda: run.event("commit", "iter_000/pairs", seconds=1.0), lambda: run.storage.delete(LEASE)])
+    monkeypatch.setattr(cli.time, "sleep", lambda _: next(waits)())
     code, out, _ = call("status", run.storage.root, "--follow")
     assert code == 0
     assert out.count("Last event: start iter_000/pairs") == 1
-    assert out.count("Last event: commit iter_000/pairs") == 1
+    assert out.count("Last event: commit iter_000/pairs") == 2
 
 
 def test_a_run_whose_driver_is_gone_does_not_run(run, call, monkeypatch):
     """A driver that was killed closes no stage. From another machine only the age of its lease tells."""
     run.event("start", "iter_000/training")
-    lease = {"token": "t", "host": "head-7", "boot": "another", "pid": 12, "started": 1.0, "renewed": time.time()}
-    run.storage.replace(LEASE, json.dumps(lease).encode())
+    run.storage.replace(LEASE, json.dumps(LEASE_FROM_ELSEWHERE | {"renewed": time.time()}).encode())
     assert status_as_json(run)["running"]
-    run.storage.replace(LEASE, json.dumps(lease | {"renewed": time.time() - 3600}).encode())
+    run.storage.replace(LEASE, json.dumps(LEASE_FROM_ELSEWHERE | {"renewed": time.time() - 3600}).encode())
     assert not status_as_json(run)["running"]
     monkeypatch.setattr(cli.time, "sleep", lambda _: pytest.fail("follows a run that nobody drives"))
     code, out, _ = call("status", run.storage.root, "--follow")
@@ -183,12 +186,14 @@ def test_a_killed_evaluation_of_a_finished_run_does_not_keep_it_running(run, cal
 
 
 def test_a_training_is_shown_while_another_command_works_beside_it(run):
-    run.event("start", "iter_000/training")
-    run.event("start", "sft/benchmarks")
-    assert "Running: iter_000 training for 0 s" in printed(print_status, run)
-    run.event("failure", "sft/benchmarks", seconds=1.0)
-    assert "Running: iter_000 training for 0 s" in printed(print_status, run)
-    assert status_as_json(run)["running"]
+    with Lease(run.storage, timeout_s=60):
+        run.event("start", "iter_000/training")
+        run.event("start", "sft/benchmarks")
+        assert "Running: iter_000 training for 0 s" in printed(print_status, run)
+        run.event("failure", "sft/benchmarks", seconds=1.0)
+        assert "Running: iter_000 training for 0 s" in printed(print_status, run)
+        assert status_as_json(run)["running"]
+    assert "Stopped during iter_000 training: no driver has the run" in printed(print_status, run)
 
 
 @pytest.mark.parametrize("error", ["OSError: [/tmp/x] is gone", "[rank0]: killed", "see [bold]this[/]"])
