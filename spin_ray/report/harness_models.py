@@ -125,12 +125,15 @@ def _find_ends(request: Request, tokenizer: Any, renderer: ChatRenderer | None) 
 
 
 def _forget_generation_config(model: Any, ends: list[int]) -> None:
-    """Takes a folder's penalties and other settings of generation away, which neither vLLM nor the run heed."""
+    """Takes a folder's penalties and other settings of generation away, which neither vLLM nor the run heed.
+
+    A task that samples draws from all tokens, unless it has a ``top_k``; transformers' own default is 50.
+    """
     from transformers import GenerationConfig
 
     tokenizer = model.tokenizer
     model.model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id, top_k=0
     )
 
 

@@ -207,6 +207,15 @@ def test_settings_of_generation_beside_the_weights_change_no_answer(tmp_path):
     assert answer(opened(folder), ["hello"]) == expected != [tokenizer.decode(heeded, skip_special_tokens=True)]
 
 
+def test_a_task_that_samples_draws_from_all_tokens():
+    """transformers draws from the likeliest 50 unless it is told otherwise, vLLM from all."""
+    model = opened(resolve("embedded:tiny-llama")).model
+    ids = model.generate(torch.tensor([[5, 6, 7]]), do_sample=True, max_new_tokens=64)[0]
+    logits = model(ids[None]).logits[0, 2:-1]
+    drawn = logits.gather(1, ids[3:, None])
+    assert (logits > drawn).sum(1).max() >= 50
+
+
 def test_cut_questions_of_an_endpoint_are_counted(endpoint):
     """lm-eval looks for them once they are cut; where nothing is left of them it sent their last few tokens."""
     url, asked = endpoint
