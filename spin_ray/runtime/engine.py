@@ -18,7 +18,7 @@ from spin_ray.runtime.gpu_memory import wait_for_memory
 from spin_ray.runtime.root_cause import root_cause_told
 from spin_ray.runtime.shared_cards import alone_on_card
 
-FLASHINFER_SAMPLER = "VLLM_USEFLASHINFER_SAMPLER"
+FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 """Switch of a sampler that vLLM 0.29 builds with nvcc as it starts, also where no request uses it (vllm#49497).
 Seeded requests never do."""
 _MEMORY_SETTING = "generation.engine.gpu_memory_utilization"

@@ -222,6 +222,13 @@ def test_what_the_user_says_to_vllm_counts_and_else_no_engine_needs_nvcc(vllm, m
     assert vllm["environment"][name] == vllm_environment(EngineConfig())[name] == expected
 
 
+def test_vllm_knows_each_variable_that_it_gets():
+    """It reads a name that it does not know as if nothing was set."""
+    from vllm.envs import environment_variables
+
+    assert [name for name in vllm_environment(EngineConfig()) if name not in environment_variables] == []
+
+
 # Generating
 
 
