@@ -111,9 +111,9 @@ def check_room(use: DiskUse, out: Path) -> str | None:
     free = free_bytes(out)
     if free is None or free >= use.most:
         return None
-    told = f"{out}: {free / GB:.1f} GB are free there"
+    told = f"{out}: {free / GB:.3g} GB are free there"
     if use.models and free < use.model:
-        raise ResourceError(f"{told}, and a model takes {use.model / GB:.1f} GB; free some, or give another --out")
+        raise ResourceError(f"{told}, and a model takes {use.model / GB:.3g} GB; free some, or give another --out")
     return f"{told}, and the run may need {use.most / GB:.1f} GB ({use})"
 
 

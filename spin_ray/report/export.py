@@ -14,7 +14,7 @@ from spin_ray.report.whole_model import write_whole_model
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir, open_run
-from spin_ray.run_dir.storage import MANIFEST
+from spin_ray.run_dir.storage import MANIFEST, give_usual_modes
 
 HUB = "hub:"
 
@@ -55,14 +55,19 @@ def _write(run: RunDir, iterate: int, folder: Path) -> None:
     source = folder if merges else artefact.checked_folder()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if merges:
-        write_whole_model(run, iterate, folder)
-    card = _card(run, iterate, source)
-    with writing(folder):
-        for name in () if merges else artefact.manifest().files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-        (folder / CARD).write_text(card, encoding="utf-8")
+    try:
+        if merges:
+            write_whole_model(run, iterate, folder)
+        card = _card(run, iterate, source)
+        with writing(folder):
+            for name in () if merges else artefact.manifest().files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, folder / name)
+            (folder / CARD).write_text(card, encoding="utf-8")
+            give_usual_modes(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # it was empty, and a part of a model is of no use
+        raise
 
 
 def _card(run: RunDir, iterate: int, folder: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from spin_ray.errors import RunDirError, StageError
 from spin_ray.run_dir.boot import boot_id
 from spin_ray.run_dir.lock import file_lock
-from spin_ray.run_dir.storage import Digest, bytes_digest, file_digest, folder_digest, fsync
+from spin_ray.run_dir.storage import Digest, bytes_digest, file_digest, folder_digest, fsync, give_usual_modes
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def filling(target: Path, is_filled: Callable[[], bool] | None = None) -> Iterat
         attempt.mkdir()
         try:
             yield attempt
+            give_usual_modes(attempt)
             for path in [*attempt.rglob("*"), attempt]:
                 fsync(path)
             attempt.rename(target)

@@ -4,10 +4,12 @@ A file is written and fsynced under a temporary name, then gets its final name i
 place.
 """
 
+import errno
 import hashlib
 import os
 import random
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +34,7 @@ UPDATE_TIMEOUT_S = 180.0
 def local_path(name: str) -> Path:
     """Returns the absolute path of a name or ``file://`` URI, whose escapes (``%20``) are read if no file has them."""
     if not name.startswith("file://"):
-        return Path(name).expanduser().absolute()
+        return Path(os.path.expanduser(name)).absolute()  # Path.expanduser fails on ~NAME of nobody
     path = "/" + name.removeprefix("file://").removeprefix("localhost").lstrip("/")
     return Path(path if os.path.exists(path) else unquote(path))
 
@@ -65,8 +67,20 @@ class Disk:
         fsync(path)
 
     def link(self, source: Path, target: Path) -> None:
-        """Gives a file a second name; raises FileExistsError where a rename would replace a file."""
-        os.link(source, target)
+        """Gives a file a second name; raises FileExistsError where a rename would replace a file.
+
+        Raises:
+            RunDirError: the file system has no hard links.
+        """
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            raise RunDirError(
+                f"{target.parent}: its file system makes no hard links ({error.strerror}), which a run needs; choose "
+                "another --out"
+            ) from error
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)
@@ -213,6 +227,7 @@ class Storage:
         """Renames the folder ``attempt`` to ``name``, or raises FileExistsError."""
         target = self.path(name)
         with self._changing(target):
+            give_usual_modes(attempt)
             for path in sorted(attempt.rglob("*"), reverse=True):  # the content of a folder before the folder
                 self._disk.sync(path)
             self._disk.sync(attempt)
@@ -316,6 +331,21 @@ def table_to_bytes(table: pa.Table) -> bytes:
 
 def table_from_bytes(data: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(data))
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Gives the files below ``folder`` the permissions of new files there, e.g. by the umask.
+
+    safetensors 0.8 lets nobody but the owner read what it writes, so that no other account of a group could go on with
+    a run, or serve its models.
+    """
+    probe = folder / f".mode-{uuid.uuid4().hex}"
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) | usual != mode:
+            path.chmod(mode | usual)
 
 
 def fsync(path: Path) -> None:

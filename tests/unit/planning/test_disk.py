@@ -90,11 +90,11 @@ def free(monkeypatch: pytest.MonkeyPatch):
 def test_a_disk_without_room_for_one_model_is_refused_and_one_that_may_become_full_is_told(tmp_path, free) -> None:
     use, out = disk_use(config("bf16", optimizer={"name": "rmsprop"}), 7e9), tmp_path / "run"
     free(13e9)
-    with pytest.raises(ResourceError, match=r"13.0 GB are free there, and a model takes 14.0 GB; free some"):
+    with pytest.raises(ResourceError, match=r"13 GB are free there, and a model takes 14 GB; free some"):
         check_room(use, out)
     free(150e9)
     told = check_room(use, out)
-    assert told and told.startswith(f"{out}: 150.0 GB are free there, and the run may need 154.0 GB (3 × 14.0 GB of")
+    assert told and told.startswith(f"{out}: 150 GB are free there, and the run may need 154.0 GB (3 × 14.0 GB of")
     free(160e9)
     assert check_room(use, out) is None
     free(0, total=0)

@@ -1,6 +1,7 @@
 """An iterate to pass on, and the card that goes with it."""
 
 import base64
+import errno
 import json
 import math
 import os
@@ -207,6 +208,22 @@ def test_a_place_that_cannot_be_written_is_one_line(call, run, tmp_path, place):
         code, _, error = call(command[0], run.storage.root, *command[1:], place_of_it)
         assert code == 2 and error.count("\n") == 1
         assert error.startswith(f"error: {place_of_it}: cannot be written (")
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    """A part of a model would stand in the way of the next one."""
+    copy = shutil.copyfile
+
+    def fill(source, target):
+        copy(source, target)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", fill)
+    with pytest.raises(ConfigError, match="No space left"):
+        export(run, "1", str(tmp_path / "out"))
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    assert not (tmp_path / "out").exists()
+    export(run, "1", str(tmp_path / "out"))
 
 
 def test_rows_for_a_place_that_cannot_be_written_are_one_line(tmp_path):

@@ -1,15 +1,19 @@
 """Durable bytes: a file appears whole and once, and what a crash leaves is never taken for one."""
 
+import errno
 import os
+import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from spin_ray.errors import ConfigError, RunDirError, StageError
 from spin_ray.run_dir import storage as module
@@ -149,6 +153,31 @@ def test_a_folder_appears_whole_and_never_replaces_another(storage):
             with pytest.raises(FileExistsError):
                 storage.create_folder("model", attempt)
     assert storage.read("model/sub/file") == b"first"
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_have_the_permissions_of_other_files(storage, umask, expected):
+    """safetensors writes files for the owner alone, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        attempt = storage.new_attempt_folder()
+        save_file({"w": np.zeros(3, np.float32)}, attempt / "model.safetensors")
+        storage.create_folder("model", attempt)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(storage.path("model/model.safetensors").stat().st_mode) == expected
+    assert storage.entries("model") == ["model.safetensors"]
+
+
+def test_a_file_system_without_hard_links_is_told(storage, monkeypatch):
+    """As exFAT and some mounts of SMB."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(RunDirError, match=r"/run/a: its file system makes no hard links .* choose another --out"):
+        storage.create("a/b", b"")
 
 
 def test_a_folder_that_cannot_be_moved_for_another_reason_says_so(storage):
