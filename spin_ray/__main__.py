@@ -1,5 +1,6 @@
 """The command line, ``spin-ray COMMAND`` or ``python -m spin_ray COMMAND``."""
 
+import io
 import json
 import logging
 import os
@@ -381,6 +382,8 @@ def serve_key(name: str, per_minute: int | None, may_export: bool) -> None:
 
 def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 the run failed, 2 bad input, named in one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 lacks signs of the tables
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     collect_rarely()

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ import ray.cloudpickle
 from ray._private import ray_constants, services
 from ray._private.worker import global_worker
 
+import spin_ray
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import garbage
@@ -27,12 +29,13 @@ def connect(config: SpinConfig) -> None:
     A process that is connected already stays connected.
 
     Raises:
-        ConfigError: as ``refuse_other_ray`` does.
+        ConfigError: as ``refuse_other_ray`` does, or workers would import another version of this package.
         ResourceError: no cluster answers within 10 s, or Ray cannot start here.
         StageError: Ray did not start, for an unknown reason.
     """
     refuse_other_ray(config)
     if not ray.is_initialized():
+        _refuse_other_source()
         address, place = _asked_address(config)
         options: dict[str, Any] = {"address": address} if address else {
             "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
@@ -98,6 +101,28 @@ def refuse_other_ray(config: SpinConfig) -> None:
             f"cluster.local_cpus: {wanted} are for a new Ray, and this process is connected to one with {cpus:g} at "
             f"{connected}; call ray.shutdown() first, or leave local_cpus out to stay there"
         )
+
+
+def _refuse_other_source() -> None:
+    """Checks the current folder, in which Ray's workers look for modules first, unlike an installed command.
+
+    Raises:
+        ConfigError: it holds other source of this package.
+    """
+    own = Path(spin_ray.__file__).parent
+    try:
+        found = Path.cwd() / own.name
+    except FileNotFoundError:  # a current folder that was deleted
+        return
+    if (found / "__init__.py").is_file() and not found.samefile(own) and _source(found) != _source(own):
+        raise ConfigError(
+            f"{found}: is other source than the installed {own}, and Ray's workers would import it; change to another "
+            "folder, or install this one (pip install -e .)"
+        )
+
+
+def _source(package: Path) -> dict[Path, bytes]:
+    return {path.relative_to(package): path.read_bytes() for path in package.rglob("*.py")}
 
 
 def is_embedded() -> bool:

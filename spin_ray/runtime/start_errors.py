@@ -3,10 +3,14 @@
 import os
 import re
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import cache_from_source
+from pathlib import Path
 
+import ray
 from ray._private import services
 
 from spin_ray.errors import ResourceError, StageError, last_line
@@ -29,7 +33,7 @@ _START_CURES: tuple[tuple[str, Callable[[], str]], ...] = (
     (
         r"timed out|[Tt]imeout|TimeoutError|may not have started|GCS has become overloaded",
         lambda: (
-            "its processes took longer than the 30 s that it gives them, as on a busy machine; "
+            f"its processes took longer than the 30 s that it gives them, as on a busy machine{_slow_imports()}; "
             "run the command again when the machine has less to do, or start Ray by `ray start --head` "
             "and give --cluster.address=auto"
         ),
@@ -38,6 +42,10 @@ _START_CURES: tuple[tuple[str, Callable[[], str]], ...] = (
     (
         r"No space left|ENOSPC|Disk quota",
         lambda: f"the disk of {_folder()} is full; free some space there or set RAY_TMPDIR to another folder",
+    ),
+    (
+        r"(Permission denied|Read-only file system)[^\n]*/\.ray\b",
+        lambda: "it may not write its token to ~/.ray; set RAY_AUTH_TOKEN to a secret, or HOME to a folder of your own",
     ),
     (
         r"Permission denied|Read-only file system|No usable temporary",
@@ -140,6 +148,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _slow_imports() -> str:
+    """Says what makes each import slow, if Ray's modules have no bytecode that this Python can read."""
+    if Path(cache_from_source(ray.__file__)).exists():
+        return ""
+    optimised = "-O " * sys.flags.optimize
+    return f" or without bytecode (once: {sys.executable} {optimised}-m compileall -q {Path(ray.__file__).parents[1]})"
 
 
 def _folder() -> str:

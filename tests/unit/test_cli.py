@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from spin_ray.errors import StageError, UserError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from tests.support.made_up_run import made_up_run
 from tests.support.paths import RECIPES
 from tests.support.tiny_runs import make_run
 
@@ -62,6 +64,16 @@ def test_a_typo_in_a_recipe_is_one_line_and_exit_code_2_in_a_real_process(tmp_pa
         f"{recipe}: iterations: input should be greater than or equal to 1 (got 0); train.learning_rat: unknown key",
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_terminal_without_the_signs_of_the_tables_gets_others(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    command = [sys.executable, "-m", "spin_ray", "status", str(run.storage.root)]
+    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
+    found = subprocess.run(command, env=ascii_alone, capture_output=True, text=True, timeout=120, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "log p(y?)" in found.stdout
 
 
 def slow_imports(*arguments: object) -> list[str]:

@@ -1,6 +1,7 @@
 """A Ray that cannot start here is one line with a remedy, not a traceback of Ray's."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_a_start_that_takes_too_long_is_one_line_with_the_remedy(start):
         ),
         (OSError(28, "No space left on device"), r"the disk of .* is full"),
         (PermissionError(13, "Permission denied: '/tmp/ray/session_1'"), "RAY_TMPDIR to a folder of your own"),
+        (PermissionError(13, "Permission denied", "/.ray"), "set RAY_AUTH_TOKEN to a secret, or HOME"),
         (RuntimeError("Failed to start GCS.\nThe last lines:\n... Address already in use"), "`ray stop` ends"),
         (OSError(24, "Too many open files"), "ulimit -n"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
@@ -92,6 +94,14 @@ def test_a_machine_that_lacks_what_ray_needs_is_one_line_with_the_cure(start, wo
     with pytest.raises(ResourceError, match=f"^Ray did not start on this machine: .*{cure}") as caught:
         start(words)
     assert "\n" not in str(caught.value)
+
+
+def test_a_slow_start_without_bytecode_says_how_to_make_it(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(start_errors, "cache_from_source", lambda _: tmp_path / "no.pyc")
+    with pytest.raises(
+        ResourceError, match=r"or without bytecode \(once: .*python\S* -m compileall -q .*packages\); run"
+    ):
+        start(Exception("The current node timed out during startup."))
 
 
 def test_what_nobody_foresaw_is_one_line_that_names_ray_s_logs(start):
@@ -151,6 +161,19 @@ def test_a_dead_address_is_told_in_seconds_and_by_the_name_that_it_has(start, mo
 def test_a_slip_in_an_address_is_told_at_once(start, address, words):
     with pytest.raises(ResourceError, match=rf"^cluster\.address {address}: .*{words}"):
         start(AssertionError("Ray was asked"), address=address)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_other_source_in_the_current_folder_is_refused(start, tmp_path, monkeypatch, changed):
+    """Ray's workers look there first; an installed command does not, and would go on with two versions."""
+    copy = tmp_path / "spin_ray"
+    shutil.copytree(ROOT / "spin_ray", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    if changed:
+        (copy / "errors.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    kind, words = (ConfigError, f"^{copy}: is other source than") if changed else (StageError, "Ray was asked")
+    with pytest.raises(kind, match=words):
+        start(AssertionError("Ray was asked"))
 
 
 # A process that is connected already
