@@ -350,7 +350,7 @@ def test_every_command_that_reads_a_run_reads_one_on_a_store(
     done("export", stored, "--to", tmp_path / "exported")
     weights = (tmp_path / "exported" / "model.safetensors").read_bytes()
     assert weights == (calm / "iter_000/model/model.safetensors").read_bytes()
-    judged = done("judge", stored, "--iterates", "latest", "sft", "--endpoint", endpoint, "--model", "m")
+    judged = done("judge", stored, "--iterates", "latest", "sft", "--endpoint", endpoint, "--model", "m", "--json")
     assert json.loads(judged)["contradicting"] == small_run.HELDOUT_ROWS
     assert "judgements/iter_000-sft.json" in objects(stored)
 

@@ -150,6 +150,20 @@ def test_a_wrong_call_shows_the_usage_and_is_exit_code_2(call, words):
     assert "Usage: " in error
 
 
+# Help
+
+
+def test_the_list_of_commands_cuts_no_summary(call):
+    code, out, _ = call("--help")
+    assert code == 0 and "…" not in out and "..." not in out.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("command", ["init", "run", "plan", "doctor", "probe", "serve", "compare"])
+def test_a_command_that_takes_overrides_says_what_they_are(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0 and "[OVERRIDES]..." in out and "  OVERRIDES " in out
+
+
 # Nothing is written over
 
 

@@ -1,6 +1,7 @@
 """A judge behind a real HTTP endpoint: both orders, ties, and everything it said."""
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -9,12 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from spin_ray.errors import ConfigError, StageError
+from spin_ray.inputs.model_folder import folder_entries
 from spin_ray.report import judge
 from spin_ray.report.judge import Judge, Judgement, summarise
 from spin_ray.report.judged import read_judged
+from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.events import read_json_lines
-from spin_ray.run_dir.storage import Storage
-from tests.support.made_up_run import made_up_run
+from spin_ray.run_dir.storage import MANIFEST, Storage
+from tests.support.made_up_run import TINY, made_up_run
 
 ALONE = {f"p{number}": number for number in range(5)}
 """Number of each prompt's conversation."""
@@ -145,6 +148,21 @@ def test_every_pair_is_judged_in_both_orders_and_nothing_said_is_lost(tmp_path, 
     raw = [json.loads(line) for line in run.storage.read("judgements/iter_001-sft.jsonl").decode().splitlines()]
     assert sorted(line["verdict"] for line in raw) == ["first"] * 3 + ["second"] * 3
     assert all("It could be [[C]]" in line["text"] for line in raw)
+
+
+@pytest.mark.parametrize("names", [["--iterates", "latest", "sft"], ["--iterates", "latest,sft"], ["--iterates=1,sft"]])
+def test_the_command_says_in_words_who_won_and_as_json_all_of_it(tmp_path, endpoint, call, names):
+    """Three wins of three: centre (3 + 2) / (3 + 4), the interval ends at 1."""
+    url, _, _ = endpoint
+    run = made_up_run(tmp_path / "run")
+    shutil.copytree(TINY, folder := run.storage.path(run.model(2).path))
+    (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())
+    words = ["judge", run.storage.root, *names, "--endpoint", url, "--model", "j", "--limit", 9]
+    code, out, error = call(*words)
+    assert (code, error) == (0, "")
+    assert out.startswith("iter_001 against sft, judged by j: 3 wins, 0 ties, 0 losses on 3 prompts\nwin rate 1.000")
+    found = json.loads(call(*words, "--json")[1])
+    assert (found["one"], found["other"], found["wins"], found["judge"]) == ("iter_001", "sft", 3, "j")
 
 
 def test_the_other_order_of_the_names_asks_nothing_anew_and_is_one_line_of_the_page(tmp_path, endpoint):
