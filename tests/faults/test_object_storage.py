@@ -364,7 +364,10 @@ def test_benchmarks_of_a_run_on_a_store_fetch_weights_only_where_they_are_loaded
     def measure(request: benchmarks.Request) -> dict[str, Any]:
         seen.append({path.name for path in Path(request.model).iterdir()})
         conditions = dict.fromkeys(("backend", "dtype", "max_length", "chat"))
-        return {"task": {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0} | conditions}
+        return {
+            "task": {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0, "warnings": []}
+            | conditions
+        }
 
     monkeypatch.setattr(benchmarks, "measure", measure)
     monkeypatch.setattr(benchmarks, "unreachable", lambda endpoint: None)

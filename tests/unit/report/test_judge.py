@@ -26,7 +26,7 @@ ALONE = {f"p{number}": number for number in range(5)}
 def judgements(*verdicts: tuple[str, str]) -> list[Judgement]:
     """For each prompt the verdicts of the orders (one, other) and (other, one)."""
     return [
-        Judgement(f"p{number}", *order, verdict, "")
+        Judgement(f"p{number}", *order, verdict, "", "j", "")
         for number, both in enumerate(verdicts)
         for order, verdict in zip((("one", "other"), ("other", "one")), both, strict=True)
     ]
@@ -166,12 +166,9 @@ def test_the_command_says_in_words_who_won_and_as_json_all_of_it(tmp_path, endpo
 
 
 def test_the_other_order_of_the_names_asks_nothing_anew_and_is_one_line_of_the_page(tmp_path, endpoint):
-    """Also with a file that an earlier version named in that order."""
     url, asked, _ = endpoint
     run, judged = made_up_run(tmp_path / "run"), Judge(endpoint=url, model="j")
     judge.run(run, run.config(), "iter_001", "sft", judged, limit=9)
-    run.storage.replace("judgements/sft-iter_001.jsonl", run.storage.read("judgements/iter_001-sft.jsonl"))
-    run.storage.delete("judgements/iter_001-sft.jsonl")
     found = judge.run(run, run.config(), "sft", "iter_001", judged, limit=9)
     assert (found["one"], found["wins"], found["losses"], found["win_rate"], len(asked)) == ("sft", 0, 3, 0.0, 6)
     assert [(it.one, it.other, it.win_rate) for it in read_judged(run, [])] == [("iter_001", "sft", 1.0)]
@@ -181,7 +178,7 @@ def test_judgements_of_two_commands_at_once_are_all_kept(tmp_path):
     storage = Storage(tmp_path)
     one, other = (judge.Kept(storage, "judgements.jsonl") for _ in range(2))
     for kept, prompt in ((one, "p1"), (other, "p2")):
-        kept.add(Judgement(prompt, "sft", "iter-1", "tie", "[[C]]"))
+        kept.add(Judgement(prompt, "sft", "iter-1", "tie", "[[C]]", "j", ""))
         kept.save()
     assert {line["prompt_id"] for line in read_json_lines(storage, "judgements.jsonl")} == {"p1", "p2"}
 

@@ -49,7 +49,8 @@ def with_accuracies(folder: Path, *accuracies: float, rows: int = 200) -> RunDir
     run = made_up_run(folder, iterations=len(accuracies) - 1, done=len(accuracies) - 1)
     for iterate, accuracy in enumerate(accuracies):
         evaluation = json.loads(run.storage.read(run.eval_path(iterate)))
-        more = {"answer_accuracy": accuracy, "answers_graded": rows, "standard_errors": {"answer_accuracy": 0.2}}
+        more = {"answer_accuracy": accuracy, "answers_graded": rows, "conversations_graded": rows}
+        more |= {"standard_errors": {"answer_accuracy": 0.2}}
         run.storage.replace(run.eval_path(iterate), json.dumps(evaluation | more).encode())
         each = [
             {"prompt_id": f"p{number}", "conversation": number, "answer_accuracy": float(number < rows * accuracy),
