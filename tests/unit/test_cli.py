@@ -285,7 +285,7 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
     from spin_ray.runtime import placement
 
     monkeypatch.setattr(doctor, "connect", lambda config: None)
-    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
+    monkeypatch.setattr(placement, "node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--out", tmp_path / "run")
     assert code == 0
     for line in ("ok recipe", "ok data", "ok model", "GiB free", "ok generation: 1 ×", "ok train: 1 ×", "ray 2."):
@@ -313,7 +313,7 @@ def test_doctor_asks_the_autoscaler_for_the_nodes_that_it_waits_for_and_gives_th
     asked: list[list[Any]] = []
     nodes = [{"CPU": 1.0}]
     monkeypatch.setattr(doctor, "connect", lambda config: None)
-    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: nodes)
+    monkeypatch.setattr(placement, "node_resources", lambda labels=None: nodes)
     monkeypatch.setattr(autoscaler, "send", asked.append)
     monkeypatch.setattr(placement.time, "sleep", lambda _: nodes.append({"CPU": 1.0}))
     code, out, _ = call("doctor", recipe, "--train.workers=2", "--cluster.wait_for_nodes_s=60")
@@ -326,7 +326,7 @@ def test_doctor_as_json_is_one_object(call, monkeypatch, recipe):
     from spin_ray.runtime import placement
 
     monkeypatch.setattr(doctor, "connect", lambda config: None)
-    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
+    monkeypatch.setattr(placement, "node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--json")
     found = json.loads(out)
     assert code == 0
