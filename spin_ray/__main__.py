@@ -246,7 +246,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
     if what == "pairs":
         found = rows.pairs_of(run, iterate, counts)
     else:
-        from spin_ray.serving.arena.exported import open_votes  # slow: vLLM
+        from spin_ray.serving.app import open_votes  # slow: vLLM
 
         store = open_votes(run, votes)
         context.call_on_close(store.close)
