@@ -1,5 +1,6 @@
 """The command line, ``spin-ray COMMAND`` or ``python -m spin_ray COMMAND``."""
 
+import inspect
 import io
 import json
 import logging
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -27,13 +28,34 @@ FOLLOW_EVERY_S = 5
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": False}
 
 
+def _overrides(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds the argument OVERRIDES to a command, and what it is to the command's help."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        command.__doc__ = f"{inspect.getdoc(command)}\n\nOVERRIDES change single values of the recipe: --{example}"
+        return click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
+
+    return add
+
+
+class _OfTwo(click.Command):
+    """A command whose ``--iterates`` takes two names, as two words or as ``A,B``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word in args:
+            is_pair = words[-1:] == ["--iterates"] or word.startswith("--iterates=")
+            words += word.split(",") if is_pair else [word]
+        return super().parse_args(ctx, words)
+
+
 @click.group()
 @click.version_option(package_name="spin-ray")
 def cli() -> None:
     """Self-play fine-tuning (SPIN) on Ray."""
 
 
-@cli.command(context_settings=_OVERRIDES)
+@cli.command(context_settings=_OVERRIDES, short_help="Write a recipe for model, data and hardware.")
 @click.option("--model", default=None, help="Model folder, or owner/name of a hub.")
 @click.option("--data", multiple=True, help="Training rows: a file, folder, glob or URI. May be given several times.")
 @click.option("--heldout", multiple=True, help="Rows never trained on, as --data. Not given: those beside the data.")
@@ -71,7 +93,7 @@ def schema() -> None:
     click.echo(schema_text())
 
 
-@cli.command()
+@cli.command(short_help="Print the completion of a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion of SHELL: eval "$(spin-ray completion bash)" in its start file."""
@@ -81,15 +103,12 @@ def completion(shell: str) -> None:
     click.echo(made(cli, {}, "spin-ray", "_SPIN_RAY_COMPLETE").source())
 
 
-@cli.command(context_settings=_OVERRIDES)
+@cli.command(context_settings=_OVERRIDES, short_help="Run a recipe, or finish its run.")
 @click.argument("recipe")
 @click.option("--out", required=True, help="Run folder: made if it is new, resumed if it holds this run.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_overrides("train.learning_rate=1e-6")
 def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
-    """Run RECIPE in the folder OUT, or finish what is missing there.
-
-    OVERRIDES change single values of the recipe: --train.learning_rate=1e-6
-    """
+    """Run RECIPE in the folder OUT, or finish what is missing there."""
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import run_spin
     from spin_ray.report.status import print_summary
@@ -113,7 +132,7 @@ def _driving(out: str) -> Iterator[None]:
         raise
 
 
-@cli.command()
+@cli.command(short_help="Show the progress of a run.")
 @click.argument("run_folder", metavar="RUN")
 @click.option("--follow", is_flag=True, help="Show the status again every few seconds while a stage runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with --follow one a look.")
@@ -131,10 +150,12 @@ def status(run_folder: str, follow: bool, as_json: bool) -> None:
         show_status(run, console, as_json)
 
 
-@cli.command("eval")
+@cli.command("eval", short_help="Run lm-eval benchmarks on iterates.")
 @click.argument("run_folder", metavar="RUN")
 @click.option("--tasks", default="paper", show_default=True, help="Presets (paper, leaderboard-v2), tasks, TASK:SHOTS.")
-@click.option("--iterate", default="latest", show_default=True, help="Iterates: sft,iter_000 or 0,1 or latest.")
+@click.option(
+    "--iterates", "--iterate", default="latest", show_default=True, help="Iterates: sft,iter_000 or 0,1 or latest."
+)
 @click.option("--include", default=None, help="Folder with tasks of your own in lm-eval's YAML.")
 @click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="Runs the model.")
 @click.option("--endpoint", default=None, help="OpenAI-compatible server to ask instead, e.g. http://HOST:8000/v1")
@@ -142,38 +163,40 @@ def status(run_folder: str, follow: bool, as_json: bool) -> None:
 @click.option("--chat", is_flag=True, help="Ask each question as a chat message.")
 @click.option("--max-length", type=click.IntRange(min=2), default=None, help="Longest question + answer, in tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: results by iterate and task.")
-def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, as_json: bool, **options: Any) -> None:
+def evaluate(run_folder: str, tasks: str, iterates: str, include: str | None, as_json: bool, **options: Any) -> None:
     """Run lm-eval benchmarks on iterates of RUN and write the results to RUN/<iterate>/eval.json."""
     from spin_ray.report.benchmarks import run_all
     from spin_ray.run_dir.run_dir import open_run
 
     console = Console(quiet=as_json)
-    found = run_all(open_run(run_folder), iterate.split(","), tasks.split(","), include, console, **options)
+    found = run_all(open_run(run_folder), iterates.split(","), tasks.split(","), include, console, **options)
     if as_json:
         click.echo(json.dumps(found, indent=1))
 
 
-@cli.command("judge")
+@cli.command("judge", cls=_OfTwo, short_help="Let a model judge between two iterates.")
 @click.argument("run_folder", metavar="RUN")
-@click.option("--iterates", nargs=2, required=True, help="Two names: --iterates latest sft")
+@click.option("--iterates", nargs=2, required=True, metavar="A,B", help="Two names, e.g. latest,sft.")
 @click.option("--endpoint", required=True, help="OpenAI-compatible server of the judge; $OPENAI_API_KEY is its key.")
 @click.option("--model", required=True, help="Name of the judge on the server.")
 @click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Number of held-out prompts.")
 @click.option("--parallel", type=click.IntRange(min=1), default=8, show_default=True, help="Questions asked at once.")
-def judge_(run_folder: str, iterates: tuple[str, str], limit: int, **judging: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def judge_(run_folder: str, iterates: tuple[str, str], limit: int, as_json: bool, **judging: Any) -> None:
     """Let a model judge between the held-out answers of two iterates, in both orders."""
     from spin_ray.report import judge
     from spin_ray.report.history import find_iterate
+    from spin_ray.report.judged import sentences
     from spin_ray.run_dir.names import iterate_name
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
     one, other = (iterate_name(find_iterate(run, iterate)) for iterate in iterates)
     found = judge.run(run, run.config(), one, other, judge.Judge(**judging), limit)
-    click.echo(json.dumps(found, indent=1))
+    click.echo(json.dumps(found, indent=1) if as_json else "\n".join(sentences(found)))
 
 
-@cli.command()
+@cli.command(short_help="Write an HTML page about one run or several.")
 @click.argument("run_folders", metavar="RUN...", nargs=-1, required=True)
 @click.option("--out", default=None, help="File of the page. Not given: report.html in the first run's folder.")
 def report(run_folders: tuple[str, ...], out: str | None) -> None:
@@ -191,7 +214,7 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
         click.echo(write_report(runs, Path(out).expanduser()))
 
 
-@cli.command("export")
+@cli.command("export", short_help="Copy a model, or write preference rows.")
 @click.argument("run_folder", metavar="RUN")
 @click.option("--iterate", default="latest", show_default=True, help="iter_001 (or iter-1, or 1), sft or latest.")
 @click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME; a new file for rows.")
@@ -224,7 +247,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
     if what == "pairs":
         found = rows.pairs_of(run, iterate, counts)
     else:
-        from spin_ray.serving.arena.exported import open_votes  # slow: vLLM
+        from spin_ray.serving.app import open_votes  # slow: vLLM
 
         store = open_votes(run, votes)
         context.call_on_close(store.close)
@@ -234,10 +257,10 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
     click.echo(rows.said(counts), err=True)
 
 
-@cli.command(context_settings=_OVERRIDES)
+@cli.command(context_settings=_OVERRIDES, short_help="Predict hours and memory of a recipe.")
 @click.argument("recipe")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
-@click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G. Not given: no GPUs.")
+@click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G, or none. Not given: no GPUs.")
 @click.option(
     "--gpus-per-node", type=click.IntRange(min=1), default=None,
     help="GPUs of each machine. Not given: those that the recipe asks for, 8 at most.",
@@ -252,12 +275,9 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
 @click.option("--prompt-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
 @click.option("--response-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_overrides("train.workers=16")
 def plan(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any) -> None:
-    """Predict hours and memory of RECIPE, and refuse what cannot fit. Runs nothing.
-
-    OVERRIDES change single values of the recipe: --train.workers=16
-    """
+    """Predict hours and memory of RECIPE, and refuse what cannot fit. Runs nothing."""
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.algorithms.table import check_settings, find_algorithm
     from spin_ray.planning.cluster import Cluster, gpus_of_a_node
@@ -274,13 +294,13 @@ def plan(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any)
         print_plan(config, cluster, given, algorithm, Console())
 
 
-@cli.command(context_settings=_OVERRIDES)
+@cli.command(context_settings=_OVERRIDES, short_help="Check a recipe before it runs.")
 @click.argument("recipe")
 @click.option("--out", default=None, help="Run folder, to check its free space and precision.")
 @click.option("--all", "every_row", is_flag=True, help="Read every row of the data, not only the first ones.")
 @click.option("--no-cluster", is_flag=True, help="Start and join no Ray: the machines of the run are not there yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_overrides("train.workers=16")
 def doctor(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any) -> None:
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     from spin_ray.loop.doctor import examine
@@ -292,16 +312,13 @@ def doctor(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: An
         click.echo(json.dumps(found, indent=1))
 
 
-@cli.command(context_settings=_OVERRIDES)
+@cli.command(context_settings=_OVERRIDES, short_help="Find out whether anything is left to learn.")
 @click.argument("recipe")
 @click.option("--out", required=True, help="Run folder, new or of this recipe; `run` goes on in it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_overrides("probe.prompts=512")
 def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """Find out whether θ_0's responses leave anything to learn, by two short trainings. Takes minutes.
-
-    OVERRIDES change single values of the recipe: --probe.prompts=512
-    """
+    """Find out whether θ_0's responses leave anything to learn, by two short trainings. Takes minutes."""
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import probe_spin
     from spin_ray.report.probe import print_probe
@@ -314,16 +331,13 @@ def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> N
         print_probe(found, Console())
 
 
-@cli.command(context_settings=_OVERRIDES)
+@cli.command(context_settings=_OVERRIDES, short_help="Serve iterates through OpenAI's API.")
 @click.argument("run_folder", metavar="RUN")
 @click.option("--models", default=None, help="Iterates with an engine: sft,iter-0,latest or all. Default: sft,latest.")
 @click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine. Default: 8000.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_overrides("serving.max_tokens=256")
 def serve(run_folder: str, models: str | None, port: int | None, overrides: tuple[str, ...]) -> None:
-    """Serve iterates of RUN through OpenAI's API, while RUN trains or afterwards.
-
-    OVERRIDES change single values of the recipe: --serving.max_tokens=256
-    """
+    """Serve iterates of RUN through OpenAI's API, while RUN trains or afterwards."""
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
@@ -339,7 +353,7 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
     serve_run(run, config)
 
 
-@cli.command(context_settings=_OVERRIDES)
+@cli.command(context_settings=_OVERRIDES, short_help="Let iterates answer the same prompts.")
 @click.argument("run_folder", metavar="RUN")
 @click.option("--prompts", required=True, type=click.Path(path_type=Path), help="JSONL with messages or prompt.")
 @click.option("--models", required=True, help="Two or more iterates, e.g. sft,latest.")
@@ -350,7 +364,7 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
 @click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, help="0: likeliest tokens.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Row i has seed + i.")
 @click.option("--logprobs", is_flag=True, help="Add each answer's log-probability under each model, and margins.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+@_overrides("serving.resources.gpus=1")
 def compare(
     run_folder: str, prompts: Path, models: str, out: IO[str], overrides: tuple[str, ...], **sampling: Any
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, get_args
 
 from pydantic import model_validator
 
+from spin_ray.config.algorithms import facts_of
 from spin_ray.config.limits import limit_problems
 from spin_ray.config.sections import (
     IDENTITY,
@@ -92,7 +93,7 @@ class SpinConfig(Settings):
 
     def margin_beta(self, iteration: int) -> float:
         """Returns the factor of reported margins: β, but 1 for SPPO, whose β is 1/η and no scale of margins."""
-        return 1.0 if self.algorithm == "sppo" else self.at(iteration).beta
+        return self.at(iteration).beta if facts_of(self.algorithm).beta_scales_margins else 1.0
 
     def identity(self) -> dict[str, Any]:
         """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``."""
@@ -160,7 +161,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield "data.heldout_fraction: holds rows of data.train out, and data.heldout names others; leave one out"
     if config.data.heldout_fraction and config.evaluation.max_rows and isinstance(config.data.train, tuple):
         yield "evaluation.max_rows: data.train is a list of sources; lower data.heldout_fraction in its place"
-    votes = config.algorithm == "self_reinforcement"  # reads the numbers in answers to questions
+    votes = facts_of(config.algorithm).reads_numbers
     if config.evaluation.answer_extractor != "none" and not config.data.holds_out and not votes:
         yield "evaluation.answer_extractor: needs data.heldout or data.heldout_fraction"
     if config.evaluation.grade != "number":

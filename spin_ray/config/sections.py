@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from spin_ray.config.algorithms import AlgorithmName
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,6 @@ MayChange = Annotated[T, MAY_CHANGE]
 Identity = Annotated[T, IDENTITY]
 """A section that belongs to the run's identity as a whole."""
 
-AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft", "tspin", "sdft"]
 FormName = Literal[
     "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
     "prompt_response", "alpaca", "orca", "question_answer", "sharegpt_preferred",

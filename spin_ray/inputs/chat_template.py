@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
-from spin_ray.inputs.losses import Losses, Tools
+from spin_ray.inputs.losses import TOOLS_LOST, Losses, Tools
 from spin_ray.inputs.messages import REASONING
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.inputs.templates import Skeletons
@@ -241,7 +241,7 @@ class ChatTemplate:
     def _find_unwritten(self, messages: Conversation, tools: Tools, add_generation_prompt: bool) -> RenderError | None:
         """Returns an error for content that the template would drop."""
         if tools and not self.names("tools"):
-            return RenderError("it has tools, which its chat template does not write")
+            return RenderError(TOOLS_LOST)
         for message in messages:
             for key in message if len(message) > 2 else ():
                 named = self._key_of_thoughts if key == REASONING[0] else key

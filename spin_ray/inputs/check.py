@@ -10,6 +10,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spin_ray.config.algorithms import facts_of
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Source, Train, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError
@@ -33,7 +34,6 @@ from spin_ray.inputs.model_folder import (
     refuse_unsafe,
     refuse_untrainable,
 )
-from spin_ray.inputs.needs import most_pairs, needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.scorers import refuse_no_scorer, refuse_other_roles, refuse_too_long
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, rows_in
@@ -283,10 +283,10 @@ def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> 
 
 def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     """Returns an error message if an iteration has fewer pairs than one optimizer step."""
-    needed, each, needs = config.train.global_batch_pairs, most_pairs(config), needs_of(config)
+    needed, each = config.train.global_batch_pairs, most_pairs(config)
     if each is None:
         return None
-    questions = inputs.questions if needs.plays_questions else None
+    questions = inputs.questions if facts_of(config.algorithm).plays_questions else None
     rows = questions or inputs.train
     sources = sources_of(rows)
     trained = config.data.trained_fraction if questions is None else 1
@@ -306,6 +306,11 @@ def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     )
 
 
+def most_pairs(config: SpinConfig) -> int | None:
+    """Returns the most pairs that a prompt gives, if it is known."""
+    return {"one": 1, "each sample": config.generation.samples_per_prompt, None: None}[facts_of(config.algorithm).pairs]
+
+
 def _count(source: Source, config: SpinConfig, enough: int, *, labelled: bool) -> int:
     """Counts usable rows. Counts ``enough`` or more for a source that is not read to its end."""
     count = 0
@@ -316,7 +321,7 @@ def _count(source: Source, config: SpinConfig, enough: int, *, labelled: bool) -
             found = (read_row if labelled else question_of)(row.content, config.data)
         except Unusable:
             continue
-        count += bool(found.rejected) if needs_of(config).rejected else len(found.ending_with_real)
+        count += bool(found.rejected) if facts_of(config.algorithm).rejected else len(found.ending_with_real)
     return count
 
 

@@ -15,6 +15,7 @@ Tools = list[dict[str, Any]] | None
 Ask = Callable[[Conversation, bool, Tools], str | None]
 """Function of messages, ``add_generation_prompt`` and tools; returns the rendered text, or None for a refusal."""
 
+TOOLS_LOST = "it has tools, which its chat template does not write"
 _MOST = 4096
 
 
@@ -75,7 +76,7 @@ class _Words:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return tool
-        named = function | {"name": self._word_for("it has tools, which its chat template does not write")}
+        named = function | {"name": self._word_for(TOOLS_LOST)}
         return tool | {"function": named} if "function" in tool else named
 
     def _call(self, call: dict[str, Any], what: str, where: str) -> dict[str, Any]:

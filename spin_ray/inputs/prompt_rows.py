@@ -11,6 +11,7 @@ from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any, Self
 
+from spin_ray.config.algorithms import facts_of
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import OWN_TEMPLATE_VARIABLES, DataConfig
 from spin_ray.inputs.answers import answer_of
@@ -20,7 +21,6 @@ from spin_ray.inputs.forms import MEDIA, ignored_in
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.held_out import Part, part_of
 from spin_ray.inputs.messages import decoded, refuse_surrogates
-from spin_ray.inputs.needs import needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
@@ -65,7 +65,7 @@ class PromptTask:
         date: datetime | None = None,
     ) -> Self:
         """Returns the task of a recipe; ``trained`` for rows of ``data.train``."""
-        needs = needs_of(config)
+        facts = facts_of(config.algorithm)
         part: Part | None = None
         if config.data.heldout_fraction and labelled:
             part = "trained" if trained else "held out"
@@ -78,8 +78,8 @@ class PromptTask:
             labelled=labelled,
             chat_template_kwargs=config.model.chat_template_kwargs,
             date=date,
-            takes_tools=needs.takes_tools,
-            needs_rejected=trained and needs.rejected,
+            takes_tools=facts.takes_tools,
+            needs_rejected=trained and facts.rejected,
             part=part,
         )
 

@@ -24,7 +24,7 @@ _BEFORE, _AFTER = 3, 8
 """Steps before and after the checkpoint."""
 
 
-def try_on_shards(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], workers: int = 1) -> None:
+def try_on_shards(config: OptimizerConfig, shapes: tuple[tuple[int, ...], ...], workers: int) -> None:
     """Takes steps on DTensors of one rank, once undisturbed and once resumed from a checkpoint.
 
     Raises:

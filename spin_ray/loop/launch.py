@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from spin_ray.config.algorithms import facts_of
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Inputs, Start, check_architecture, check_recipe, find_inputs
 from spin_ray.inputs.model_folder import refuse_pattern
-from spin_ray.inputs.needs import needs_of
 from spin_ray.planning.disk import check_room, parameters_of, use_of_run
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.rows import rows_at_start
@@ -145,7 +145,7 @@ def _settle_sizes(config: SpinConfig, begun: SpinConfig | None, inputs: Inputs) 
         return config.settle_sizes(begun)
     if not config.generation.resources.gpus:
         return config.settle_sizes()
-    if inputs.questions and needs_of(config).plays_questions:
+    if inputs.questions and facts_of(config.algorithm).plays_questions:
         one_each = config.data.model_copy(update={"turns": "last", "heldout_fraction": None})  # a question is one row
         return config.settle_sizes(rows=rows_at_start(inputs.questions, one_each))
     return config.settle_sizes(rows=rows_at_start(inputs.train, config.data))

@@ -14,13 +14,13 @@ from spin_ray.planning.hardware import CPU, GB, GPUS, Hardware
 class Cluster:
     nodes: int = 1
     gpu: str | None = None
-    """Name in ``hardware.GPUS``. None: no GPU."""
+    """Name in ``hardware.GPUS``. None or ``none``: no GPU."""
     gpus_per_node: int = 8
     network: float | None = None
     """Gb/s of all adapters of a node, one direction. None: from ``hardware.GPUS``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gpu", name_of_gpu(self.gpu) if self.gpu else None)
+        object.__setattr__(self, "gpu", name_of_gpu(self.gpu) if self.gpu not in (None, "none") else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def _check_gpus(config: SpinConfig, cluster: Cluster) -> None:
     engine, worker = config.generation.resources, config.train.resources
     known = ", ".join(GPUS)
     if cluster.gpu is not None and cluster.gpu not in GPUS:
-        raise ConfigError(f"--gpu {cluster.gpu}: unknown; give one of {known}")
+        raise ConfigError(f"--gpu {cluster.gpu}: unknown; give one of {known}, or none")
     if cluster.gpu is None and (engine.gpus or worker.gpus):
         raise ConfigError(f"--gpu: the recipe asks for GPUs; give one of {known}")
     if cluster.gpu is not None and not (engine.gpus or worker.gpus):

@@ -1,3 +1,5 @@
+"""The cost of one stage: time, and memory of the fullest device."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

@@ -2,11 +2,10 @@
 
 import math
 
+from spin_ray.config.algorithms import facts_of
 from spin_ray.config.recipe import SpinConfig
 
 _AT_MARGIN_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0, "correlation": 1.0}
-_OF_PAIRS = ("spin", "dpo", "self_reinforcement")
-"""Algorithms with ``objective.loss`` of pairs."""
 
 
 def first_loss(config: SpinConfig) -> float | None:
@@ -14,7 +13,7 @@ def first_loss(config: SpinConfig) -> float | None:
     ``reference_alpha`` gives another reference.
     """
     objective = config.objective
-    if config.algorithm not in _OF_PAIRS or objective.reference_alpha < 1:
+    if not facts_of(config.algorithm).learns_loss or objective.reference_alpha < 1:
         return None
     if objective.loss == "space":
         mu = objective.mu

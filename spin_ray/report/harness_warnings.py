@@ -52,10 +52,10 @@ def warned(texts: Counter[str], tasks: Sequence[str]) -> list[Warned]:
 
 
 def distinct(results: Iterable[dict[str, Any]]) -> list[Warned]:
-    """Returns each warning of the results once. Results from before warnings were kept have none."""
+    """Returns each warning of the results once."""
     found: list[Warned] = []
     for result in results:
-        found += [each for each in result.get("warnings", ()) if each not in found]
+        found += [each for each in result["warnings"] if each not in found]
     return found
 
 

@@ -50,9 +50,9 @@ def is_evaluated(run: RunDir, iterate: int) -> bool:
     return content is not None and bytes_digest(content).sha256 == evaluation.get("heldout_rows")
 
 
-def evaluation_of(evaluations: list[Evaluation], iterate: int) -> Evaluation | None:
-    """Returns θ_iterate's evaluation; None if it is missing or damaged."""
-    return next((it for it in evaluations if it["iterate"] == iterate_name(iterate)), None)
+def first_evaluation(evaluations: list[Evaluation]) -> Evaluation | None:
+    """Returns θ_0's evaluation; None if it is missing or damaged."""
+    return next((it for it in evaluations if it["iterate"] == iterate_name(0)), None)
 
 
 def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:

@@ -80,8 +80,8 @@ class Judgement:
     second: str
     verdict: Verdict
     text: str
-    judge: str = ""
-    question: str = ""
+    judge: str
+    question: str
     """Digest of the text that the judge gets."""
 
 
@@ -98,13 +98,12 @@ class Question:
 
 
 class Kept:
-    """All judgements between two iterates, in a file of JSON lines, begun with those of ``other`` files."""
+    """All judgements between two iterates, in a file of JSON lines."""
 
-    def __init__(self, storage: Storage, path: str, *other: str) -> None:
+    def __init__(self, storage: Storage, path: str) -> None:
         self._storage, self._path = storage, path
         self._by_key: dict[tuple[str, ...], Judgement] = {}
-        for each in (*other, path):
-            self._read(storage.find(each))
+        self._read(storage.find(path))
 
     def find(self, judge: str, question: Question) -> Judgement | None:
         return self._by_key.get(_key(judge, question, question.digest))
@@ -149,7 +148,7 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
         raise ConfigError(f"{run_dir.storage.root}: {one} and {other} have no held-out samples of the same prompts")
     newer, older = sorted((one, other), key=iterate_number, reverse=True)
     path = f"judgements/{newer}-{older}"
-    kept = Kept(run_dir.storage, f"{path}.jsonl", f"judgements/{older}-{newer}.jsonl")
+    kept = Kept(run_dir.storage, f"{path}.jsonl")
     asked = [_question(it, *order) for it in examples for order in ((one, other), (other, one))]
     new = [question for question in asked if kept.find(judge.model, question) is None]
     if new and (reason := unreachable(judge.endpoint)):

@@ -6,6 +6,7 @@ from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,32 @@ class Judged:
         return interval_of_share(self.win_rate, self.standard_error, self.draws or self.number)
 
 
+def judged_of(summary: dict[str, Any]) -> Judged:
+    """Returns the comparison of which a judge's summary tells."""
+    number = summary["wins"] + summary["ties"] + summary["losses"]
+    by = hide_in_text(summary["judge"])
+    one, other, rate, error = (summary[key] for key in ("one", "other", "win_rate", "standard_error"))
+    return Judged(one, other, rate, error, number, by, summary["draws"])
+
+
+def sentences(summary: dict[str, Any]) -> list[str]:
+    """Returns what a judge's summary says, for people."""
+    it = judged_of(summary)
+    found = [
+        f"{it.one} against {it.other}, judged by {it.by}: {summary['wins']} wins, {summary['ties']} ties, "
+        f"{summary['losses']} losses on {it.number} prompts"
+    ]
+    if it.win_rate is not None:
+        interval = f"; 95 % interval {it.interval[0]:.3f} to {it.interval[1]:.3f}" if it.interval else ""
+        found.append(f"win rate {it.win_rate:.3f}, ties as half{interval}")
+        found.append(f"both orders say the same on {summary['agreement']:.0%} of the prompts")
+    if summary["position_bias"] is not None:
+        found.append(f"position bias {summary['position_bias']:+.3f} (0: none, 0.5: the first always wins)")
+    if summary["unclear"]:
+        found.append(f"{summary['unclear']} more prompts have no clear verdict")
+    return found
+
+
 def read_judged(run: RunDir, unreadable: list[str]) -> list[Judged]:
     """Returns all comparisons, the judge's first; adds a sentence to ``unreadable`` for each damaged file."""
     return [*_judgements(run, unreadable), *_votes(run, unreadable)]
@@ -48,11 +75,7 @@ def _judgements(run: RunDir, unreadable: list[str]) -> list[Judged]:
         if not name.endswith(".json"):
             continue
         try:
-            it = json.loads(run.storage.read(f"judgements/{name}"))
-            number, by = it["wins"] + it["ties"] + it["losses"], hide_in_text(it.get("judge", "a judge"))
-            found.append(
-                Judged(it["one"], it["other"], it["win_rate"], it.get("standard_error"), number, by, it.get("draws"))
-            )
+            found.append(judged_of(json.loads(run.storage.read(f"judgements/{name}"))))
         except (OSError, ValueError, KeyError, TypeError) as error:
             unreadable.append(f"judgements/{name} cannot be read ({hide_in_text(first_line(error))}).")
     return found

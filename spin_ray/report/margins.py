@@ -95,10 +95,23 @@ def margin_measures(
         section, _, name = key.rpartition(".")
         (measures.setdefault(section, {}) if section else measures)[name] = float(values.mean())
     errors = standard_errors(by_row, groups)
-    measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
-    if "against_opponent.loss" in errors:
-        errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
+    measures["jsd_lower_bound"] = jsd_lower_bound(measures["against_opponent"]["loss"])
+    errors |= jsd_error(errors, "against_opponent.loss")
     return measures | {"standard_errors": errors}
+
+
+def jsd_lower_bound(loss: float) -> float:
+    """Returns (ln 2 − loss) / 2 nats, a lower bound of JSD(data ‖ opponent).
+
+    Args:
+        loss: logistic loss of margins against the opponent.
+    """
+    return (math.log(2) - loss) / 2
+
+
+def jsd_error(errors: dict[str, float], of_loss: str) -> dict[str, float]:
+    """Returns the bound's standard error by its key, from the loss's; empty without that."""
+    return {"jsd_lower_bound": errors[of_loss] / 2} if of_loss in errors else {}
 
 
 def _rows_of(whose: str, rows: Any) -> Any:

@@ -42,9 +42,8 @@ class Measure:
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
         if value is None or error is None or not math.isfinite(value + error):
             return None
-        draws = next((evaluation[name] for name in _DRAWS.get(self.key, ()) if name in evaluation), None)
-        if draws:
-            return interval_of_share(value, error, draws)
+        if self.key in _DRAWS:
+            return interval_of_share(value, error, evaluation[_DRAWS[self.key]])
         low, high = value - CONFIDENCE * error, value + CONFIDENCE * error
         return (max(low, 0.0), min(high, 1.0)) if self.key in _FRACTIONS else (low, high)
 
@@ -171,10 +170,10 @@ _FRACTIONS = {
     "answer_accuracy", "against_opponent.accuracy", "against_opponent.margin_concentration", "length_auc",
     "truncation_rate", "identical_share", "duplicate_share", "real_duplicate_share", "distinct_2", "real_distinct_2",
 }  # fmt: skip
-_DRAWS = dict.fromkeys(
-    ("against_opponent.accuracy", "truncation_rate", "identical_share"), ("conversations", "rows")
-) | {"answer_accuracy": ("conversations_graded", "answers_graded")}
-"""Keys of shares, and of the number of independent draws; the second from before the first was stored."""
+_DRAWS = dict.fromkeys(("against_opponent.accuracy", "truncation_rate", "identical_share"), "conversations") | {
+    "answer_accuracy": "conversations_graded"
+}
+"""Keys of shares, and of the number of independent draws."""
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 

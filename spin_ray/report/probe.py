@@ -16,6 +16,7 @@ from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ProbeConfig
+from spin_ray.report.margins import jsd_error, jsd_lower_bound
 from spin_ray.report.measures import BY_KEY
 from spin_ray.report.uncertainty import CONFIDENCE, interval_of_share, standard_errors
 from spin_ray.run_dir.names import prompt_of
@@ -43,9 +44,8 @@ def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[s
     }
     found: Evidence = {name: float(values.mean()) for name, values in by_row.items()}
     errors = standard_errors(by_row, groups)
-    found["jsd_lower_bound"] = (math.log(2) - found["loss"]) / 2
-    if "loss" in errors:
-        errors["jsd_lower_bound"] = errors["loss"] / 2
+    found["jsd_lower_bound"] = jsd_lower_bound(found["loss"])
+    errors |= jsd_error(errors, "loss")
     return found | {"standard_errors": errors, "draws": len(set(numbers))}
 
 

@@ -13,7 +13,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import OtherRunError
 from spin_ray.report.examples import read_examples
 from spin_ray.report.history import read_all_rows, read_evaluations
-from spin_ray.report.measures import MEASURES, Evaluation
+from spin_ray.report.measures import BY_KEY, MEASURES, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.signs import all_warnings
 from spin_ray.report.tracking import NOT_LOGGED
@@ -38,6 +38,12 @@ LONGEST_EXAMPLE = 400
 """Most shown characters of a text."""
 RECENT_STEPS = 10
 """Number of newest training steps to average."""
+_MAIN = {
+    "loss": "against_opponent.loss", "margin": "against_opponent.margin", "margin acc.": "against_opponent.accuracy",
+    "answer acc.": "answer_accuracy", "length y": "real_length", "length y′": "generated_length",
+    "cut": "truncation_rate", "y=y′": "identical_share",
+}  # fmt: skip
+"""Keys of the main measures, by short titles."""
 
 
 def print_summary(run: RunDir, console: Console) -> None:
@@ -198,21 +204,12 @@ def _training(folder: str, log: list[dict[str, Any]]) -> Table:
 def iterates_table(evaluations: list[dict[str, Any]]) -> Table:
     """Returns the main measures, a row per iterate."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
-    for name in ("iterate", "loss", "margin", "margin acc.", "answer acc.", "length y", "length y′", "cut", "y=y′"):
-        table.add_column(name, justify="left" if name == "iterate" else "right", no_wrap=name == "iterate")
+    table.add_column("iterate", no_wrap=True)
+    for name in _MAIN:
+        table.add_column(name, justify="right")
+    measures = [BY_KEY[key] for key in _MAIN.values()]
     for evaluation in evaluations:
-        against = evaluation.get("against_opponent", {})
-        table.add_row(
-            evaluation["iterate"],
-            _number(against.get("loss"), 4),
-            _number(against.get("margin"), 3),
-            _number(against.get("accuracy"), 2),
-            _number(evaluation.get("answer_accuracy"), 3),
-            _number(evaluation["real_length"], 1),
-            _number(evaluation["generated_length"], 1),
-            _number(evaluation["truncation_rate"], 2),
-            _number(evaluation["identical_share"], 2),
-        )
+        table.add_row(evaluation["iterate"], *[_number(it.of(evaluation), it.digits) for it in measures])
     return table
 
 

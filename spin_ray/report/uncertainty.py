@@ -29,13 +29,10 @@ def conversation_groups(rows: pa.Table) -> dict[str, int]:
     Turns of one conversation share a number, and so do responses to one prompt and rows of one ``conversation_id``.
 
     Args:
-        rows: PROMPT_SCHEMA rows. The messages of a later turn begin with those of an earlier one. Runs from before
-            ``conversation_id`` lack it.
+        rows: PROMPT_SCHEMA rows. The messages of a later turn begin with those of an earlier one.
     """
     conversations = [json.loads(each) for each in rows["messages"].to_pylist()]
     known = {_key(messages) for messages in conversations}
-    has_ids = "conversation_id" in rows.column_names
-    ids = rows["conversation_id"].to_pylist() if has_ids else [None] * rows.num_rows
     joined: dict[tuple[str, str], tuple[str, str]] = {}
 
     def root(name: tuple[str, str]) -> tuple[str, str]:
@@ -44,7 +41,7 @@ def conversation_groups(rows: pa.Table) -> dict[str, int]:
         return name
 
     first_prompts = []
-    for messages, named in zip(conversations, ids, strict=True):
+    for messages, named in zip(conversations, rows["conversation_id"].to_pylist(), strict=True):
         starts = (messages[:end] for end in range(1, len(messages)))
         first = next((start for start in starts if _key(start) in known), messages)
         first_prompts.append(("messages", _key(first[:-1])))

@@ -90,7 +90,7 @@ def idle_gpus(config: SpinConfig) -> str | None:
         "train": [config.train.resources.bundle] * config.train.workers,
     }
     used = {stage: total_of(bundles).get("GPU", 0) for stage, bundles in wanted.items()}
-    there = total_of(_node_resources()).get("GPU", 0)
+    there = total_of(node_resources()).get("GPU", 0)
     if not any(used.values()) or there <= max(used.values()) or any(_labels(config).values()):
         return None
     free = ray.available_resources().get("GPU", 0)
@@ -112,12 +112,12 @@ def check_fits(config: SpinConfig, ask: Ask = lambda _: None) -> None:
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
     stages, wanted = demands(config), _labels(config)
     while lacks := {
-        stage: lack for stage, bundles in stages.items() if (lack := missing(bundles, _node_resources(wanted[stage])))
+        stage: lack for stage, bundles in stages.items() if (lack := missing(bundles, node_resources(wanted[stage])))
     }:
         if time.monotonic() >= deadline:
             raise ResourceError(
                 f"{' and '.join(_asked(stage, stages[stage], wanted[stage]) for stage in lacks)}, but the "
-                f"cluster has: {'; '.join(shown(node) for node in _node_resources()) or 'no nodes'}; "
+                f"cluster has: {'; '.join(shown(node) for node in node_resources()) or 'no nodes'}; "
                 f"{'; '.join(f'{stage}: {lack}' for stage, lack in lacks.items())}; lower the request or add nodes"
             )
         ask(request_now(config))
@@ -126,7 +126,7 @@ def check_fits(config: SpinConfig, ask: Ask = lambda _: None) -> None:
 
 def lack_of(config: SpinConfig, stage: str) -> str | None:
     """Returns what the living nodes lack to place ``stage``, were they free; None if nothing."""
-    return missing(demands(config)[stage], _node_resources(_labels(config)[stage]))
+    return missing(demands(config)[stage], node_resources(_labels(config)[stage]))
 
 
 def request_now(config: SpinConfig) -> Request:
@@ -170,7 +170,7 @@ def request_for(stages: Mapping[str, Bundles], wanted: Mapping[str, dict[str, st
 
 def _is_there(request: Request) -> bool:
     return all(
-        placeable([bundle for bundle, its in request if its == labels], _node_resources(labels))
+        placeable([bundle for bundle, its in request if its == labels], node_resources(labels))
         for labels in {str(labels): labels for _, labels in request}.values()
     )
 
@@ -233,7 +233,7 @@ def covers(free: Mapping[str, float], needed: Mapping[str, float]) -> bool:
 
 
 def in_the_cluster() -> str:
-    nodes = _node_resources()
+    nodes = node_resources()
     free = shown(ray.available_resources())
     return f"the cluster has {shown(total_of(nodes))} in {len(nodes)} nodes, {free} of them free"
 
@@ -258,6 +258,7 @@ def is_selected(found: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     return True
 
 
-def _node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, float]]:
+def node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, float]]:
+    """Returns the resources of each living node that ``labels`` select."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return [node["Resources"] for node in nodes if is_selected(node.get("Labels") or {}, labels or {})]

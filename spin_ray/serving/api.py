@@ -23,7 +23,7 @@ from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, Sampling, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, ENDED, Engines, Item
-from spin_ray.serving.errors import Refusal, from_engine, from_validation
+from spin_ray.serving.errors import Refusal, from_engine, from_validation, no_answer, too_slow
 from spin_ray.serving.events import END, HeldStream, event
 from spin_ray.serving.leaving import while_listened_to
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
@@ -149,7 +149,7 @@ class _Desk:
                 first = await items.next()
             self.metrics.first_output(iterate, time.monotonic() - started)
             if first is None:
-                raise Refusal(500, "the engine ended without an answer")
+                raise no_answer()
             if isinstance(first, dict):
                 if "error" in first:
                     raise from_engine(first["error"])
@@ -178,7 +178,7 @@ class _Until:
             async with asyncio.timeout_at(self._end):
                 return await anext(self._items, None)
         except TimeoutError:
-            raise Refusal(504, f"The answer took longer than {self._limit_s:g} s") from None
+            raise too_slow(self._limit_s) from None
 
 
 async def _events(first: str, items: _Until) -> AsyncIterator[str]:

@@ -22,7 +22,7 @@ from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import ConfigError
 from spin_ray.run_dir.cache import cache_root
 from spin_ray.run_dir.names import VOTES
-from spin_ray.run_dir.run_dir import open_run
+from spin_ray.run_dir.run_dir import RunDir, open_run
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
@@ -142,3 +142,8 @@ def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
         folder = cache_root() / "votes" / digest(run_folder)[:16]
         folder.mkdir(parents=True, exist_ok=True)
     return URL.create("sqlite", database=str(folder / VOTES))
+
+
+def open_votes(run: RunDir, url: str | None) -> VoteStore:
+    """Opens the votes of a run without its server, at ``url`` if given; raises UserError if there is no database."""
+    return VoteStore(url or votes_url(str(run.storage.root), run.config()), new=False)

@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.util.metrics import Counter
 
 from spin_ray.errors import last_line, user_error_in
-from spin_ray.serving.errors import Refusal, from_engine
+from spin_ray.serving.errors import Refusal, engine_failed, from_engine, no_answer
 from spin_ray.serving.names import Names
 from spin_ray.serving.poison import POISON_S, PoisonList, Served, request_digest
 
@@ -164,7 +164,7 @@ class ServeEngines:
                 self._note_failure(iterate, str(lasting or last_line(error)))
                 if lasting:
                     raise Refusal(404, f"{iterate} cannot answer: {lasting}", code="model_not_found") from error
-                raise Refusal(500, "the engine failed; the request may be repeated") from error
+                raise engine_failed() from error
             except (RayServeException, RayError) as error:  # its replica is gone or not there yet
                 raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
             finally:
@@ -209,4 +209,4 @@ async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str
                 if "error" in item:
                     raise from_engine(item["error"])
                 return item
-    raise Refusal(500, "the engine ended without an answer")
+    raise no_answer()

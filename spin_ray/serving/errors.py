@@ -68,6 +68,23 @@ class Refusal(Exception):
         return _TYPES.get(self.status, "invalid_request_error")
 
 
+def no_answer() -> Refusal:
+    return Refusal(500, "the engine ended without an answer")
+
+
+def engine_failed(*, code: str | None = None, param: str | None = None) -> Refusal:
+    return Refusal(500, "the engine failed; the request may be repeated", code=code, param=param)
+
+
+def too_slow(limit_s: float) -> Refusal:
+    return Refusal(504, f"The answer took longer than {limit_s:g} s")
+
+
+def own_error() -> Refusal:
+    """Returns the refusal for an exception that nobody expected."""
+    return Refusal(500, "an error here, not in the request; the server's log has more")
+
+
 def _printable(text: str | None) -> str | None:
     """Replaces lone surrogates, which UTF-8 cannot hold."""
     return None if text is None else text.encode("utf-8", "replace").decode()
@@ -81,9 +98,10 @@ def from_engine(error: dict[str, Any]) -> Refusal:
     code = error.get("code")
     if code == 503:
         return Refusal(503, error["message"], code="engine_down", retry_s=error.get("retry_s", 1))
-    status = code if isinstance(code, int) and 400 <= code < 500 else 500
-    message = error.get("message", "") if status < 500 else "the engine failed; the request may be repeated"
-    return Refusal(status, str(message), code=error.get("name"), param=error.get("param"))
+    name, param = error.get("name"), error.get("param")
+    if isinstance(code, int) and 400 <= code < 500:
+        return Refusal(code, str(error.get("message", "")), code=name, param=param)
+    return engine_failed(code=name, param=param)
 
 
 def from_validation(errors: Any) -> Refusal:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from spin_ray.config.sections import ServingConfig
 from spin_ray.serving.access import LOOPBACK, Key, Rates, find_key
-from spin_ray.serving.errors import Refusal
+from spin_ray.serving.errors import Refusal, own_error
 from spin_ray.serving.metrics import Metrics
 
 access_log = logging.getLogger("ray.serve.spin_ray.access")
@@ -71,8 +71,7 @@ class Observe:
         except Exception:
             logging.getLogger("ray.serve").exception("%s failed", scope["path"])
             if "status" not in line:
-                failed = Refusal(500, "an error here, not in the request; the server's log has more")
-                await failed.response()(scope, receive, send_with_headers)
+                await own_error().response()(scope, receive, send_with_headers)
         finally:
             line["seconds"] = round(time.monotonic() - started, 4)
             line.setdefault("status", 499)  # the client hung up

@@ -17,7 +17,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
 from spin_ray.runtime.engine_names import check_serving_engine
 from spin_ray.runtime.gpu import check_serving_build, runs_elsewhere
-from spin_ray.runtime.placement import is_selected, missing
+from spin_ray.runtime.placement import missing, node_resources
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
 from spin_ray.serving.app import APP, STOP_MARGIN_S, application, check_devices, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
@@ -130,10 +130,9 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
 def check_room(config: SpinConfig) -> None:
     """Raises ResourceError if the nodes could not hold an engine, each pipeline stage on one node."""
     resources, engine = config.serving.resources, config.serving_engine
-    nodes = [node for node in ray.nodes() if node["Alive"] and is_selected(node.get("Labels") or {}, resources.labels)]
     stages = engine.pipeline_parallel_size
     stage = {name: amount / stages for name, amount in resources.bundle.items()}
-    if lack := missing([stage] * stages, [node["Resources"] for node in nodes]):
+    if lack := missing([stage] * stages, node_resources(resources.labels)):
         on = f" on nodes labelled {resources.labels}" if resources.labels else ""
         raise ResourceError(f"serving.resources: {lack}{on}; lower it or add nodes")
 

@@ -350,7 +350,7 @@ def test_every_command_that_reads_a_run_reads_one_on_a_store(
     done("export", stored, "--to", tmp_path / "exported")
     weights = (tmp_path / "exported" / "model.safetensors").read_bytes()
     assert weights == (calm / "iter_000/model/model.safetensors").read_bytes()
-    judged = done("judge", stored, "--iterates", "latest", "sft", "--endpoint", endpoint, "--model", "m")
+    judged = done("judge", stored, "--iterates", "latest", "sft", "--endpoint", endpoint, "--model", "m", "--json")
     assert json.loads(judged)["contradicting"] == small_run.HELDOUT_ROWS
     assert "judgements/iter_000-sft.json" in objects(stored)
 
@@ -364,7 +364,10 @@ def test_benchmarks_of_a_run_on_a_store_fetch_weights_only_where_they_are_loaded
     def measure(request: benchmarks.Request) -> dict[str, Any]:
         seen.append({path.name for path in Path(request.model).iterdir()})
         conditions = dict.fromkeys(("backend", "dtype", "max_length", "chat"))
-        return {"task": {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0} | conditions}
+        return {
+            "task": {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0, "warnings": []}
+            | conditions
+        }
 
     monkeypatch.setattr(benchmarks, "measure", measure)
     monkeypatch.setattr(benchmarks, "unreachable", lambda endpoint: None)

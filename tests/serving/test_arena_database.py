@@ -83,13 +83,6 @@ def test_a_lock_is_waited_for_from_the_first_statement(tmp_path: Path, monkeypat
         assert 0.25 < time.monotonic() - began < 5
 
 
-def test_a_table_of_an_earlier_version_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "votes.sqlite") as other:
-        other.execute("CREATE TABLE battles (id TEXT PRIMARY KEY, created DOUBLE, verdict TEXT, voted DOUBLE)")
-    with pytest.raises(UserError, match=r"of an earlier version, without seed, .*voter; move it away, or give another"):
-        VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
-
-
 def test_the_page_is_served_with_its_types_and_marks(tmp_path: Path) -> None:
     store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
 

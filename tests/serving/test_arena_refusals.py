@@ -1,6 +1,7 @@
 """Every refusal of the arena, provoked and replayed."""
 
 import ast
+import inspect
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from spin_ray.serving import arena
+from spin_ray.serving import arena, errors
 from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Question
@@ -157,12 +158,20 @@ def refusal_of(response: httpx.Response) -> tuple[str, int | str]:
 
 
 def test_every_refusal_in_the_arenas_source_is_replayed():
+    """Those of the whole server stand in ``errors``, by name."""
+    shared = {
+        name: inspect.getsource(function)
+        for name, function in vars(errors).items()
+        if inspect.isfunction(function) and function.__annotations__.get("return") is errors.Refusal
+        if not name.startswith("from_")  # the text is the engine's
+    }
     calls = [
-        node
+        (getattr(node.func, "id", ""), node)
         for file in Path(arena.__file__).parent.glob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refusal"
+        if isinstance(node, ast.Call)
     ]
-    words = [ast.unparse(call.args[1]) for call in calls]
+    words = [ast.unparse(call.args[1]) for name, call in calls if name == "Refusal"]
+    words += [shared[name] for name, _ in calls if name in shared]
     missing = [told for told in words if not any(says.replace("iter-1", "{first}") in told for says in REFUSALS)]
     assert len(words) == len(REFUSALS) and missing == []

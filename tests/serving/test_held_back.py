@@ -14,6 +14,7 @@ from spin_ray.serving.engines import CHAT, TOKENS, Item
 from spin_ray.serving.held_back import without_held_back
 from spin_ray.serving.iterate_engine import IterateEngine
 from tests.support.arena_app import event
+from tests.support.pieces import pieces_through
 from tests.support.tiny_runs import tiny_config
 from tests.support.tokenizer_kinds import KINDS, TEMPLATES, tokenizer_of_kind
 
@@ -38,15 +39,8 @@ def spoken(tokenizer: Any, prompt_ids: list[int], response_ids: list[int]) -> st
 
 def heard(pieces: list[Item], held_back: str) -> list[Any]:
     """Returns the pieces that go out, events as objects."""
-
-    async def check() -> list[Item]:
-        async def said() -> AsyncGenerator[Item, None]:
-            for piece in pieces:
-                yield piece
-
-        return [piece async for piece in without_held_back(said(), held_back)]
-
-    return [piece if isinstance(piece, dict) else objects(piece) for piece in asyncio.run(check())]
+    out = pieces_through(lambda said: without_held_back(said, held_back), pieces)
+    return [piece if isinstance(piece, dict) else objects(piece) for piece in out]
 
 
 def objects(events: str) -> list[Any]:

@@ -1,7 +1,5 @@
 """Answers of vLLM, streamed and whole, in the form of OpenAI's reference."""
 
-import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -9,20 +7,15 @@ import pytest
 from spin_ray.serving.engines import Item
 from spin_ray.serving.events import END, event, objects
 from spin_ray.serving.openai_form import Change, changed, likeliest, nothing_generated
+from tests.support.pieces import pieces_through
 
 SAMPLED = {"token": "rare", "logprob": -7.0}
 BEST, SECOND, THIRD = ({"token": token, "logprob": -logprob} for token, logprob in (("a", 0.5), ("b", 1.5), ("c", 2.5)))
 
 
 def told(pieces: list[Item], change: Change) -> list[Any]:
-    async def check() -> list[Item]:
-        async def said() -> AsyncGenerator[Item, None]:
-            for piece in pieces:
-                yield piece
-
-        return [piece async for piece in changed(said(), change)]
-
-    return [it for piece in asyncio.run(check()) for it in (objects(piece) if isinstance(piece, str) else [piece])]
+    out = pieces_through(lambda said: changed(said, change), pieces)
+    return [it for piece in out for it in (objects(piece) if isinstance(piece, str) else [piece])]
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,10 @@ def _write_iterate(run: RunDir, iterate: int) -> None:
     content = table_to_bytes(pa.Table.from_pylist(_measures(iterate), ROW_SCHEMA))
     run.storage.replace(run.heldout_rows_path(iterate), content)
     evaluation: dict[str, Any] = {
-        "iterate": name, "heldout_rows": bytes_digest(content).sha256, "rows": 3,
+        "iterate": name, "heldout_rows": bytes_digest(content).sha256, "rows": 3, "conversations": 3,
         "real_length": 5.0, "generated_length": 9.0 - iterate, "length_auc": 0.4,
         "truncation_rate": 0.0, "identical_share": 0.0, "answer_accuracy": 0.25 + iterate / 10, "answers_graded": 3,
+        "conversations_graded": 3,
         "standard_errors": {"answer_accuracy": 0.02},
     }  # fmt: skip
     if iterate:

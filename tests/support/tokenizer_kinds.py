@@ -113,3 +113,8 @@ def transformers_date(date: datetime) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: date))
         yield
+
+
+def template_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    """Returns the ids that transformers makes of the conversation by itself."""
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])

@@ -162,6 +162,20 @@ def test_a_wrong_call_shows_the_usage_and_is_exit_code_2(call, words):
     assert "Usage: " in error
 
 
+# Help
+
+
+def test_the_list_of_commands_cuts_no_summary(call):
+    code, out, _ = call("--help")
+    assert code == 0 and "…" not in out and "..." not in out.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("command", ["init", "run", "plan", "doctor", "probe", "serve", "compare"])
+def test_a_command_that_takes_overrides_says_what_they_are(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0 and "[OVERRIDES]..." in out and "  OVERRIDES " in out
+
+
 # Nothing is written over
 
 
@@ -283,7 +297,7 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
     from spin_ray.runtime import placement
 
     monkeypatch.setattr(doctor, "connect", lambda config: None)
-    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
+    monkeypatch.setattr(placement, "node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--out", tmp_path / "run")
     assert code == 0
     for line in ("ok recipe", "ok data", "ok model", "GiB free", "ok generation: 1 ×", "ok train: 1 ×", "ray 2."):
@@ -311,7 +325,7 @@ def test_doctor_asks_the_autoscaler_for_the_nodes_that_it_waits_for_and_gives_th
     asked: list[list[Any]] = []
     nodes = [{"CPU": 1.0}]
     monkeypatch.setattr(doctor, "connect", lambda config: None)
-    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: nodes)
+    monkeypatch.setattr(placement, "node_resources", lambda labels=None: nodes)
     monkeypatch.setattr(autoscaler, "send", asked.append)
     monkeypatch.setattr(placement.time, "sleep", lambda _: nodes.append({"CPU": 1.0}))
     code, out, _ = call("doctor", recipe, "--train.workers=2", "--cluster.wait_for_nodes_s=60")
@@ -324,7 +338,7 @@ def test_doctor_as_json_is_one_object(call, monkeypatch, recipe):
     from spin_ray.runtime import placement
 
     monkeypatch.setattr(doctor, "connect", lambda config: None)
-    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
+    monkeypatch.setattr(placement, "node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--json")
     found = json.loads(out)
     assert code == 0

@@ -20,7 +20,7 @@ class Token(NamedTuple):
     position: Tensor
 
 
-def sees(query: Token, key: Token, window: Window = None) -> Bool[Tensor, "..."]:
+def sees(query: Token, key: Token, window: Window) -> Bool[Tensor, "..."]:
     """Returns True where the query sees the key.
 
     A query sees itself and earlier tokens of its tree's prompt and its own response, within the window.
@@ -40,7 +40,7 @@ def visible(batch: PackedBatch, window: Window = None) -> Bool[Tensor, "tokens t
     return sees(Token(*(x[:, None] for x in tokens)), Token(*(x[None, :] for x in tokens)), window)
 
 
-def key_ranges(batch: PackedBatch, window: Window = None) -> tuple[np.ndarray, np.ndarray]:
+def key_ranges(batch: PackedBatch, window: Window) -> tuple[np.ndarray, np.ndarray]:
     """Returns two ranges of visible keys for each query, as starts and stops [2, tokens] on the CPU.
 
     The first range is within the prompt of a response (else empty), the second within the query's own run.

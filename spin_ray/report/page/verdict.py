@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from spin_ray.report.history import evaluation_of
+from spin_ray.report.history import first_evaluation
 from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.uncertainty import Change, change_of
 from spin_ray.run_dir.names import iterate_name
@@ -10,7 +10,7 @@ from spin_ray.run_dir.names import iterate_name
 
 def worth(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
     """Compares the newest iterate with θ_0 by accuracy, or tells its held-out loss where nothing is graded."""
-    first, last = evaluation_of(evaluations, 0), evaluations[-1]
+    first, last = first_evaluation(evaluations), evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first or {})
     if now is not None and before is not None and first is not None and first is not last:
@@ -59,7 +59,7 @@ def rank(evaluations: list[Evaluation], rows: dict[str, pa.Table]) -> str:
     if not better:
         return said
     best = max(better, key=lambda it: it["answer_accuracy"])
-    known = best is before or best is evaluation_of(evaluations, 0)
+    known = best is before or best is first_evaluation(evaluations)
     numbers = "" if known else f" ({change('answer_accuracy', best, '.1%')})"
     return f"{said} The best is {best['iterate']}{numbers}: use {best['iterate']}, not {last['iterate']}."
 
@@ -70,7 +70,7 @@ def _is_fall(change: Change) -> bool:
 
 def caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
     """Points to the newest iterate's warnings, or says what its responses look like."""
-    first, last = evaluation_of(evaluations, 0), evaluations[-1]
+    first, last = first_evaluation(evaluations), evaluations[-1]
     if mine := [text for iterate, text in found if iterate == last["iterate"]]:
         which = "warning" if len(mine) == 1 else f"{len(mine)} warnings"
         return f"Beware: see the {which} on {last['iterate']} below."

@@ -87,10 +87,9 @@ class RunView:
     judged: list[Judged]
     rows_read: bool
     warnings: list[tuple[str, str]]
-    """Iterate and text of each sign."""
+    """(iterate, sentence) of each sign, the newest iterate's first."""
     stage_warnings: list[tuple[str, str]]
     """Folders and text of each warning that a stage told."""
-    """(iterate, sentence), the newest iterate's first."""
     unreadable: list[str]
     """Sentences on parts of the run that the page leaves out, because their files are missing or damaged."""
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from spin_ray.serving import events
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Side
 from spin_ray.serving.engines import CHAT, Engines
-from spin_ray.serving.errors import Refusal, from_engine
+from spin_ray.serving.errors import Refusal, from_engine, no_answer, own_error, too_slow
 from spin_ray.serving.metrics import Metrics
 
 logger = logging.getLogger("ray.serve")
@@ -66,12 +66,12 @@ class _Side:
             await self._record(self._battle.id, self._side, answer)
             self._tell({"side": self._side, "finish_reason": answer.finish_reason})
         except TimeoutError:
-            self._fail(Refusal(504, f"The answer took longer than {limit_s:g} s"))
+            self._fail(too_slow(limit_s))
         except Refusal as refusal:
             self._fail(_gone() if refusal.code == "model_not_found" else refusal)  # whose text names the iterate
         except Exception:
             logger.exception("%s failed in a comparison", self._model)
-            self._fail(Refusal(500, "an error here, not in the request; the server's log has more"))
+            self._fail(own_error())
         finally:
             self._tell(None)
 
@@ -95,7 +95,7 @@ class _Side:
                         self._tell({"side": self._side, "text": text})
                     finish_reason = choice.get("finish_reason") or finish_reason
         if finish_reason is None:
-            raise Refusal(500, "the engine ended without an answer")
+            raise no_answer()
         return Answer(said, finish_reason, digest)
 
     def _fail(self, refusal: Refusal) -> None:

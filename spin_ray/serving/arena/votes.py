@@ -16,7 +16,6 @@ from sqlalchemy import (
     Dialect,
     Double,
     Index,
-    Inspector,
     Integer,
     MetaData,
     Row,
@@ -71,7 +70,7 @@ class VoteStore:
     """A database of comparisons and votes; only processes of *one machine* may share SQLite.
 
     Raises:
-        UserError: the URL names no usable database, an earlier version's, or no file although it is not ``new``.
+        UserError: the URL names no usable database, or no file although it is not ``new``.
     """
 
     def __init__(self, url: str | URL, clock: Callable[[], float] = time.time, *, new: bool = True) -> None:
@@ -91,7 +90,6 @@ class VoteStore:
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_battles, if_not_exists=True))
-                self._refuse_earlier_table(inspect(connection))
                 known = {index["name"] for index in inspect(connection).get_indexes(_battles.name)}
                 for index in (_by_time, _by_vote):
                     if index.name not in known:
@@ -102,14 +100,6 @@ class VoteStore:
             ) from error
         except SQLAlchemyError as error:
             raise UserError(f"votes: {self.where} cannot be used: {_reason(error)}") from error
-
-    def _refuse_earlier_table(self, found: Inspector) -> None:
-        there = {column["name"] for column in found.get_columns(_battles.name)}
-        if missing := [column.name for column in _battles.c if column.name not in there]:
-            raise UserError(
-                f"votes: {self.where}: its table {_battles.name} is of an earlier version, without "
-                f"{', '.join(missing)}; move it away, or give another database by serving.votes"
-            )
 
     def close(self) -> None:
         self._engine.dispose()

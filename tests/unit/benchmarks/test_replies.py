@@ -17,8 +17,9 @@ from replies import ARMS, SETTINGS
 from run import Experiment
 from transformers import AutoModelForCausalLM
 
+from spin_ray.config.algorithms import AlgorithmName
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import AlgorithmName, LossName
+from spin_ray.config.sections import LossName
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import Rendered
 from spin_ray.loop.algorithms.table import check_settings

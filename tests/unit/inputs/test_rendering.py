@@ -12,6 +12,7 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.run_dir.cache import cache_root
+from tests.support.tokenizer_kinds import template_ids
 
 TINY, SMOLLM2 = "tiny-llama", "smollm2-135m-instruct"
 SMOLLM2_LACKS = set(b"\x04\x06\x13\x14\x16\x1d\xf1\xf2")
@@ -60,11 +61,6 @@ def user(text: str) -> dict[str, str]:
 
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
-
-
-def template_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    """What transformers makes of the conversation by itself."""
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
 control_names = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<repo_name>"]

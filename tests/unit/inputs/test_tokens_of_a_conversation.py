@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.inputs.rendering import ChatRenderer, Rendered
-from tests.support.tokenizer_kinds import KINDS, TEMPLATES, tokenizer_of_kind
+from tests.support.tokenizer_kinds import KINDS, TEMPLATES, template_ids, tokenizer_of_kind
 
 USER, SYSTEM = "user", "system"
 both = pytest.mark.parametrize(("kind", "template"), [(kind, name) for kind in KINDS for name in TEMPLATES])
@@ -24,14 +24,9 @@ def conversation(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
-def ids_of_the_whole(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    """transformers' own."""
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
-
-
 def assert_whole(tokenizer: Any, renderer: ChatRenderer, messages: list[dict[str, str]], rendered: Rendered) -> None:
     """prompt + response = the whole, up to the end of the turn; and nothing but blanks of the template stands after."""
-    whole = ids_of_the_whole(tokenizer, messages)
+    whole = template_ids(tokenizer, messages)
     ours = rendered.prompt_ids + rendered.real_ids
     if not renderer.writes_end_of_turn:
         ours = ours[:-1]
@@ -85,7 +80,7 @@ def test_a_prompt_ends_where_the_prompt_of_transformers_does_or_a_little_before(
     """Only what the tokenizer joins to a response is held back: at most the last word."""
     tokenizer, renderer = renderer_of(kind, template)
     messages = conversation("What is the capital of France?")
-    whole = ids_of_the_whole(tokenizer, messages, add_generation_prompt=True)
+    whole = template_ids(tokenizer, messages, add_generation_prompt=True)
     prompt = renderer.render_prompt(messages)
     assert prompt == whole[: len(prompt)]
     held_back = tokenizer.convert_ids_to_tokens(whole[len(prompt) :])

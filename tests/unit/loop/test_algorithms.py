@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from spin_ray.config.algorithms import AlgorithmName
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import AlgorithmName
 from spin_ray.errors import ConfigError, DataError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder

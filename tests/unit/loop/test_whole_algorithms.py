@@ -219,7 +219,7 @@ def test_spin_is_trained_on_the_pairs_that_its_authors_released(
 
 
 class CopyOfDpo(Dpo):
-    """An algorithm of whose rows ``inputs.needs`` knows nothing."""
+    """An algorithm of whose rows ``config.algorithms`` knows nothing."""
 
 
 @pytest.mark.parametrize(

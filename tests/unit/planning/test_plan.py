@@ -114,6 +114,10 @@ def test_a_card_is_named_as_people_write_it_unless_that_is_two(given, found):
     assert name_of_gpu(given) == found
 
 
+def test_the_word_none_is_no_card():
+    assert Cluster(gpu="none") == Cluster()
+
+
 @pytest.mark.parametrize(
     ("replicas", "gpus", "workers", "each"),
     [(1, 1, 1, 1), (1, 0.5, 1, 1), (4, 0.7, 1, 4), (10, 0.1, 1, 1), (1, 4, 2, 4), (2, 1, 16, 8), (1, 16, 4, 8)],

@@ -62,7 +62,7 @@ def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
 
     def result(benchmark: Benchmark, value: float) -> dict:
         metrics = {benchmark.metric: {"value": value, "standard_error": 0.03}, "other": {"value": 9.0}}
-        return ALIKE | {"metrics": metrics, "shots": benchmark.shots, "limit": None}
+        return ALIKE | {"metrics": metrics, "shots": benchmark.shots, "limit": None, "warnings": []}
 
     results = {it.task: result(it, (place + 1) / 10) for place, it in enumerate(PRESETS["paper"])}
     [mean] = averages(results)["mean of paper"]["metrics"].values()
@@ -100,7 +100,7 @@ def test_a_later_result_of_other_conditions_takes_the_mean_away(tmp_path, monkey
     run = made_up_run(tmp_path / "run")
     results = {
         it.task: ALIKE | {"metrics": {it.metric: {"value": 0.5, "standard_error": 0.01}}, "shots": it.shots,
-                          "rows": 9, "limit": None, "task_version": 1}
+                          "rows": 9, "limit": None, "task_version": 1, "warnings": []}
         for it in PRESETS["paper"]
     }  # fmt: skip
     request = request_for(run.config(), 1, "/m", benchmarks=())
@@ -195,7 +195,7 @@ def test_benchmarks_are_dealt_out_to_the_runs_workers():
 
 def test_results_are_kept_though_another_task_fails(tmp_path, monkeypatch):
     run = made_up_run(tmp_path / "run")
-    result = {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0, "limit": None}
+    result = {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0, "limit": None, "warnings": []}
 
     def parts(*_):
         yield {"one": result}
@@ -220,7 +220,7 @@ def test_warnings_about_numbers_are_counted_alike_but_for_their_numbers():
     logging.getLogger("lm_eval.models.huggingface").warning("context (18) exceeds (16)")
     assert texts == {"context (N) exceeds (N)": 2, "at http://[hidden]@host/": 1}
     once = {"text": "at http://[hidden]@host/", "count": 1, "tasks": ["mine"]}
-    results = [{"warnings": harness_warnings.warned(texts, ["mine"])}, {}, {"warnings": [once]}]
+    results = [{"warnings": harness_warnings.warned(texts, ["mine"])}, {"warnings": [once]}]
     assert list(harness_warnings.sentences(results)) == [
         "mine: lm-eval warned 2 times: context (N) exceeds (N)", "mine: lm-eval warned once: at http://[hidden]@host/"
     ]  # fmt: skip

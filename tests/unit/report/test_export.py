@@ -143,7 +143,7 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     metrics = {"acc_norm": {"value": 0.3125, "standard_error": 0.01}}
     evaluation = json.loads(run.storage.read(run.eval_path(2)))
     conditions = {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False, "limit": None}
-    arc = conditions | {"metrics": metrics, "shots": 25, "task_version": 1.0}
+    arc = conditions | {"metrics": metrics, "shots": 25, "task_version": 1.0, "warnings": []}
     cut = [{"text": "Truncating N tokens from the left.", "count": 12, "tasks": ["arc_challenge", "mine"]}]
     gsm8k = arc | {"backend": "vllm", "limit": 100}
     evaluation["benchmarks"] = {

@@ -1,6 +1,7 @@
 """A judge behind a real HTTP endpoint: both orders, ties, and everything it said."""
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -9,12 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from spin_ray.errors import ConfigError, StageError
+from spin_ray.inputs.model_folder import folder_entries
 from spin_ray.report import judge
 from spin_ray.report.judge import Judge, Judgement, summarise
 from spin_ray.report.judged import read_judged
+from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.events import read_json_lines
-from spin_ray.run_dir.storage import Storage
-from tests.support.made_up_run import made_up_run
+from spin_ray.run_dir.storage import MANIFEST, Storage
+from tests.support.made_up_run import TINY, made_up_run
 
 ALONE = {f"p{number}": number for number in range(5)}
 """Number of each prompt's conversation."""
@@ -23,7 +26,7 @@ ALONE = {f"p{number}": number for number in range(5)}
 def judgements(*verdicts: tuple[str, str]) -> list[Judgement]:
     """For each prompt the verdicts of the orders (one, other) and (other, one)."""
     return [
-        Judgement(f"p{number}", *order, verdict, "")
+        Judgement(f"p{number}", *order, verdict, "", "j", "")
         for number, both in enumerate(verdicts)
         for order, verdict in zip((("one", "other"), ("other", "one")), both, strict=True)
     ]
@@ -147,13 +150,25 @@ def test_every_pair_is_judged_in_both_orders_and_nothing_said_is_lost(tmp_path, 
     assert all("It could be [[C]]" in line["text"] for line in raw)
 
 
+@pytest.mark.parametrize("names", [["--iterates", "latest", "sft"], ["--iterates", "latest,sft"], ["--iterates=1,sft"]])
+def test_the_command_says_in_words_who_won_and_as_json_all_of_it(tmp_path, endpoint, call, names):
+    """Three wins of three: centre (3 + 2) / (3 + 4), the interval ends at 1."""
+    url, _, _ = endpoint
+    run = made_up_run(tmp_path / "run")
+    shutil.copytree(TINY, folder := run.storage.path(run.model(2).path))
+    (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())
+    words = ["judge", run.storage.root, *names, "--endpoint", url, "--model", "j", "--limit", 9]
+    code, out, error = call(*words)
+    assert (code, error) == (0, "")
+    assert out.startswith("iter_001 against sft, judged by j: 3 wins, 0 ties, 0 losses on 3 prompts\nwin rate 1.000")
+    found = json.loads(call(*words, "--json")[1])
+    assert (found["one"], found["other"], found["wins"], found["judge"]) == ("iter_001", "sft", 3, "j")
+
+
 def test_the_other_order_of_the_names_asks_nothing_anew_and_is_one_line_of_the_page(tmp_path, endpoint):
-    """Also with a file that an earlier version named in that order."""
     url, asked, _ = endpoint
     run, judged = made_up_run(tmp_path / "run"), Judge(endpoint=url, model="j")
     judge.run(run, run.config(), "iter_001", "sft", judged, limit=9)
-    run.storage.replace("judgements/sft-iter_001.jsonl", run.storage.read("judgements/iter_001-sft.jsonl"))
-    run.storage.delete("judgements/iter_001-sft.jsonl")
     found = judge.run(run, run.config(), "sft", "iter_001", judged, limit=9)
     assert (found["one"], found["wins"], found["losses"], found["win_rate"], len(asked)) == ("sft", 0, 3, 0.0, 6)
     assert [(it.one, it.other, it.win_rate) for it in read_judged(run, [])] == [("iter_001", "sft", 1.0)]
@@ -163,7 +178,7 @@ def test_judgements_of_two_commands_at_once_are_all_kept(tmp_path):
     storage = Storage(tmp_path)
     one, other = (judge.Kept(storage, "judgements.jsonl") for _ in range(2))
     for kept, prompt in ((one, "p1"), (other, "p2")):
-        kept.add(Judgement(prompt, "sft", "iter-1", "tie", "[[C]]"))
+        kept.add(Judgement(prompt, "sft", "iter-1", "tie", "[[C]]", "j", ""))
         kept.save()
     assert {line["prompt_id"] for line in read_json_lines(storage, "judgements.jsonl")} == {"p1", "p2"}
 

@@ -44,12 +44,15 @@ def test_an_interval_is_wide_as_its_standard_error_and_missing_without_one():
 
 
 def test_the_interval_of_a_fraction_ends_at_0_and_1():
-    """0.01 ± 1.96 · 0.02; a loss has no such ends."""
-    errors = {"standard_errors": {"truncation_rate": 0.02, "against_opponent.loss": 0.02}}
-    evaluation = {"truncation_rate": 0.01, "against_opponent": {"loss": 0.01}} | errors
-    assert BY_KEY["truncation_rate"].interval(evaluation) == pytest.approx((0.0, 0.0492))
-    assert BY_KEY["truncation_rate"].spread(evaluation) == "(0.00 to 0.05)"
-    assert BY_KEY["truncation_rate"].interval(evaluation | {"rows": 96}) == pytest.approx((0.0, 0.0296 + 0.0392))
+    """0.01 ± 1.96 · 0.02, of a share around its mean with four more draws; a loss has no such ends."""
+    errors = dict.fromkeys(("distinct_2", "truncation_rate", "against_opponent.loss"), 0.02)
+    evaluation = {
+        "conversations": 96, "distinct_2": 0.01, "truncation_rate": 0.01, "against_opponent": {"loss": 0.01},
+        "standard_errors": errors,
+    }  # fmt: skip
+    assert BY_KEY["distinct_2"].interval(evaluation) == pytest.approx((0.0, 0.0492))
+    assert BY_KEY["distinct_2"].spread(evaluation) == "(0.00 to 0.05)"
+    assert BY_KEY["truncation_rate"].interval(evaluation) == pytest.approx((0.0, 0.0296 + 0.0392))
     assert BY_KEY["against_opponent.loss"].interval(evaluation) == pytest.approx((-0.0292, 0.0492))
     assert BY_KEY["against_opponent.loss"].spread(evaluation) == "± 0.0392"
     assert BY_KEY["length_auc"].spread(evaluation) == ""

@@ -49,7 +49,8 @@ def with_accuracies(folder: Path, *accuracies: float, rows: int = 200) -> RunDir
     run = made_up_run(folder, iterations=len(accuracies) - 1, done=len(accuracies) - 1)
     for iterate, accuracy in enumerate(accuracies):
         evaluation = json.loads(run.storage.read(run.eval_path(iterate)))
-        more = {"answer_accuracy": accuracy, "answers_graded": rows, "standard_errors": {"answer_accuracy": 0.2}}
+        more = {"answer_accuracy": accuracy, "answers_graded": rows, "conversations_graded": rows}
+        more |= {"standard_errors": {"answer_accuracy": 0.2}}
         run.storage.replace(run.eval_path(iterate), json.dumps(evaluation | more).encode())
         each = [
             {"prompt_id": f"p{number}", "conversation": number, "answer_accuracy": float(number < rows * accuracy),
@@ -186,7 +187,7 @@ def test_what_a_judge_and_voters_said_is_a_table(tmp_path):
     """Of four votes iter_001 won two, one was a tie."""
     run = made_up_run(tmp_path / "run")
     said = {"one": "iter_001", "other": "sft", "wins": 9, "ties": 1, "losses": 0, "win_rate": 0.95}
-    summary = said | {"standard_error": 0.05, "judge": "big-model"}
+    summary = said | {"standard_error": 0.05, "judge": "big-model", "draws": 10}
     run.storage.replace("judgements/iter_001-sft.json", json.dumps(summary).encode())
     run.storage.replace("judgements/broken.json", b"{}")
     votes = VoteStore(f"sqlite:///{tmp_path / 'run' / 'votes.sqlite'}")

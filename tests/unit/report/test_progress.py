@@ -12,6 +12,7 @@ from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.report import progress
 from spin_ray.report.progress import PROGRESS, RunProgress, StageProgress
 from spin_ray.report.status import print_status
+from spin_ray.run_dir.lease import Lease
 from tests.support.made_up_run import made_up_run
 
 
@@ -20,7 +21,8 @@ def run(tmp_path):
     """Two of three iterations are done; the third is being trained, and has done 3 of 12 steps of 500 tokens in 6 s."""
     run = made_up_run(tmp_path / "run", iterations=3, done=2)
     run.event("start", "iter_002/training")
-    return run
+    with Lease(run.storage, timeout_s=60):
+        yield run
 
 
 @pytest.fixture

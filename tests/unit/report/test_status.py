@@ -87,7 +87,7 @@ def write_example(
 
 
 def test_the_accuracy_of_answers_has_its_interval(run):
-    write_evaluation(run, 0, standard_errors={"answer_accuracy": 0.1})
+    write_evaluation(run, 0, conversations_graded=9, standard_errors={"answer_accuracy": 0.1})
     write_evaluation(run, 1)
     assert row_of(printed(print_status, run), "95 % interval")[1:] == ["0.304–0.696", "–"]
 

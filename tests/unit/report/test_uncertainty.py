@@ -106,7 +106,8 @@ def conversation(*contents: str) -> str:
 
 def groups_of(*messages: str) -> list[int]:
     ids = [f"p{number}" for number in range(len(messages))]
-    return list(conversation_groups(pa.table({"prompt_id": ids, "messages": messages})).values())
+    rows = pa.table({"prompt_id": ids, "messages": messages, "conversation_id": pa.nulls(len(ids), pa.string())})
+    return list(conversation_groups(rows).values())
 
 
 def test_turns_of_a_conversation_and_answers_to_one_prompt_belong_together():

@@ -18,7 +18,7 @@ class Masks(NamedTuple):
 
 
 def first_of_each(
-    ids: list[np.ndarray], source_of: Sequence[int], limit: int | None, leaked: np.ndarray | None = None
+    ids: list[np.ndarray], source_of: Sequence[int], limit: int | None, leaked: np.ndarray | None
 ) -> list[Masks]:
     """Returns the masks of each slice.
 
@@ -26,7 +26,7 @@ def first_of_each(
         ids: prompt ids by slice.
         source_of: the source's index per slice.
         limit: number of rows to keep; None: all.
-        leaked: ids of held-out rows.
+        leaked: ids of held-out rows; None: none.
     """
     every = np.concatenate(ids)
     held_out = np.zeros(len(every), bool) if leaked is None else np.isin(every, leaked)
