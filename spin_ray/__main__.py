@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from spin_ray.config.load import load_config, override, parse_overrides, values_of
+from spin_ray.config.paths import is_remote, local_path
 from spin_ray.errors import OtherRunError, StageError, UserError
 from spin_ray.runtime.garbage import collect_rarely
 
@@ -208,10 +209,10 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
     if out is None:
         runs[0].storage.replace("report.html", report_page(runs).encode())
         click.echo(runs[0].storage.where("report.html"))
-    elif "://" in out:
+    elif is_remote(out):
         raise UserError(f"--out {out}: is no file of this machine; without --out the page goes to the first run")
     else:
-        click.echo(write_report(runs, Path(out).expanduser()))
+        click.echo(write_report(runs, local_path(out)))
 
 
 @cli.command("export", short_help="Copy a model, or write preference rows.")

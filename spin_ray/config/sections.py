@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from spin_ray.config.algorithms import AlgorithmName
+from spin_ray.config.paths import without_scheme
 
 T = TypeVar("T")
 
@@ -76,10 +87,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
+PathOrUri = Annotated[str, AfterValidator(without_scheme)]
+"""A path of this machine, perhaps written as ``file://`` URI, or the URI of a store or hub."""
+
+
 class ModelConfig(Section):
     """The model that the run starts from."""
 
-    path: str
+    path: PathOrUri
     """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub. An adapter
     (PEFT) is merged with its base model once, in the cache; the run starts from the merged model."""
     revision: str | None = None
@@ -118,7 +133,7 @@ OWN_TEMPLATE_VARIABLES = {
 class Source(Section):
     """One of several sources of rows. Without ``weight`` and ``rows`` it gives all its rows."""
 
-    path: str
+    path: PathOrUri
     """A file, folder, glob or URI."""
     weight: Positive | None = None
     """Share of rows, relative to other sources with a weight. The scarcest of them gives all its rows."""
@@ -133,7 +148,7 @@ class Source(Section):
 
 
 _Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
-OneOrSources = Annotated[Annotated[str, Tag(ONE)] | Annotated[_Sources, Tag(LIST)], _one_or_list]
+OneOrSources = Annotated[Annotated[PathOrUri, Tag(ONE)] | Annotated[_Sources, Tag(LIST)], _one_or_list]
 Train = str | tuple[Source, ...]
 
 
@@ -351,7 +366,7 @@ class ObjectiveConfig(Section):
 class ScorerConfig(Section):
     """The preference model of SPPO, which estimates P(one response beats the other)."""
 
-    path: str
+    path: PathOrUri
     """Model folder (safetensors), or a hub name. For ``grade`` a grader, as ``evaluation.grade``."""
     kind: Literal["reward", "pairrm", "grade"] = "reward"
     """Kind of model. ``reward``: a sequence classifier with one output; P = σ(difference of rewards). ``pairrm``: one

@@ -1,19 +1,18 @@
 """Data files: their kind, bytes and slices."""
 
 import io
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs
 
+from spin_ray.config.paths import is_remote, local_path
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.hub import PREFIX, hub_filesystem
-from spin_ray.run_dir.storage import local_path
+from spin_ray.run_dir.google import share_google_account
 
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -54,18 +53,24 @@ def codec_of(uri: str) -> str | None:
     return next((suffix for suffix in CODECS if uri.lower().endswith(suffix)), None)
 
 
+GOOGLE_S = 30
+"""Longest wait for an answer of Google Cloud Storage, in seconds."""
+
+
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Returns the file system of a path or URI, and the path in it; raises DataError if there is none."""
     if uri.startswith(PREFIX):
         return hub_filesystem(path := uri.removeprefix(PREFIX)), path
-    if uri.startswith("file://"):
-        return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
-    if "://" not in uri:
+    if not is_remote(uri):
         if not uri or "\0" in uri:
             raise DataError(f"data: the path is {'no path (it has a NUL)' if uri else 'empty'}")
-        return pyarrow.fs.LocalFileSystem(), str(Path(os.path.expanduser(uri)).absolute())  # Ray workers run elsewhere
+        return pyarrow.fs.LocalFileSystem(), str(local_path(uri))  # absolute: Ray workers run elsewhere
+    limited = uri
+    if uri.startswith(("gs://", "gcs://")):
+        share_google_account()
+        limited += "" if "?" in uri else f"?retry_limit_seconds={GOOGLE_S}"  # pyarrow's own limit is 15 minutes
     try:
-        return pyarrow.fs.FileSystem.from_uri(uri)
+        return pyarrow.fs.FileSystem.from_uri(limited)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: cannot be opened ({first_line(error)}){_cure_of(uri)}") from error
 

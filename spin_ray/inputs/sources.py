@@ -39,6 +39,11 @@ def find_files(source: str) -> list[str]:
     try:
         infos = [info for info in _listed(filesystem, path, source) if info.type == pyarrow.fs.FileType.File]
     except (OSError, pa.ArrowException) as error:
+        if "OAuth2 access token" in str(error):
+            raise DataError(
+                f"{source}: no Google account was found; name its file by GOOGLE_APPLICATION_CREDENTIALS in the "
+                "environment of driver and nodes; public data is gs://anonymous@BUCKET/…"
+            ) from error
         raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
     if not infos:
         shown, hint = " ".join(source.split()), _hint(source)

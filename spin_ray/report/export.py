@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from spin_ray.config.paths import is_remote, local_path
 from spin_ray.errors import ConfigError, RunDirError, first_line, writing
 from spin_ray.report.history import find_iterate
 from spin_ray.report.model_card import model_card
@@ -40,9 +41,9 @@ def export(run: RunDir | str | Path, iterate: str, target: str | Path) -> str:
             return _upload(run, number, Path(merged), target.removeprefix(HUB))
     if target.startswith(HUB):
         return _upload(run, number, artefact.checked_folder(), target.removeprefix(HUB))
-    if "://" in target:
+    if is_remote(target):
         raise ConfigError(f"--to {target}: is no folder of this machine; export to one, and copy that to the store")
-    folder = Path(target).expanduser()
+    folder = local_path(target)
     _write(run, number, folder)
     return str(folder)
 

@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from spin_ray.config.paths import is_remote, local_path
 from spin_ray.errors import ConfigError, RunDirError, writing
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.forms import FINISH_REASONS
@@ -122,9 +122,9 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
     Raises:
         ConfigError: the file exists, cannot be written, or would have no row.
     """
-    if "://" in target or target.startswith(HUB):
+    if is_remote(target) or target.startswith(HUB):
         raise ConfigError(f"--to {target}: is no file of this machine; write rows to one, and copy that")
-    path = Path(target).expanduser()
+    path = local_path(target)
     part = path.with_name(f"{path.name}.part")
     with writing(path):
         if path.exists():

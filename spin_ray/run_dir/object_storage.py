@@ -29,6 +29,7 @@ from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, RunDirError, StageError, first_line
 from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
+from spin_ray.run_dir.google import share_google_account
 from spin_ray.run_dir.storage import MANIFEST, UPDATE_TIMEOUT_S, Digest, Storage
 
 CACHE = cache_root() / "runs"
@@ -46,8 +47,8 @@ _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 """Servers that give a machine's role its credentials, asked if the environment names none."""
 _CREDENTIALS = (
-    "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_REGION, AWS_ENDPOINT_URL) or GOOGLE_SERVICE_ACCOUNT in the "
-    "environment of driver and nodes, or a role to the machines (profiles of ~/.aws are not read)"
+    "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_REGION, AWS_ENDPOINT_URL), or GOOGLE_APPLICATION_CREDENTIALS, "
+    "in the environment of driver and nodes, or a role to the machines (profiles of ~/.aws are not read)"
 )
 
 
@@ -58,6 +59,7 @@ class ObjectStorage(Storage):
         self.root = self._uri = root.rstrip("/")
         self._token = token
         self._has_answered = False
+        share_google_account()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ObjectStorage, (self._uri, self._token)  # each process opens its own connections

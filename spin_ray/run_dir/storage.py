@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_ray.config.paths import is_remote, local_path
 from spin_ray.errors import ConfigError, RunDirError, StageError
 from spin_ray.run_dir.fence import LEASE, check_token, locked
 
@@ -29,14 +29,6 @@ MANIFEST = "_MANIFEST.json"
 ATTEMPTS = ".attempts"
 """Folder of unfinished files, deleted when a run starts."""
 UPDATE_TIMEOUT_S = 180.0
-
-
-def local_path(name: str) -> Path:
-    """Returns the absolute path of a name or ``file://`` URI, whose escapes (``%20``) are read if no file has them."""
-    if not name.startswith("file://"):
-        return Path(os.path.expanduser(name)).absolute()  # Path.expanduser fails on ~NAME of nobody
-    path = "/" + name.removeprefix("file://").removeprefix("localhost").lstrip("/")
-    return Path(path if os.path.exists(path) else unquote(path))
 
 
 class Digest(NamedTuple):
@@ -110,7 +102,7 @@ class Storage:
     root: Path | str
 
     def __init__(self, root: str | Path, disk: Disk | None = None, token: str | None = None) -> None:
-        if "://" in str(root) and not str(root).startswith("file://"):
+        if is_remote(str(root)):
             raise ConfigError(f"{root}: this reads local and shared folders only; copy the run from the store first")
         self.root = self._folder = local_path(str(root))
         self._disk = disk or Disk()

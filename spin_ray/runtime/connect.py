@@ -15,7 +15,6 @@ import ray.cloudpickle
 from ray._private import ray_constants, services
 from ray._private.worker import global_worker
 
-import spin_ray
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import garbage
@@ -109,7 +108,7 @@ def _refuse_other_source() -> None:
     Raises:
         ConfigError: it holds other source of this package.
     """
-    own = Path(spin_ray.__file__).parent
+    own = Path(__file__).parents[1]
     try:
         found = Path.cwd() / own.name
     except FileNotFoundError:  # a current folder that was deleted

@@ -37,7 +37,8 @@ def uri(server: FakeGcs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str
     (tmp_path / "account.json").write_text(json.dumps(account))
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    for name in ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_APPLICATION_CREDENTIALS"):  # pyarrow's is set from obstore's
+        monkeypatch.setenv(name, str(tmp_path / "account.json"))
     monkeypatch.setattr(object_storage, "CACHE", tmp_path / "cache")
     return f"gs://bucket/{tmp_path.name}"
 

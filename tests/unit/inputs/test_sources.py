@@ -68,6 +68,17 @@ def test_a_source_is_a_file_a_folder_or_a_glob_and_its_files_come_sorted_and_abs
         assert find_files(f"file://{folder}/{source}") == [f"file://{path}" for path in expected]
 
 
+def test_the_google_account_of_a_run_reads_its_data_too(tmp_path, monkeypatch):
+    """pyarrow looks for it under another name than the store of runs. There is no such file here, which it tells."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "none.json"))
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"^gs://bucket/a\.jsonl: no Google account was found; name its file by"):
+        find_files("gs://bucket/a.jsonl")
+    assert time.monotonic() - begun < 5
+
+
 def test_characters_that_mean_something_to_regular_expressions_are_plain(tmp_path):
     for name in ("a+b.jsonl", "aab.jsonl", "(x).jsonl"):
         (tmp_path / name).write_text(LINE)

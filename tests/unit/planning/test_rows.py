@@ -6,11 +6,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from pyarrow.fs import FileSystem, LocalFileSystem
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Source
 from spin_ray.errors import DataError
+from spin_ray.inputs import files, sources, tables
 from spin_ray.inputs.check import Inputs
+from spin_ray.inputs.files import filesystem
 from spin_ray.loop import launch
 from spin_ray.planning.rows import rows_at_start, settle
 from tests.support.fakes import config_of
@@ -56,15 +59,35 @@ def test_a_count_that_sizes_shards_refuses_no_source(rows):
     assert shard_rows([{"path": rows, "rows": 1000}], replicas=2) == 500
 
 
-def test_engines_get_equal_work_of_remote_rows_too(rows):
-    """As if the file were elsewhere: its rows are estimated, which finds all of a small one."""
-    assert shard_rows(f"file://{rows}", replicas=3) == 100
-    mixed = (Source(path=rows, rows=50), Source(path=f"file://{rows}"))
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store's URI, below which are the files of this machine."""
+
+    def opened(uri: str) -> tuple[FileSystem, str]:
+        there = uri.startswith("s3://store")
+        return (LocalFileSystem(), uri.removeprefix("s3://store")) if there else filesystem(uri)
+
+    for module, name in ((files, "filesystem"), (sources, "_filesystem"), (tables, "filesystem")):
+        monkeypatch.setattr(module, name, opened)
+    monkeypatch.setattr(sources, "find_files", lambda uri: [uri])
+    return "s3://store"
+
+
+def test_engines_get_equal_work_of_remote_rows_too(rows, store):
+    """They are estimated, which finds all of a small file."""
+    assert shard_rows(f"{store}{rows}", replicas=3) == 100
+    mixed = (Source(path=rows, rows=50), Source(path=f"{store}{rows}"))
     assert rows_at_start(mixed, DataConfig(train=mixed)) == 350
 
 
-def test_remote_rows_that_would_be_read_whole_are_not_counted_and_plan_follows(tmp_path):
-    path = f"file://{tmp_path}/rows.csv"
+def test_rows_of_this_machine_are_counted_however_they_are_written(tmp_path):
+    """A CSV elsewhere is not counted."""
+    (tmp_path / "rows.csv").write_text("prompt,response\n" + "q,r\n" * 30)
+    assert shard_rows(f"file://{tmp_path}/rows.csv", replicas=3) == 10
+
+
+def test_remote_rows_that_would_be_read_whole_are_not_counted_and_plan_follows(tmp_path, store):
+    path = f"{store}{tmp_path}/rows.csv"
     (tmp_path / "rows.csv").write_text("prompt,response\n" + "q,r\n" * 30)
     assert shard_rows(path, replicas=3) == 4096
     planned: SpinConfig = settle(config_of(data={"train": path}, generation={"resources": {"gpus": 1}}), 30)

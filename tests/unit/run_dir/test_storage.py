@@ -246,6 +246,10 @@ def test_the_root_is_absolute_however_it_was_given(tmp_path, monkeypatch):
     assert Storage(f"file://{tmp_path}/my%20run").root == tmp_path / "my run"
     (tmp_path / "my%20run").mkdir()
     assert Storage(f"file://{tmp_path}/my%20run").root == tmp_path / "my%20run"
+    assert Storage("~nobody-of-this-name/run").root == tmp_path / "~nobody-of-this-name/run"
+    for of_no_root in ("file://run", "file://~/run", "file://server/run"):
+        with pytest.raises(ConfigError, match=f"^{of_no_root}: file:// takes an absolute path"):
+            Storage(of_no_root)
 
 
 @settings(max_examples=30, deadline=None)
