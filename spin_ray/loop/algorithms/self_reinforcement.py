@@ -11,7 +11,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SelfFilterConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers
+from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.run_dir.artefact import Artefact, digests
@@ -37,10 +37,6 @@ class SelfReinforcement(Algorithm):
             yield "self_filter.min_agreement: one sample agrees with itself; raise generation.samples_per_prompt"
         if chosen and not chosen.grade and chosen.min_grade != default.min_grade:
             yield "self_filter.min_grade: needs self_filter.grade"
-
-    def check_rows(self, run: RunDir, config: SpinConfig) -> None:
-        if config.data.questions and config.self_filter and config.self_filter.grade:
-            refuse_no_answers(run.questions, config.data.questions, config.self_filter.grade, "self_filter.grade")
 
     def plays(self, run: RunDir) -> Artefact:
         return run.questions
