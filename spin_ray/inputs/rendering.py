@@ -271,6 +271,11 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     return tokenizer
 
 
+def tokenizer_of(folder: Path, model: ModelConfig) -> Any:
+    """Loads the tokenizer in a folder of the run's, with the template there; raises ModelError if it cannot."""
+    return load_tokenizer(str(folder), trust_remote_code=model.trust_remote_code)
+
+
 def read_template(file: str) -> str:
     """Returns the chat template in a file; raises ModelError if it cannot be read."""
     try:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import ObjectiveConfig, ProbeConfig
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
-from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.rendering import tokenizer_of
 from spin_ray.learner.step import Objective
 from spin_ray.loop import scoring
 from spin_ray.loop.algorithms.base import margin_objective, pair_table
@@ -173,9 +173,7 @@ def _from_texts(probe: _Probe) -> Evidence:
         evaluation.read_answers(probe.spin.heldout, probe.heldout_answers),
     ]
     rows, answers = (pa.concat_tables(tables) for tables in zip(*both, strict=True))
-    tokenizer = load_tokenizer(
-        str(probe.initial.here(weights=False)), trust_remote_code=probe.config.model.trust_remote_code
-    )
+    tokenizer = tokenizer_of(probe.initial.here(weights=False), probe.config.model)
     texts = [
         tokenizer.batch_decode(column.to_pylist(), skip_special_tokens=True)
         for column in (rows["real_ids"], answers["token_ids"])

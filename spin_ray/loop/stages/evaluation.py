@@ -19,7 +19,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.answers import answer_of, is_correct
 from spin_ray.inputs.graders import Graded
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.rendering import tokenizer_of
 from spin_ray.learner.losses import LOSSES, PairValues
 from spin_ray.learner.step import Objective
 from spin_ray.loop import scoring
@@ -174,7 +174,7 @@ def _grades(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Pat
     extractor, grade = config.evaluation.answer_extractor, config.evaluation.grade
     if grade == "number" and extractor == "none":
         return {}
-    tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
+    tokenizer = tokenizer_of(model, config.model)
     texts = tokenizer.batch_decode(answers["token_ids"].to_pylist(), skip_special_tokens=True)
     every = zip(texts, heldout["answer_text"].to_pylist(), heldout["prompt_id"].to_pylist(), strict=True)
     rows = [row for row in every if row[1] is not None]
