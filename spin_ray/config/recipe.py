@@ -305,9 +305,8 @@ def _deepspeed_problems(config: SpinConfig) -> Iterator[str]:
 
 
 def _optimizer_problems(config: SpinConfig) -> Iterator[str]:
-    sections = {"train": config.train, "sft": config.sft, "reviser": config.reviser}
-    for place, section in sections.items():
-        name = section.optimizer.name if section else None
+    for place, section in config.trainings.items():
+        name = section.optimizer.name
         if name == "muon" and config.train.backend == "deepspeed":
             yield f"{place}.optimizer.name: muon needs train.backend: fsdp2; DeepSpeed flattens the matrices"
         if name == "muon" and not (place == "train" and config.train.lora):
@@ -323,11 +322,11 @@ def _adapter_problems(config: SpinConfig) -> Iterator[str]:
     lora, backend = config.train.lora, config.train.backend
     if lora is None:
         return
-    if lora.base != "bf16" and lora.merge:
+    if lora.is_quantised and lora.merge:
         yield (
             f"train.lora.base: {lora.base} needs train.lora.merge: false; a merged model would not be the one trained"
         )
-    if lora.base != "bf16" and backend != "fsdp2":
+    if lora.is_quantised and backend != "fsdp2":
         yield f"train.lora.base: {lora.base} needs train.backend: fsdp2"
     if not lora.merge and backend not in get_args(BackendName):
         yield f"train.lora.merge: false needs train.backend: {' or '.join(get_args(BackendName))}"
