@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import ceil
 from typing import Any, Self, TypeVar, get_args
 
@@ -376,6 +376,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def is_within(place: str, others: Iterable[str]) -> bool:
+    """Tells whether a setting is one of the others, or a field of one."""
+    return any(f"{place}.".startswith(f"{other}.") for other in others)
 
 
 def digest(value: Any) -> str:
