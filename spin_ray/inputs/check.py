@@ -14,7 +14,6 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Source, Train, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.architecture import refuse_architecture, refuse_unapplied
-from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Unusable, question_of, read_row
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
@@ -24,6 +23,7 @@ from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
 from spin_ray.inputs.graders import Graded, first_graded, graded_part, graders_of, refuse_no_pattern
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import find_model
+from spin_ray.inputs.messages import Tools
 from spin_ray.inputs.mixture import expected_shares
 from spin_ray.inputs.model_folder import (
     ModelFolder,

@@ -13,12 +13,11 @@ from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import OWN_TEMPLATE_VARIABLES, DataConfig
-from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Found, Unusable, question_of, read_row
 from spin_ray.inputs.forms import MEDIA, ignored_in
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.held_out import Part, part_of
-from spin_ray.inputs.messages import decoded, refuse_surrogates
+from spin_ray.inputs.messages import Tools, decoded, refuse_surrogates
 from spin_ray.inputs.needs import needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError, first_line
-from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
+from spin_ray.inputs.chat_template import ChatTemplate, RenderError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
+from spin_ray.inputs.messages import Tools
 from spin_ray.learner.tokenizer_file import as_written, open_tokenizer
 
 
