@@ -24,8 +24,8 @@ def limit_problems(config: Settings) -> Iterator[str]:
 
 
 def _beta_problems(config: Settings) -> Iterator[str]:
-    for place, section in {"train": config.train, "sft": config.sft, "reviser": config.reviser}.items():
-        betas = section.optimizer.betas if section else None
+    for place, section in config.trainings.items():
+        betas = section.optimizer.betas
         if betas and max(betas) >= 1:
             yield f"{place}.optimizer.betas: {list(betas)}: torch takes decay rates below 1; lower them, e.g. to 0.999"
 

@@ -159,9 +159,13 @@ def _meant(where: str) -> str:
         (place for place in places if place.rpartition(".")[2] == key), key=lambda it: not it.startswith("train.")
     )
     if not found:
-        beside = [place.rpartition(".")[2] for place in places if place.rpartition(".")[0] == section]
-        found = get_close_matches(key, beside, n=1, cutoff=0.7)
+        found = get_close_matches(key, fields_of(section), n=1, cutoff=0.7)
     return f" (did you mean {' or '.join(found[:2])}?)" if found else ""
+
+
+def fields_of(section: str) -> list[str]:
+    """Returns the fields of a section of a recipe, e.g. ``train.lora``; none of a value."""
+    return [place.rpartition(".")[2] for place in _places() if place.rpartition(".")[0] == section]
 
 
 @cache

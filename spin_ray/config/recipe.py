@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import ceil
 from typing import Any, Self, TypeVar, get_args
 
@@ -306,9 +306,8 @@ def _deepspeed_problems(config: SpinConfig) -> Iterator[str]:
 
 
 def _optimizer_problems(config: SpinConfig) -> Iterator[str]:
-    sections = {"train": config.train, "sft": config.sft, "reviser": config.reviser}
-    for place, section in sections.items():
-        name = section.optimizer.name if section else None
+    for place, section in config.trainings.items():
+        name = section.optimizer.name
         if name == "muon" and config.train.backend == "deepspeed":
             yield f"{place}.optimizer.name: muon needs train.backend: fsdp2; DeepSpeed flattens the matrices"
         if name == "muon" and not (place == "train" and config.train.lora):
@@ -324,11 +323,11 @@ def _adapter_problems(config: SpinConfig) -> Iterator[str]:
     lora, backend = config.train.lora, config.train.backend
     if lora is None:
         return
-    if lora.base != "bf16" and lora.merge:
+    if lora.is_quantised and lora.merge:
         yield (
             f"train.lora.base: {lora.base} needs train.lora.merge: false; a merged model would not be the one trained"
         )
-    if lora.base != "bf16" and backend != "fsdp2":
+    if lora.is_quantised and backend != "fsdp2":
         yield f"train.lora.base: {lora.base} needs train.backend: fsdp2"
     if not lora.merge and backend not in get_args(BackendName):
         yield f"train.lora.merge: false needs train.backend: {' or '.join(get_args(BackendName))}"
@@ -378,6 +377,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def is_within(place: str, others: Iterable[str]) -> bool:
+    """Tells whether a setting is one of the others, or a field of one."""
+    return any(f"{place}.".startswith(f"{other}.") for other in others)
 
 
 def digest(value: Any) -> str:

@@ -440,6 +440,11 @@ class LoraConfig(Section):
     """Commit of each iterate as a whole model, with fresh adapters for the next. Off: an iteration commits its adapter
     alone (``iter_NNN/adapter``, PEFT's layout, tens of MB), which the next trains further on the same frozen base."""
 
+    @property
+    def is_quantised(self) -> bool:
+        """True if the frozen weights are of 4 or 8 bits."""
+        return self.base != "bf16"
+
     @field_validator("target_modules")
     @classmethod
     def _names_layers(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -830,6 +835,12 @@ class Settings(Section):
     """Lease and kept files of the run folder."""
     cluster: MayChange[ClusterConfig] = ClusterConfig()
     """Ray cluster."""
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig | SftConfig]:
+        """The sections that train a model, each with its optimizer, by name."""
+        sections = {"train": self.train, "sft": self.sft, "reviser": self.reviser}
+        return {name: section for name, section in sections.items() if section is not None}
 
     @property
     def serving_engine(self) -> EngineConfig:

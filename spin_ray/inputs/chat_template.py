@@ -15,8 +15,8 @@ from jinja2 import TemplateError
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
-from spin_ray.inputs.losses import TOOLS_LOST, Losses, Tools
-from spin_ray.inputs.messages import REASONING
+from spin_ray.inputs.left_out import TOOLS_LOST, LeftOut
+from spin_ray.inputs.messages import REASONING, Tools
 from spin_ray.inputs.template_variables import TemplateVariables
 from spin_ray.inputs.templates import Skeletons
 from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
@@ -70,7 +70,7 @@ class ChatTemplate:
         self._refuse_unread_kwargs()
         self._written_keys: dict[tuple[str, str], bool] = {}
         self._takes_parsed_arguments: bool | None = None
-        self._losses = Losses(self.ask)
+        self._left_out = LeftOut(self.ask)
         self._key_of_thoughts = REASONING[0]
         self._key_of_thoughts = self._find_key_of_thoughts()
         added = tokenizer.added_tokens_decoder.items()
@@ -247,7 +247,7 @@ class ChatTemplate:
                 named = self._key_of_thoughts if key == REASONING[0] else key
                 if key in ("tool_calls", REASONING[0]) and not self.names(named):
                     return RenderError(f"a message has {key}, which its chat template does not write")
-        lost = self._losses.find(messages, tools, add_generation_prompt)
+        lost = self._left_out.find(messages, tools, add_generation_prompt)
         return RenderError(lost) if lost else None
 
     def leaves_out(self, messages: Conversation) -> list[str]:
@@ -395,8 +395,8 @@ class ChatTemplate:
 
     def would_write(self, messages: Conversation, tools: Tools, kwargs: Mapping[str, Any]) -> bool:
         """Tells whether the conversation could be trained on with other template variables."""
-        given, losses = self.variables, self._losses
-        self.variables, self._losses = replace(given, kwargs={**given.kwargs, **kwargs}), Losses(self.ask)
+        given, left_out = self.variables, self._left_out
+        self.variables, self._left_out = replace(given, kwargs={**given.kwargs, **kwargs}), LeftOut(self.ask)
         try:
             said = self.in_its_form(messages)
             if self._find_unwritten(said, tools, False):
@@ -405,7 +405,7 @@ class ChatTemplate:
         except RenderError:
             return False
         finally:
-            self.variables, self._losses = given, losses
+            self.variables, self._left_out = given, left_out
         return not isinstance(texts, RenderError) and _lost_thought(texts[1], said[-1]) is None
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:

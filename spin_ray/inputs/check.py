@@ -15,16 +15,16 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Source, Train, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.architecture import refuse_architecture, refuse_unapplied
-from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Unusable, question_of, read_row
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.engine_sizes import EngineSizes, check_engines
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
-from spin_ray.inputs.graders import Graded, first_graded, graders_of, refuse_no_pattern
+from spin_ray.inputs.graders import Graded, first_graded, graded_part, graders_of, refuse_no_pattern
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import find_model
+from spin_ray.inputs.messages import Tools
 from spin_ray.inputs.mixture import expected_shares
 from spin_ray.inputs.model_folder import (
     ModelFolder,
@@ -194,9 +194,9 @@ def _first_graded(config: SpinConfig, inputs: Inputs, heads: Mapping[str, list[l
     Raises:
         DataError: a first row's answer, to be graded by ``regex``, is no pattern.
     """
-    given, found = {"evaluation": inputs.heldout, "scorer": inputs.train, "self_filter": inputs.questions}, {}
+    found = {}
     for setting, grade in graders_of(config).items():
-        sources = _paths(given[setting.partition(".")[0]])
+        sources = _paths(getattr(inputs, graded_part(setting)))
         rows = [row for source in sources for row in chain(*heads[source]) if row.content]
         if grade == "regex":
             answers = ((row.origin, mapped(row.content or {}, config.data).get("answer")) for row in rows)

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
+from spin_ray.inputs.chat_template import ChatTemplate, RenderError
 from spin_ray.inputs.conversations import Conversation, Message
+from spin_ray.inputs.messages import Tools
 from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.thoughts import SWITCHES, opened_by, thought_of
 

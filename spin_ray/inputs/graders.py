@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
@@ -22,6 +22,7 @@ Grader = Callable[[str, str], float | None]
 """Function from a response and its row's answer to a grade from 0 to 1; None if the answer cannot be graded."""
 Graded = tuple[str, str, str]
 """Response, answer, and the row's id or place."""
+GradedPart = Literal["heldout", "train", "questions"]
 
 _TEX = r"\\(?:(?:boxed|fbox|text[a-z]*|math[a-z]*)\{)?"
 _BEFORE = rf"""(?:[\s:*_$(\["'`]|{_TEX}){{0,200}}"""
@@ -155,6 +156,12 @@ def graders_of(config: SpinConfig) -> dict[str, str]:
     if config.scorer is not None and config.scorer.kind == "grade":
         named["scorer.path"] = config.scorer.path
     return {setting: grade for setting, grade in named.items() if grade is not None}
+
+
+def graded_part(setting: str) -> GradedPart:
+    """Returns the part of the data whose answers a setting's grader reads."""
+    parts: dict[str, GradedPart] = {"evaluation": "heldout", "scorer": "train", "self_filter": "questions"}
+    return parts[setting.partition(".")[0]]
 
 
 def find_grader(grade: str, setting: str = "evaluation.grade") -> Grader:

@@ -8,6 +8,8 @@ Message = dict[str, Any]
 """Dict with ``role`` and ``content``, and optionally ``tool_calls``, ``tool_call_id``, ``name`` and
 ``reasoning_content``."""
 Conversation = list[Message]
+Tools = list[dict[str, Any]] | None
+"""JSON schemas of the functions that a conversation may call."""
 
 _NAMES = {
     "system": ("system",),

@@ -95,7 +95,7 @@ def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False, cure_of_code
     return unopened
 
 
-def open_unchanged(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
+def open_unchanged(path: str | Path, name: str, *, trust_remote_code: bool) -> ModelFolder:
     """Opens a model folder, but rereads it only after a change of size, times or inode.
 
     Each process remembers its own readings only.
@@ -114,7 +114,7 @@ _opening = threading.Lock()
 _opened: dict[tuple[Path, bool], tuple[list[tuple[str, tuple[int, ...]]], ModelFolder]] = {}
 
 
-def open_committed(artefact: Artefact, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
+def open_committed(artefact: Artefact, name: str, *, trust_remote_code: bool) -> ModelFolder:
     """Opens a whole model of a run and checks its digests; reads files as ``open_unchanged`` does.
 
     Raises:

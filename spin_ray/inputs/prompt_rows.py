@@ -14,13 +14,11 @@ from typing import Any, Self
 from spin_ray.config.algorithms import facts_of
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import OWN_TEMPLATE_VARIABLES, DataConfig
-from spin_ray.inputs.answers import answer_of
-from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Found, Unusable, question_of, read_row
 from spin_ray.inputs.forms import MEDIA, ignored_in
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.held_out import Part, part_of
-from spin_ray.inputs.messages import decoded, refuse_surrogates
+from spin_ray.inputs.messages import Tools, decoded, refuse_surrogates
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
@@ -227,17 +225,15 @@ def _row(
                     name = task.without_embedding[token_id]
                     raise Unusable("vocabulary", f"the model has no embedding for {name} (id {token_id})")
     assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
-    answer = found.row.get("answer")
-    refuse_surrogates(text := answer_text(answer), "answer")
+    refuse_surrogates(answer := answer_text(found.row.get("answer")), "answer")
     identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
     return {
         "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
         "prompt_ids": rendered.prompt_ids,
         "real_ids": rendered.real_ids,
         "messages": _as_json(conversation),
-        "answer": answer_of(answer),
         "rejected_ids": rejected.real_ids if rejected else None,
-        "answer_text": text,
+        "answer_text": answer,
         "conversation_id": found.conversation_id,
     }
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError, first_line
-from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
+from spin_ray.inputs.chat_template import ChatTemplate, RenderError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
+from spin_ray.inputs.messages import Tools
 from spin_ray.learner.tokenizer_file import as_written, open_tokenizer
 
 
@@ -269,6 +270,11 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     if chat_template:
         tokenizer.chat_template = read_template(chat_template)
     return tokenizer
+
+
+def tokenizer_of(folder: Path, model: ModelConfig) -> Any:
+    """Loads the tokenizer in a folder of the run's, with the template there; raises ModelError if it cannot."""
+    return load_tokenizer(str(folder), trust_remote_code=model.trust_remote_code)
 
 
 def read_template(file: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -99,11 +100,15 @@ def _wanted(schema: pa.Schema, columns: Mapping[str, str], uri: str) -> list[str
 
 def _key_types(kind: pa.DataType) -> Iterator[pa.DataType]:
     """Yields the types of the keys of all maps in a type."""
-    if pa.types.is_map(kind):
-        yield kind.key_type
+    return (part.key_type for part in _parts(kind) if pa.types.is_map(part))
+
+
+def _parts(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """Yields a type and all types within."""
+    yield kind
     inner = [kind.field(number).type for number in range(kind.num_fields)]
     for each in inner or ([kind.value_type] if pa.types.is_dictionary(kind) else []):
-        yield from _key_types(each)
+        yield from _parts(each)
 
 
 def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
@@ -154,15 +159,15 @@ def _rows(
         except _STRANGE as error:
             raise DataError(f"{uri}: holds what cannot be read near row {first} ({first_line(error)})") from error
         without_nulls = _without_nulls_in(batch.schema, columns)
-        with_maps = [field.name for field in batch.schema if any(map(_is_no_key, _key_types(field.type)))]
+        unlike_json = [field.name for field in batch.schema if _is_unlike_json(field.type)]
         for offset, row in enumerate(rows):
             # pandas writes NaN, which differs from itself, for a missing number
             content = {name: value for name, value in row.items() if value is not None and value == value}
             for name in without_nulls.keys() & content.keys():
                 content[name] = without_nulls[name](content[name])
-            for name in with_maps:
+            for name in unlike_json:
                 if name in content:
-                    content[name] = _with_text_keys(content[name])
+                    content[name] = _as_in_json(content[name])
             raw = json.dumps(content, default=str).encode()
             left = tuple(name for name in unread if name not in media or media[name][offset]) if media else unread
             yield SourceRow(f"{uri}: row {first + offset}", content, raw, left)
@@ -204,15 +209,29 @@ def _without_nulls(kind: pa.DataType) -> _Change | None:
     return lambda value: [each if each is None else change(each) for each in value]
 
 
+def _is_unlike_json(kind: pa.DataType) -> bool:
+    return any(map(_is_no_key, _key_types(kind))) or any(
+        pa.types.is_decimal(part) or pa.types.is_temporal(part) or part == pa.uuid() for part in _parts(kind)
+    )
+
+
 def _is_no_key(kind: pa.DataType) -> bool:
     return not (pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _with_text_keys(value: Any) -> Any:
-    """Gives JSON's objects the keys that they may have, e.g. dates and bytes as text."""
+def _as_in_json(value: Any) -> Any:
+    """Returns what a JSON file would hold: decimals as numbers, dates and UUIDs as texts, and texts as keys.
+
+    Bytes stay, except as keys.
+    """
     if isinstance(value, dict):
-        return {_text_key(key): _with_text_keys(each) for key, each in value.items()}
-    return [_with_text_keys(each) for each in value] if isinstance(value, list) else value
+        return {_text_key(key): _as_in_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_in_json(each) for each in value]
+    if isinstance(value, Decimal):
+        numerator, denominator = value.as_integer_ratio()
+        return numerator if denominator == 1 else float(value)
+    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)
 
 
 def _text_key(key: Any) -> str:

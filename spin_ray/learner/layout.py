@@ -9,7 +9,7 @@ import torch
 
 from spin_ray.errors import ModelError
 from spin_ray.learner.attention import candidates
-from spin_ray.learner.probe import Probe
+from spin_ray.learner.layout_probe import Probe
 from spin_ray.learner.scoring import Layout, ResponseScorer
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from spin_ray.errors import ModelError
 from spin_ray.learner.decoder import layers_of_every_kind
 from spin_ray.learner.hf_folder import first_attention, lacking
 from spin_ray.learner.layout import CPU, try_layouts
+from spin_ray.learner.layout_probe import Probe
 from spin_ray.learner.loading import keep_layers, missing_weights, on_meta
-from spin_ray.learner.probe import Probe
 
 VOCABULARY = 64
 HEADS = 4

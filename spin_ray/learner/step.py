@@ -141,6 +141,13 @@ def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[in
     return {row for pack in packs for tree in pack for row in tree}
 
 
+def own_packs(rows: pa.Table, shape: PackShape, seed: int = 0) -> list[Pack]:
+    """Plans one epoch of all rows; returns this rank's packs."""
+    rank, ranks = shape.place()
+    (steps,) = plan(pair_lengths([rows]), shape, epochs=1, seed=seed, ranks=ranks)
+    return [pack for step in steps for pack in step.for_rank(rank, ranks)]
+
+
 def score_rows(
     backend: TrainBackend, steps: list[Step], table: pa.Table, shape: PackShape
 ) -> tuple[list[int], list[float], list[float]]:

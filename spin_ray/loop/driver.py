@@ -23,7 +23,7 @@ from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
-from spin_ray.loop.algorithms.base import Algorithm, Turn, check_patterns, refuse_no_answers
+from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.prepare import prepare_training
 from spin_ray.loop.algorithms.table import find_algorithm, imported_by_workers
 from spin_ray.loop.stages import evaluation
@@ -32,7 +32,7 @@ from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.prompts import stage as prompts
 from spin_ray.loop.stages.prompts.stage import RowsOf
 from spin_ray.loop.stages.training import stage as training
-from spin_ray.report.grading import check_on_workers
+from spin_ray.report.grading import check_answers, check_on_workers
 from spin_ray.report.history import evidence_to_stop
 from spin_ray.report.measures import Evaluation
 from spin_ray.report.model_card import write_card
@@ -96,20 +96,11 @@ def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
     _prepare_prompts(run, config, start)
     _warn_of_idle_engines(run, config)
     find_algorithm(config.algorithm).check_rows(run, config)
-    _check_answers(run, config)
+    check_answers(run, config)
     if not config.sft:
         return start.model
     training.run_sft(run, config, start.model)
     return open_artefact(run.model(0), iterate_name(0), start.model)
-
-
-def _check_answers(run: RunDir, config: SpinConfig) -> None:
-    """Raises DataError if no held-out row has an answer to grade by, or a row's answer is no pattern for ``regex``."""
-    for setting, grade in graders_of(config).items():
-        if grade == "regex":
-            check_patterns(setting, run)
-        if config.data.heldout_from and setting.startswith("evaluation."):
-            refuse_no_answers(run.heldout, config.data.heldout_from, grade, setting)
 
 
 def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, play: Play) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import ObjectiveConfig, ProbeConfig
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
-from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.rendering import tokenizer_of
 from spin_ray.learner.step import Objective
 from spin_ray.loop import scoring
 from spin_ray.loop.algorithms.base import margin_objective, pair_table
@@ -32,7 +32,7 @@ from spin_ray.run_dir.names import OPPONENT, part_name
 from spin_ray.run_dir.run_dir import RunDir
 
 FOLDER = "probe"
-SPIN, SFT = "probe_spin", "probe_sft"
+SPIN_MODEL, SFT_MODEL = "probe_spin", "probe_sft"
 """Names of the two trained models in scores."""
 MADE_FROM = f"{FOLDER}/made_from.json"
 Play = Callable[[SpinConfig, ModelFolder, list[Job]], None]
@@ -173,9 +173,7 @@ def _from_texts(probe: _Probe) -> Evidence:
         evaluation.read_answers(probe.spin.heldout, probe.heldout_answers),
     ]
     rows, answers = (pa.concat_tables(tables) for tables in zip(*both, strict=True))
-    tokenizer = load_tokenizer(
-        str(probe.initial.here(weights=False)), trust_remote_code=probe.config.model.trust_remote_code
-    )
+    tokenizer = tokenizer_of(probe.initial.here(weights=False), probe.config.model)
     texts = [
         tokenizer.batch_decode(column.to_pylist(), skip_special_tokens=True)
         for column in (rows["real_ids"], answers["token_ids"])
@@ -193,25 +191,25 @@ def _from_training(probe: _Probe, settings: ProbeConfig) -> Evidence:
     trained = {}
     if _pairs_left(probe) >= probe.config.train.global_batch_pairs:
         pairs.run(probe.spin, probe.config, 0)
-        trained[SPIN] = _train(probe, probe.spin, margin_objective(probe.config, 0))
+        trained[SPIN_MODEL] = _train(probe, probe.spin, margin_objective(probe.config, 0))
     prompts = probe.spin.prompts
     if settings.sft and prompts.manifest().rows >= probe.config.train.global_batch_pairs:
         tables = (pair_table(table, 0, None) for table in prompts.tables())
         fresh = pairs.Fresh(tables, {"prompts": prompts.manifest().digest}, {}, paired=False)
         pairs.make(probe.sft, probe.config, 0, fresh)
-        trained[SFT] = _train(probe, probe.sft, Objective(loss=None))
+        trained[SFT_MODEL] = _train(probe, probe.sft, Objective(loss=None))
     if not trained:
         return evidence | {"standard_errors": {}}
     scores = _scores(probe, [*trained.values(), probe.initial])
     beta, errors = probe.config.at(0).beta, {}
     groups = conversation_groups(pa.concat_tables(list(probe.spin.heldout.tables())))
-    if SPIN in trained:
+    if SPIN_MODEL in trained:
         per_token = probe.config.objective.length_normalised
-        frame = row_margins(scores, SPIN, probe.initial.name, beta, per_token=per_token)
+        frame = row_margins(scores, SPIN_MODEL, probe.initial.name, beta, per_token=per_token)
         evidence |= margin_evidence(frame["margin"], frame["real"], groups)
         errors |= evidence["standard_errors"]
-    if SFT in trained:
-        gain = row_margins(scores, SFT, probe.initial.name, beta)["real"]
+    if SFT_MODEL in trained:
+        gain = row_margins(scores, SFT_MODEL, probe.initial.name, beta)["real"]
         evidence["sft_gain"] = float(gain.mean())
         errors |= standard_errors({"sft_gain": gain}, groups)
     return evidence | {"standard_errors": errors}
@@ -225,7 +223,7 @@ def _pairs_left(probe: _Probe) -> int:
 
 def _train(probe: _Probe, where: _ProbeDir, objective: Objective) -> ModelFolder:
     training.run(where, probe.config, 0, probe.initial, objective)
-    return open_artefact(where.model(1), SFT if where is probe.sft else SPIN, probe.initial)
+    return open_artefact(where.model(1), SFT_MODEL if where is probe.sft else SPIN_MODEL, probe.initial)
 
 
 def _scores(probe: _Probe, models: list[ModelFolder]) -> pa.Table:

@@ -14,7 +14,7 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import pair_logps, response_logps
-from spin_ray.learner.step import PackShape, feed, pair_lengths, plan
+from spin_ray.learner.step import PackShape, feed, own_packs
 from spin_ray.planning.mesh import mesh_of
 from spin_ray.report.margins import SCORE_SCHEMA
 from spin_ray.run_dir.artefact import Artefact
@@ -111,10 +111,7 @@ def _score_rows(
     rows: list[int] = []
     tokens = 0
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
-    rank, ranks = shape.place()
-    steps = plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=ranks)[0]
-    packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
-    for useful, batch in feed(packs, table, shape, backend.device):
+    for useful, batch in feed(own_packs(table, shape), table, shape, backend.device):
         tokens += useful
         logps = backend.score_tokens(batch)
         real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)

@@ -51,8 +51,7 @@ def disk_use(config: SpinConfig, parameters: float, *, done: int = 0, tuned: Col
         tuned: sections, ``sft`` or ``reviser``, whose model has been made.
     """
     train, left = config.train, max(0, config.iterations - done)
-    sections = {"sft": config.sft, "reviser": config.reviser}
-    tunings = [how for name, how in sections.items() if how and name not in tuned]
+    tunings = [how for name, how in config.trainings.items() if name not in ("train", *tuned)]
     trainings = [(checkpoint_bytes(config, how.optimizer, parameters), 1) for how in tunings]
     if left and not train.lora:
         trainings.append((checkpoint_bytes(config, train.optimizer, parameters), left))

@@ -303,7 +303,7 @@ def _loading_memory(config: SpinConfig, shape: ModelShape, *, trains: bool) -> d
     ``learner.quantised`` puts the whole model onto each device. What is not quantised is sharded after that.
     """
     lora = config.train.lora
-    if lora is None or lora.base == "bf16":
+    if lora is None or not lora.is_quantised:
         return {}
     weights = weights_of(config, shape, trains=trains)
     return {"whole base while loading": weights.whole + weights.frozen, "runtime": RUNTIME}

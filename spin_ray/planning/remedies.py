@@ -94,11 +94,11 @@ def _changes_of_training(config: SpinConfig, least_pack: int) -> Iterator[dict[s
     for times in (2, 4):  # a rank with a single pack keeps no whole gradients
         yield {"train.pack_length": times * train.pack_length}
     yield {"train.pack_length": least_pack}
-    if lora and lora.base != "bf16":  # a quantised base is loaded whole
+    if lora and lora.is_quantised:  # a quantised base is loaded whole
         yield {"train.lora.base": "bf16"}
     for times in (2, 4, 8, 16):
         yield {"train.workers": times * train.workers}
-    if lora and lora.base == "bf16":
+    if lora and not lora.is_quantised:
         yield {"train.lora.base": "nf4", "train.lora.merge": False}
     if train.resources.gpus:
         yield {"train.offload": True}

@@ -92,7 +92,7 @@ def notes(
     trained = weights_of(config, shape).trained
     if warning := offload_warning(config, trained, tokens / config.train.pack_length, mesh):
         yield f"{warning}."
-    if config.train.lora and config.train.lora.base != "bf16":
+    if config.train.lora and config.train.lora.is_quantised:
         yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."
     if config.model.attention == "padded":
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."

@@ -62,7 +62,7 @@ def _all(count: float, size: int, *, trains: bool) -> Unit:
 
 def _with_adapters(lora: LoraConfig, shape: ModelShape, size: int, *, trains: bool) -> Unit:
     adapters = lora.rank * adapted_widths(lora, shape)
-    quantised = 0 if lora.base == "bf16" else linear_weights(shape)
+    quantised = linear_weights(shape) if lora.is_quantised else 0
     sharded = shape.layer - quantised
     return Unit(
         trained=adapters if trains else 0,

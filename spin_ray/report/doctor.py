@@ -14,7 +14,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Train, name_of, sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.findings import Finding, TemplateFacts
-from spin_ray.inputs.graders import graders_of, refuse_no_answer
+from spin_ray.inputs.graders import graded_part, graders_of, refuse_no_answer
 from spin_ray.inputs.held_out import none_held_out
 from spin_ray.inputs.mixture import warn_of_limit
 from spin_ray.inputs.prompt_rows import PromptTask
@@ -72,9 +72,8 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
             if refused
             else none_held_out(config.data.heldout_fraction, name_of(inputs.train))
         )
-    of_stages = {"scorer": of["train"], "self_filter": of["questions"], "evaluation": of["heldout"]}
     for setting, grade in graders_of(config).items():
-        if rows := of_stages[setting.partition(".")[0]]:
+        if rows := of[graded_part(setting)]:
             sample = "" if all(found.whole for found in rows) else " (a sample; --all reads every row)"
             name = ", ".join(found.source for found in rows) + sample
             refuse_no_answer(name, [answer for found in rows for answer in found.answers], grade, setting)

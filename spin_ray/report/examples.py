@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError, first_line
-from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.rendering import tokenizer_of
 from spin_ray.inputs.start_model import start_folder
 from spin_ray.report.history import read_evaluation
 from spin_ray.report.margins import row_margins
@@ -126,4 +126,4 @@ def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
             return Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare one
             raise RunDirError(f"{file}: cannot be read ({first_line(error)}); restore it") from error
-    return load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code).backend_tokenizer
+    return tokenizer_of(folder, config.model).backend_tokenizer

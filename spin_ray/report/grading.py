@@ -1,14 +1,26 @@
-"""Grades of many responses, by a user's function on the workers."""
+"""Grades of many responses, by a user's function on the workers, and checks of what it grades by."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import ray
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import name_of
 from spin_ray.errors import StageError
-from spin_ray.inputs.graders import Graded, find_grader, graded
+from spin_ray.inputs.graders import (
+    Graded,
+    find_grader,
+    graded,
+    graded_part,
+    graders_of,
+    refuse_no_answer,
+    refuse_no_pattern,
+)
 from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.imports import raised_there, try_on_a_worker
 from spin_ray.runtime.placement import in_the_cluster
 
@@ -60,6 +72,35 @@ def answers_of(prompts: Artefact) -> dict[str, str]:
     columns = ["prompt_id", "answer_text"]
     rows = (row for table in prompts.tables() for row in table.select(columns).to_pylist())
     return {row["prompt_id"]: row["answer_text"] for row in rows if row["answer_text"] is not None}
+
+
+def check_answers(run: RunDir, config: SpinConfig) -> None:
+    """Raises DataError if a grader finds no answer to grade by among the committed rows, or ``regex`` no pattern."""
+    data = config.data
+    parts = {
+        "heldout": (run.heldout, data.heldout_from),
+        "train": (run.prompts, data.train),
+        "questions": (run.questions, data.questions),
+    }
+    for setting, grade in graders_of(config).items():
+        prompts, given = parts[graded_part(setting)]
+        if given is None:
+            continue
+        if grade == "regex":
+            rows = (row for table in prompts.tables() for row in table.select(["messages", "answer_text"]).to_pylist())
+            refuse_no_pattern(setting, ((_asked(row["messages"]), row["answer_text"]) for row in rows))
+        answers = chain.from_iterable(table["answer_text"].to_pylist() for table in prompts.tables())
+        refuse_no_answer(name_of(given), answers, grade, setting)
+
+
+def _asked(messages: str) -> str:
+    """Names a committed row, which does not keep its place, by its last question."""
+    asked = [message["content"] for message in json.loads(messages) if message["role"] == "user"]
+    return f"the row that asks {' '.join(asked[-1].split())[:_SHOWN]!r}" if asked else "a row without a question"
+
+
+_SHOWN = 80
+"""Most characters of a question in an error."""
 
 
 def check_on_workers(graders: Mapping[str, str], limit_s: float, rows: Mapping[str, Graded] | None = None) -> None:

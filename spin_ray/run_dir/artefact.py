@@ -45,8 +45,6 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
     inputs: dict[str, str]
     """Digests of the artefacts and models used."""
-    config: str
-    """Digest of ``settings``."""
     settings: dict[str, Any]
     """Config values that determine the content."""
     counts: dict[str, float] = {}
@@ -59,8 +57,7 @@ class Manifest(BaseModel):
         settings: dict[str, Any],
         counts: dict[str, float] | None = None,
     ) -> Self:
-        settings = as_json(settings)
-        return cls(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
+        return cls(files=files, inputs=inputs, settings=as_json(settings), counts=counts or {})
 
     def to_bytes(self) -> bytes:
         return _json_bytes(self.model_dump() | {"digest": self.digest})

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
+from spin_ray.config.recipe import is_within
 from spin_ray.errors import OtherRunError, was_and_now
 from spin_ray.run_dir.names import iteration_name
 from spin_ray.run_dir.storage import MANIFEST, Storage
@@ -95,11 +96,7 @@ def bound_to(made: Made, keys: Iterable[str]) -> list[str]:
         Made.MORE: (),
     }[made]  # fmt: skip
     fixed = (*_OF_ROWS, *(_OF_PAIRS if made == Made.PAIRS else ()))
-    return [key for key in keys if key in fixed or not any(_is_within(key, name) for name in free)]
-
-
-def _is_within(key: str, name: str) -> bool:
-    return key == name or key.startswith(f"{name}.")
+    return [key for key in keys if key in fixed or not is_within(key, free)]
 
 
 _DIGESTED = {

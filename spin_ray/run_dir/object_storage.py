@@ -47,8 +47,9 @@ _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 """Servers that give a machine's role its credentials, asked if the environment names none."""
 _CREDENTIALS = (
-    "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_REGION, AWS_ENDPOINT_URL), or GOOGLE_APPLICATION_CREDENTIALS, "
-    "in the environment of driver and nodes, or a role to the machines (profiles of ~/.aws are not read)"
+    "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_REGION, AWS_ENDPOINT_URL), or "
+    "GOOGLE_APPLICATION_CREDENTIALS, in the environment of driver and nodes, or a role to the machines (profiles of "
+    "~/.aws are not read)"
 )
 
 

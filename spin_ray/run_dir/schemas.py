@@ -13,7 +13,6 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("prompt_ids", TOKEN_IDS, nullable=False),
         pa.field("real_ids", TOKEN_IDS, nullable=False),
         pa.field("messages", pa.string(), nullable=False),
-        pa.field("answer", pa.float64()),
         pa.field("rejected_ids", TOKEN_IDS),
         pa.field("answer_text", pa.string()),
         pa.field("conversation_id", pa.string()),
@@ -22,7 +21,7 @@ PROMPT_SCHEMA = pa.schema(
 """One SFT row, tokenised once.
 
 ``real_ids`` is the human response with its end-of-turn token, empty for an unlabelled question. ``rejected_ids`` is the
-worse response of a preference pair. ``answer`` is a number. ``answer_text`` is any answer. Rows of one
+worse response of a preference pair. ``answer_text`` is the answer that graders compare with. Rows of one
 ``conversation_id`` are parts of a conversation.
 """
 

@@ -20,7 +20,7 @@ from spin_ray.learner.attention import flex, varlen
 from spin_ray.learner.backends import fsdp2
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.learner.probe import Probe
+from spin_ray.learner.layout_probe import Probe
 from spin_ray.learner.step import Objective, PackShape, ReferenceScores, train_step
 from spin_ray.planning.learner_cost import learner_memory
 from spin_ray.planning.model_shape import ModelShape

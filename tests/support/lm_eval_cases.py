@@ -72,7 +72,7 @@ class Plain:
         """Returns the accuracy by our evaluation stage, on the same rows and greedy answers."""
         heldout = [
             {"prompt_id": str(number), "prompt_ids": self.ids(row["prompt"]), "real_ids": self.ids(str(row["answer"])),
-             "messages": exchange(number), "answer": float(row["answer"])}
+             "messages": exchange(number), "answer_text": str(row["answer"])}
             for number, row in enumerate(SUMS)
         ]  # fmt: skip
         answers = [

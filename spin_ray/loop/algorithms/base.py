@@ -1,10 +1,8 @@
 """The interface of an algorithm."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import Train, name_of
 from spin_ray.errors import DataError
 from spin_ray.inputs.check import Start
-from spin_ray.inputs.graders import refuse_no_answer, refuse_no_pattern
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
 from spin_ray.loop.stages.generation.shards import Job, prompt_slice
@@ -118,12 +114,6 @@ class Algorithm(ABC):
         return margin_objective(config, iteration)
 
 
-def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str) -> None:
-    """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by."""
-    columns = (table["answer_text"].to_pylist() for table in prompts.tables())
-    refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
-
-
 def shortest_rows(prompts: Artefact) -> pa.Table:
     """Returns ``CHECKED_ROWS`` rows at most: the shortest of the first and of the last part, as files may be sorted."""
     parts = sorted(prompts.manifest().files.items())
@@ -148,25 +138,6 @@ def refuse_no_room(prompts: Sequence[int], config: SpinConfig, made: str, room: 
             f"{made}: the prompts that it makes of {len(prompts)} short rows have {min(prompts)} tokens and more, and "
             f"a response needs {room}, so that none fits model.max_length, {longest}; raise that"
         )
-
-
-def check_patterns(setting: str, run: RunDir) -> None:
-    """Raises DataError if a committed row's answer, which ``setting`` grades by ``regex``, is no pattern."""
-    graded = {"evaluation": run.heldout, "scorer": run.prompts, "self_filter": run.questions}
-    prompts = graded[setting.partition(".")[0]]
-    if prompts.is_committed:
-        rows = (row for table in prompts.tables() for row in table.select(["messages", "answer_text"]).to_pylist())
-        refuse_no_pattern(setting, ((_asked(row["messages"]), row["answer_text"]) for row in rows))
-
-
-def _asked(messages: str) -> str:
-    """Names a committed row, which does not keep its place, by its last question."""
-    asked = [message["content"] for message in json.loads(messages) if message["role"] == "user"]
-    return f"the row that asks {' '.join(asked[-1].split())[:_SHOWN]!r}" if asked else "a row without a question"
-
-
-_SHOWN = 80
-"""Most characters of a question in an error."""
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
+from spin_ray.config.load import fields_of
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Section
 from spin_ray.errors import ConfigError, first_line
 from spin_ray.loop.algorithms.base import Algorithm
 
@@ -33,7 +33,7 @@ def _unknown(name: str) -> str:
     section, _, field = name.partition(".")
     if section not in SpinConfig.model_fields:
         return _beside(section, SpinConfig.model_fields, "no setting of a recipe")
-    known = _fields(SpinConfig.model_fields[section].annotation)
+    known = fields_of(section)
     return _beside(field, known, f"no field of {section}") if field and field not in known else ""
 
 
@@ -41,13 +41,6 @@ def _beside(name: str, known: Iterable[str], kind: str) -> str:
     near = get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{kind}{hint}; known are {', '.join(sorted(known))}"
-
-
-def _fields(annotation: Any) -> set[str]:
-    """Returns the fields of the sections in an annotation such as ``ScorerConfig | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return set(annotation.model_fields)
-    return {field for inner in get_args(annotation) for field in _fields(inner)}
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SelfFilterConfig
 from spin_ray.inputs.answers import extract_number
-from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers
+from spin_ray.inputs.rendering import tokenizer_of
+from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.run_dir.artefact import Artefact, digests
@@ -37,10 +37,6 @@ class SelfReinforcement(Algorithm):
             yield "self_filter.min_agreement: one sample agrees with itself; raise generation.samples_per_prompt"
         if chosen and not chosen.grade and chosen.min_grade != default.min_grade:
             yield "self_filter.min_grade: needs self_filter.grade"
-
-    def check_rows(self, run: RunDir, config: SpinConfig) -> None:
-        if config.data.questions and config.self_filter and config.self_filter.grade:
-            refuse_no_answers(run.questions, config.data.questions, config.self_filter.grade, "self_filter.grade")
 
     def plays(self, run: RunDir) -> Artefact:
         return run.questions
@@ -100,7 +96,7 @@ def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
     from spin_ray.report.grading import answers_of, grade_all
 
     answers, ends = answers_of(turn.run.questions), _ends(turn)
-    tokenizer = load_tokenizer(str(turn.opponent.whole.path), trust_remote_code=turn.config.model.trust_remote_code)
+    tokenizer = tokenizer_of(turn.opponent.whole.path, turn.config.model)
     grade, decode = str(chosen.grade), tokenizer.decode
 
     def choose(groups: list[list[Row]]) -> Iterator[int | str]:
@@ -141,7 +137,7 @@ def _reader(turn: Turn) -> Callable[[list[int]], Any]:
     A cut response has no answer, so that the model does not learn to stop early.
     """
     extractor, ends = turn.config.evaluation.answer_extractor, _ends(turn)
-    tokenizer = load_tokenizer(str(turn.opponent.whole.path), trust_remote_code=turn.config.model.trust_remote_code)
+    tokenizer = tokenizer_of(turn.opponent.whole.path, turn.config.model)
 
     def read(token_ids: list[int]) -> Any:
         if not token_ids or token_ids[-1] not in ends:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from spin_ray.config.packages import check_installed
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Mesh, ObjectiveConfig, SftConfig, TrainConfig
+from spin_ray.config.sections import Mesh, ObjectiveConfig
 from spin_ray.errors import ConfigError, first_line
 from spin_ray.inputs.graders import find_grader, graders_of
 from spin_ray.learner.backends import check_backend
@@ -88,7 +88,7 @@ def try_own_objects(config: SpinConfig) -> None:
             with _named(config.algorithm, iteration):
                 loss = objective.resolve()
                 try_loss(loss, objective.loss, objective.beta, in_fp64=in_fp64, on_gpus=on_gpus)
-    for section in _trainings(config):
+    for section in config.trainings.values():
         try_optimizer(
             section.optimizer,
             matrices_only=adapters and section is config.train,
@@ -105,7 +105,7 @@ def imported_by_workers(config: SpinConfig) -> list[tuple[str, str]]:
     named = [
         *(("objective.loss", loss) for loss in losses),
         ("train.backend", config.train.backend),
-        *(("optimizer.name", section.optimizer.name) for section in _trainings(config)),
+        *(("optimizer.name", section.optimizer.name) for section in config.trainings.values()),
     ]
     return [(setting, path) for setting, path in dict.fromkeys(named) if ":" in path]
 
@@ -118,9 +118,9 @@ def check_packages(config: SpinConfig) -> None:
     """
     if config.train.lora:
         check_installed("train.lora", "lora")
-        if config.train.lora.base != "bf16":
+        if config.train.lora.is_quantised:
             check_installed(f"train.lora.base: {config.train.lora.base}", "quantised")
-    for section in _trainings(config):
+    for section in config.trainings.values():
         if section.optimizer.name == "adamw_8bit":
             check_installed("optimizer.name: adamw_8bit", "quantised")
     for tracker in ("mlflow", "wandb"):
@@ -151,11 +151,6 @@ def _starts_engines(config: SpinConfig) -> bool:
     return type(find_algorithm(config.algorithm)).plays is not Algorithm.plays or config.data.holds_out
 
 
-def _trainings(config: SpinConfig) -> list[TrainConfig | SftConfig]:
-    """Returns the sections that train, each with its optimizer."""
-    return [section for section in (config.train, config.sft, config.reviser) if section is not None]
-
-
 def check_settings(config: SpinConfig) -> None:
     """Raises ConfigError as ``check_algorithm`` does, without looking at installed packages."""
     algorithm = find_algorithm(config.algorithm)
@@ -168,7 +163,7 @@ def check_settings(config: SpinConfig) -> None:
     _check_objectives(config, algorithm)
     for setting, grade in graders_of(config).items():
         find_grader(grade, setting)
-    for section in _trainings(config):
+    for section in config.trainings.values():
         find_optimizer(section.optimizer)
 
 

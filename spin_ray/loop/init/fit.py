@@ -6,11 +6,11 @@ from itertools import product
 from math import ceil
 
 from spin_ray.config.load import parse_config
-from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.recipe import SpinConfig, is_within
 from spin_ray.errors import ResourceError
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
-from spin_ray.loop.init.settings import Setting, Settings, is_within, tree_of
+from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.planning.cluster import places
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.plan import Given, check_memory, read_work

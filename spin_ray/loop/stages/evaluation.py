@@ -5,7 +5,7 @@ Two margins of θ_t against θ_{t-1}:
     against_self       y′ ~ θ_t, to see whether θ_t tells its own samples from human responses.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 import torch
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.inputs.answers import is_correct
+from spin_ray.inputs.answers import answer_of, is_correct
+from spin_ray.inputs.graders import Graded
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.rendering import tokenizer_of
 from spin_ray.learner.losses import LOSSES, PairValues
 from spin_ray.learner.step import Objective
 from spin_ray.loop import scoring
@@ -171,25 +172,26 @@ def _changes(run_dir: RunDir, iterate: int, rows: pa.Table) -> dict[str, Any]:
 
 def _grades(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, list[float]]:
     extractor, grade = config.evaluation.answer_extractor, config.evaluation.grade
-    column = "answer" if grade == "number" else "answer_text"
     if grade == "number" and extractor == "none":
         return {}
-    tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
+    tokenizer = tokenizer_of(model, config.model)
     texts = tokenizer.batch_decode(answers["token_ids"].to_pylist(), skip_special_tokens=True)
-    rows = [
-        row
-        for row in zip(texts, heldout[column].to_pylist(), heldout["prompt_id"].to_pylist(), strict=True)
-        if row[1] is not None
-    ]
-    if grade == "number":
-        found = [float(is_correct(text, answer, extractor)) for text, answer, _ in rows]
-    else:
-        found = grade_all(grade, rows, config)
+    every = zip(texts, heldout["answer_text"].to_pylist(), heldout["prompt_id"].to_pylist(), strict=True)
+    rows = [row for row in every if row[1] is not None]
+    found = _right_numbers(rows, extractor) if grade == "number" else grade_all(grade, rows, config)
     grades: dict[str, list[float]] = {}
     for (_, _, prompt_id), each in zip(rows, found, strict=True):
         if each is not None:
             grades.setdefault(prompt_id, []).append(each)
     return grades
+
+
+def _right_numbers(rows: Sequence[Graded], extractor: str) -> list[float | None]:
+    numbers = [answer_of(answer) for _, answer, _ in rows]
+    return [
+        None if number is None else float(is_correct(text, number, extractor))
+        for (text, _, _), number in zip(rows, numbers, strict=True)
+    ]
 
 
 def _score(

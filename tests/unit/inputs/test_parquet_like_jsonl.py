@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
-from datetime import date
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -218,3 +220,37 @@ def test_keys_of_maps_are_texts_as_in_json(tmp_path, key, kind, text):
     first, second = (row for piece in split([str(tmp_path / "a.parquet")]) for row in read_slice(piece))
     assert first.content == json.loads(first.raw) == {"prompt": "p", "response": "r", "answer": [{text: "x"}]}
     assert "answer" not in second.content
+
+
+_ID = "12345678-1234-5678-1234-567812345678"
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    ("value", "of", "in_json"),
+    [
+        (Decimal("1.50"), pa.decimal128(9, 2), 1.5),
+        (Decimal("12.00"), pa.decimal128(9, 2), 12),
+        (Decimal(2**70), pa.decimal128(38, 0), 2**70),
+        ([Decimal("1.50"), None], pa.list_(pa.decimal128(9, 2)), [1.5, None]),
+        ({"day": date(2020, 1, 1)}, pa.struct([("day", pa.date32())]), {"day": "2020-01-01"}),
+        (date(2020, 1, 1), pa.date32(), "2020-01-01"),
+        (datetime(2020, 1, 1, 12), pa.timestamp("us"), "2020-01-01 12:00:00"),
+        (UUID(_ID).bytes, pa.uuid(), _ID),
+    ],
+)  # fmt: skip
+def test_decimals_dates_and_uuids_are_read_as_from_json(tmp_path, value, of, in_json, kind):
+    """A grader compares the answer's text, and a conversation's parts are found by its name."""
+    column = (
+        pa.array([value], of)
+        if of != pa.uuid()
+        else pa.ExtensionArray.from_storage(of, pa.array([value], pa.binary(16)))
+    )
+    table = pa.table({"prompt": ["p"], "response": ["r"], "answer": column, "conversation_id": column})
+    if kind == ".parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+            stream.write_table(table)
+    row = {"prompt": "p", "response": "r", "answer": in_json, "conversation_id": in_json}
+    assert found_in(tmp_path / f"a{kind}") == found_in(write_jsonl(tmp_path / "a.jsonl", [row]))

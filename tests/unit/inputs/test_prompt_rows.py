@@ -10,6 +10,7 @@ import pytest
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs import prompt_rows
+from spin_ray.inputs.answers import answer_of
 from spin_ray.inputs.conversations import Unusable
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.prompt_rows import PromptTask
@@ -50,7 +51,7 @@ def test_prompt_and_response_of_a_row_have_their_tokens_and_its_messages():
     assert text_of(row["prompt_ids"]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert text_of(row["real_ids"]) == "hello<|im_end|>"
     assert json.loads(row["messages"]) == chat("hi", "hello")
-    assert row["answer"] == 7.0
+    assert row["answer_text"] == "7"
 
 
 @pytest.mark.parametrize(
@@ -122,15 +123,16 @@ def test_the_system_message_of_the_config_is_for_conversations_that_have_none():
     ("value", "answer"),
     [
         (7, 7.0), ("7.5", 7.5), (" -3 ", -3.0), ("1e3", 1000.0), (None, None), ("seven", None), ("", None), ([7], None),
-        ({}, None), (float("nan"), None), ("inf", None),
+        ({}, None), (float("nan"), None), ("inf", None), (float("inf"), None), (1.5e300, 1.5e300), (0.1, 0.1),
+        (["#### 12"], None), ({"####": 12}, None),
         ("1,234", 1234.0), ("so #### 12", 12.0), (True, None), ("1,2", None),
         pytest.param(10**400, None, id="past any float"),
         pytest.param("9" * 400, None, id="past any float, as text"),
     ],
 )  # fmt: skip
-def test_an_answer_is_a_finite_number_or_none(value, answer):
+def test_an_answers_text_is_a_finite_number_or_none_as_the_answer_is(value, answer):
     (row,) = rows_of({"messages": chat("a", "b"), "answer": value})
-    assert row["answer"] == answer
+    assert answer_of(row["answer_text"]) == answer_of(value) == answer
 
 
 @pytest.mark.parametrize(

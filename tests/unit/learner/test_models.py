@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from spin_ray.errors import ModelError
-from spin_ray.learner import probe
+from spin_ray.learner import layout_probe
 from spin_ray.learner.layout import Choice, choose_layout
 from spin_ray.learner.loading import first_layers
 from tests.support.learner_cases import one_rank
@@ -74,7 +74,7 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_refused_beyond_it(
     reason = "its rotary embedding changes for sequences longer than 100 tokens; set model.max_length to at most that"
     with pytest.raises(ModelError, match=reason):
         choose(model, max_length=101)
-    monkeypatch.setattr(probe, "rope_limit", lambda config: None)
+    monkeypatch.setattr(layout_probe, "rope_limit", lambda config: None)
     with pytest.raises(ModelError):  # the numbers show it, too
         choose(model, max_length=128)
 

@@ -27,6 +27,7 @@ from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_tab
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.training import stage as training
+from spin_ray.report.grading import check_answers
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
@@ -212,7 +213,7 @@ def test_rows_without_an_answer_to_grade_by_are_told_before_anything_is_generate
             config_for("self_reinforcement", data={"train": "d", "questions": "q"}, self_filter={"grade": grade}),
         ):
             with told or nullcontext():
-                ALGORITHMS[config.algorithm].check_rows(run, config)
+                check_answers(run, config)
 
 
 # Self-reinforcement

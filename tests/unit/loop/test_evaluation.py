@@ -59,7 +59,7 @@ def test_length_auc_is_the_mean_over_all_pairs_of_responses(real, generated):
 def text_measures(
     real: list[list[int]],
     answers: list[tuple[str, int, list[int]]],
-    answer: list[float | None] | None = None,
+    answer: list[str | None] | None = None,
     extractor: str = "none",
 ) -> dict[str, Any]:
     heldout = pa.Table.from_pylist(
@@ -69,7 +69,7 @@ def text_measures(
                 "prompt_ids": [1],
                 "real_ids": ids,
                 "messages": exchange(i),
-                "answer": (answer or [None] * 9)[i],
+                "answer_text": (answer or [None] * 9)[i],
             }
             for i, ids in enumerate(real)
         ],
@@ -103,11 +103,11 @@ def test_lengths_truncation_and_identity_are_shares_of_the_rows():
 
 
 def test_answers_are_graded_where_the_data_has_them():
-    """Right, wrong, without a number, and not graded."""
+    """Right, wrong, without a number, without an answer, and with one that is no number."""
     tokenizer = load_tokenizer(str(TINY))
-    texts = ["2 + 2 = 4", "2 + 3 = 6", "no idea", "1 = 1"]
+    texts = ["2 + 2 = 4", "2 + 3 = 6", "no idea", "1 = 1", "1 = 1"]
     answers = [(f"p{i:03d}", 0, [*tokenizer.encode(text, add_special_tokens=False), 2]) for i, text in enumerate(texts)]
-    found = text_measures([[5, 2]] * 4, answers, [4.0, 5.0, 6.0, None], extractor="equals")
+    found = text_measures([[5, 2]] * 5, answers, ["4", "#### 5", "6.0", None, "B"], extractor="equals")
     assert found["answer_accuracy"] == pytest.approx(1 / 3)
     assert found["answers_graded"] == 3
 

@@ -10,7 +10,7 @@ import torch
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
-from spin_ray.errors import RunDirError
+from spin_ray.errors import ModelError, RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop
 from spin_ray.learner.backends.base import BackendSettings
@@ -142,6 +142,12 @@ def test_a_model_of_other_precautions_is_the_same_work(run, jobs, sections):
     for changed in ({}, sections):
         train(run, config_of(**changed), 0)
     assert jobs[0].settings() == jobs[1].settings()
+
+
+def test_a_template_that_has_gone_is_named(run, jobs, tmp_path):
+    config = config_of(model={"path": "m", "chat_template": str(tmp_path / "mine.jinja")})
+    with pytest.raises(ModelError, match=r"mine\.jinja: cannot be read"):
+        train(run, config, iteration=0)
 
 
 def test_iterations_shuffle_differently(run, jobs):

@@ -2,8 +2,11 @@
 
 import json
 from contextlib import nullcontext
+from decimal import Decimal
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -162,6 +165,23 @@ def test_doctor_refuses_rows_that_lack_what_the_algorithm_needs(tmp_path):
             doctor.check_surveys(config, inputs, surveys)
     config = config_of(data={"train": str(path)}, algorithm="sppo", scorer={"kind": "grade", "path": "exact"})
     doctor.check_surveys(config, inputs, surveys)
+
+
+@pytest.mark.parametrize("grade", ["number", "exact"])
+def test_doctor_takes_answers_of_a_column_of_decimals(tmp_path, grade):
+    asked = ["1 + 0.5 = ?", "6 + 6 = ?"]
+    answers = pa.array([Decimal("1.50"), Decimal("12.00")], pa.decimal128(9, 2))
+    pq.write_table(pa.table({"prompt": asked, "response": asked, "answer": answers}), tmp_path / "h.parquet")
+    train, heldout = tmp_path / "train.jsonl", str(tmp_path / "h.parquet")
+    train.write_text(row(0) + "\n")
+    inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=str(train), heldout=heldout, questions=None)
+    config = config_of(
+        model={"path": TINY}, data={"train": str(train), "heldout": heldout},
+        evaluation={"grade": grade, "answer_extractor": "equals" if grade == "number" else "none"},
+    )  # fmt: skip
+    surveys = doctor.look_at_data(config, inputs, every_row=True)
+    doctor.check_surveys(config, inputs, surveys)
+    assert surveys[1].answers == ["1.5", "12"]
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(19, True), (18, False)])

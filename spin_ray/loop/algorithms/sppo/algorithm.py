@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers
+from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import part_name
@@ -29,10 +29,6 @@ class Sppo(Algorithm):
     def problems(self, config: SpinConfig) -> Iterator[str]:
         if config.generation.samples_per_prompt < 2:
             yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
-
-    def check_rows(self, run: RunDir, config: SpinConfig) -> None:
-        if config.scorer is not None and config.scorer.kind == "grade":
-            refuse_no_answers(run.prompts, config.data.train, config.scorer.path, "scorer.path")
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts

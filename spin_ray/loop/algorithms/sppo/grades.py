@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.rendering import tokenizer_of
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA
 from spin_ray.report.grading import answers_of, grade_all
 from spin_ray.run_dir.run_dir import RunDir
@@ -26,7 +26,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, policy: ModelFolder
     if target.already_made(inputs, settings):
         return
     with run_dir.stage(target.path) as counted:
-        tokenizer = load_tokenizer(str(policy.whole.path), trust_remote_code=config.model.trust_remote_code)
+        tokenizer = tokenizer_of(policy.whole.path, config.model)
         answers, entries = answers_of(run_dir.prompts), {}
         target.discard_parts()
         for name, entry in sorted(generations.manifest().files.items()):

@@ -55,7 +55,7 @@ def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
 
 def _check(job: TrainJob, difference: float, responses: int) -> None:
     lora, limit = job.backend.lora, job.recipe.health.max_engine_difference
-    is_rounded = lora is not None and lora.base in ("nf4", "int8")  # the engine's weights are not rounded
+    is_rounded = lora is not None and lora.is_quantised  # the engine's weights are not rounded
     if limit is None or difference <= limit or (is_rounded and math.isfinite(difference)):
         return
     raise HealthError(

@@ -9,6 +9,7 @@ from typing import Any
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import OptimizerConfig, SftConfig
 from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.rendering import read_template
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.step import Objective, PackShape
 from spin_ray.loop.stages.training import checkpoint
@@ -112,7 +113,7 @@ def fine_tune(
 
 def _chat_template(config: SpinConfig) -> str | None:
     path = config.model.chat_template
-    return Path(path).read_text(encoding="utf-8") if path else None
+    return read_template(path) if path else None
 
 
 def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_rate: float) -> BackendSettings:

@@ -9,7 +9,7 @@ import torch
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.distillation import ReadTop
-from spin_ray.learner.step import feed, pair_lengths, plan
+from spin_ray.learner.step import feed, own_packs
 from spin_ray.learner.teacher import Teacher, teacher_columns
 from spin_ray.loop.stages.training.job import TrainJob, commit_parts
 from spin_ray.run_dir.schemas import TEACHER_SCHEMA
@@ -43,9 +43,7 @@ def _score(job: TrainJob, backend: TrainBackend) -> None:
     if target.already_made(inputs, settings):
         return
     rows = pa.concat_tables(source.tables())
-    rank, ranks = job.shape.place()
-    steps = plan(pair_lengths([rows]), job.shape, epochs=1, seed=job.seed, ranks=ranks)[0]
-    packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
+    packs = own_packs(rows, job.shape, job.seed)
     pair_ids, reader, parts = rows["pair_id"].to_pylist(), ReadTop(job.objective.top_k), [TEACHER_SCHEMA.empty_table()]
     with torch.no_grad():
         for _, batch in feed(packs, rows, job.shape, backend.device):

@@ -33,7 +33,7 @@ from spin_ray.planning.learner_cost import offload_warning
 from spin_ray.planning.mesh import Choice, mesh_of
 from spin_ray.planning.weights import dtype_bytes
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
-from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.run_dir.schemas import REFERENCE_SCHEMA, pairs_of
 from spin_ray.run_dir.storage import MANIFEST
 from spin_ray.runtime.workers import device, nodes_and_room
 
@@ -111,17 +111,12 @@ def _backend(job: TrainJob, *, total_steps: int) -> tuple[TrainBackend, bool]:
 
 
 def _pairs(rows: Artefact) -> Iterator[pa.Table]:
+    """Yields rows of pairs as they are, and rows of prompts as pairs without y′."""
     for part in rows.tables():
-        if "pair_id" in part.column_names:
-            yield part
-            continue
-        empty = pa.array([[]] * part.num_rows, PAIR_SCHEMA.field("generated_ids").type)
-        iteration = pa.array([0] * part.num_rows, pa.int32())
-        columns = {"pair_id": part["prompt_id"], "iteration": iteration, "generated_ids": empty}
-        yield pa.table(
-            [columns.get(name, part[name] if name in part.column_names else None) for name in PAIR_SCHEMA.names],
-            schema=PAIR_SCHEMA,
-        )
+        if "pair_id" not in part.column_names:
+            names = part["prompt_id"].to_pylist()
+            part = pairs_of(names, 0, names, part["prompt_ids"], part["real_ids"])
+        yield part
 
 
 def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:

@@ -7,7 +7,7 @@ import pytest
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.conversations import Unusable
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.losses import Losses
+from spin_ray.inputs.left_out import LeftOut
 from spin_ray.inputs.prompt_rows import PromptTask, rows_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
 from spin_ray.inputs.sources import SourceRow
@@ -159,12 +159,12 @@ def test_a_template_is_asked_once_for_each_sequence_of_roles_and_keys():
         asked.append([message["content"] for message in messages])
         return "".join(message["content"] for message in messages if message["role"] != "tool")
 
-    losses = Losses(ask)
+    left_out = LeftOut(ask)
     for number in range(9):
-        assert losses.find([ASKED | {"content": f"{number}?"}, SAID], None, False) is None
-        assert "message 2 (tool)" in (losses.find([ASKED, SAID, SEEN | {"name": f"n{number}"}], None, False) or "")
+        assert left_out.find([ASKED | {"content": f"{number}?"}, SAID], None, False) is None
+        assert "message 2 (tool)" in (left_out.find([ASKED, SAID, SEEN | {"name": f"n{number}"}], None, False) or "")
     assert len(asked) == 2 and len({text for texts in asked for text in texts}) == 3
-    assert losses.find([ASKED, SAID | {"content": ""}], None, False) is None and len(asked) == 3
+    assert left_out.find([ASKED, SAID | {"content": ""}], None, False) is None and len(asked) == 3
 
 
 def test_a_refusal_of_one_rows_values_says_nothing_of_the_next_row():
@@ -173,12 +173,12 @@ def test_a_refusal_of_one_rows_values_says_nothing_of_the_next_row():
     def ask(messages: Any, add_generation_prompt: bool, tools: Any) -> str | None:
         return None if messages[-1]["tool_call_id"] == "call_1" else messages[-1]["content"]
 
-    losses = Losses(ask)
-    assert losses.find([ASKED, SEEN | {"tool_call_id": "call_1"}], None, False) is None
-    assert "message 0 (user)" in (losses.find([ASKED, SEEN | {"tool_call_id": "abcdefghi"}], None, False) or "")
+    left_out = LeftOut(ask)
+    assert left_out.find([ASKED, SEEN | {"tool_call_id": "call_1"}], None, False) is None
+    assert "message 0 (user)" in (left_out.find([ASKED, SEEN | {"tool_call_id": "abcdefghi"}], None, False) or "")
 
 
-def test_a_row_with_a_loss_goes_to_quarantine_as_one_of_the_templates(tmp_path):
+def test_a_row_of_which_a_part_is_left_out_goes_to_quarantine_as_one_of_the_templates(tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(FIRST_SYSTEM)
     task = PromptTask(resolve("embedded:tiny-llama"), str(path), False, 128, DataConfig(train="d"))

@@ -8,10 +8,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from spin_ray.inputs.conversations import Conversation
+from spin_ray.inputs.messages import Conversation, Tools
 
-Tools = list[dict[str, Any]] | None
-"""JSON schemas of the functions that a conversation may call."""
 Ask = Callable[[Conversation, bool, Tools], str | None]
 """Function of messages, ``add_generation_prompt`` and tools; returns the rendered text, or None for a refusal."""
 
@@ -19,8 +17,8 @@ TOOLS_LOST = "it has tools, which its chat template does not write"
 _MOST = 4096
 
 
-class Losses:
-    """Losses of one template, by the sequences of roles and keys seen so far."""
+class LeftOut:
+    """Parts that one template leaves out, by the sequences of roles and keys seen so far."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
