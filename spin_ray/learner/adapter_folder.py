@@ -104,7 +104,8 @@ def merge(
     if has_template(adapter):
         remove_templates(target)
     copy_other_files(adapter, target, with_code=trust_remote_code)  # its tokenizer may have more tokens
-    keep_form_of_config(target, base, merged.dtype, trust_remote_code=trust_remote_code)
+    name = str(merged.dtype).removeprefix("torch.")
+    keep_form_of_config(target, base, name, trust_remote_code=trust_remote_code)
 
 
 def import_peft(setting: str = "train.lora") -> Any:

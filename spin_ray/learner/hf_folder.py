@@ -102,7 +102,7 @@ def write_model(
         model.save_pretrained(target, state_dict=dict(weights))
     copy_other_files(Path(source), target, with_code=with_code)
     # After the code that it may name. The live parameters are fp32.
-    keep_form_of_config(target, Path(source), dtype, trust_remote_code=with_code)
+    keep_form_of_config(target, Path(source), str(dtype).removeprefix("torch."), trust_remote_code=with_code)
 
 
 def copy_other_files(source: Path, target: Path, *, with_code: bool) -> None:

@@ -2,11 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoConfig, GenerationConfig
 
 TEMPLATE = "chat_template.jinja"
 _TOKENIZER = "tokenizer_config.json"
@@ -17,7 +15,7 @@ _SAYS_NOTHING = {*_DTYPES, "_name_or_path", "transformers_version", "architectur
 """Keys of config.json that do not change what a model computes."""
 
 
-def keep_form_of_config(target: Path, source: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> None:
+def keep_form_of_config(target: Path, source: Path, dtype: str, *, trust_remote_code: bool) -> None:
     """Writes ``target``'s config.json once more, with the keys and values of ``source``'s and with ``dtype``.
 
     transformers 5 writes other keys than models are published with, e.g. ``rope_parameters`` for ``rope_theta``.
@@ -26,7 +24,7 @@ def keep_form_of_config(target: Path, source: Path, dtype: torch.dtype, *, trust
     """
     file = target / "config.json"
     made = json.loads(file.read_text(encoding="utf-8"))
-    _set_dtype(made, str(dtype).removeprefix("torch."))
+    _set_dtype(made, dtype)
     _write_json(file, made)
     meant, kept = _read_meaning(target, trust_remote_code), _read_json(source / "config.json")
     if meant is None or not kept:
@@ -35,7 +33,7 @@ def keep_form_of_config(target: Path, source: Path, dtype: torch.dtype, *, trust
         kept["architectures"] = made["architectures"]
     if not made.get("quantization_config"):
         kept.pop("quantization_config", None)
-    _set_dtype(kept, str(dtype).removeprefix("torch."))
+    _set_dtype(kept, dtype)
     if not _write_as_meant(file, kept, meant, trust_remote_code):
         _write_json(file, made)
 
@@ -58,6 +56,8 @@ def _write_as_meant(file: Path, kept: dict[str, Any], meant: dict[str, Any], tru
 
 def _read_meaning(folder: Path, trust_remote_code: bool) -> dict[str, Any] | None:
     """Returns config.json as transformers reads it, without ``_SAYS_NOTHING``; None if it does not."""
+    from transformers import AutoConfig  # slow
+
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         return _without(json.loads(json.dumps(config.to_dict(), default=str)))
@@ -86,6 +86,8 @@ def name_end(folder: Path, end: int, start: Path, *, trust_remote_code: bool) ->
     """
     file = folder / _GENERATION
     if not file.is_file():
+        from transformers import AutoConfig, GenerationConfig  # slow
+
         model = AutoConfig.from_pretrained(str(start), trust_remote_code=trust_remote_code)
         GenerationConfig.from_model_config(model).save_pretrained(str(folder))
     config = _read_json(file)
@@ -93,8 +95,8 @@ def name_end(folder: Path, end: int, start: Path, *, trust_remote_code: bool) ->
         _write_json(file, config | {"eos_token_id": [*ends, end]})
 
 
-def ends_of(config: dict[str, Any]) -> list[int]:
-    """Returns ``eos_token_id`` as a list."""
+def ends_of(config: Mapping[str, Any]) -> list[int]:
+    """Returns ``eos_token_id`` of a generation_config.json or config.json as a list."""
     ends = config.get("eos_token_id")
     return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
