@@ -95,6 +95,12 @@ def name_end(folder: Path, end: int, start: Path, *, trust_remote_code: bool) ->
         _write_json(file, config | {"eos_token_id": [*ends, end]})
 
 
+def ends_at(folder: Path) -> list[int]:
+    """Returns the ids at which ``generate`` stops: those of generation_config.json, or of config.json without it."""
+    files = [folder / name for name in (_GENERATION, "config.json")]
+    return next((ends_of(_read_json(file)) for file in files if file.is_file()), [])
+
+
 def ends_of(config: Mapping[str, Any]) -> list[int]:
     """Returns ``eos_token_id`` of a generation_config.json or config.json as a list."""
     ends = config.get("eos_token_id")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from spin_ray.learner.published import ends_of
+from spin_ray.learner.published import ends_at, ends_of
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -33,7 +33,7 @@ def _is_text(value: Any) -> bool:
 def notes_on_loading(run: RunDir, iterate: int, start: Path, *, is_adapter: bool) -> Iterator[str]:
     """Yields what programs that load the model by themselves would get wrong in silence."""
     folder, variables = run.model(iterate).path, run.config().model.chat_template_kwargs
-    ends, before = ends_of(_read(run, f"{folder}/generation_config.json")), ends_of(_read_at_start(start))
+    ends, before = ends_of(_read(run, f"{folder}/generation_config.json")), ends_at(start)
     if start.is_dir() and (added := [end for end in ends if end not in before]):
         yield (
             f"Responses end at {_names(start, added)}, at which the start model did not stop; `eos_token_id` in "
@@ -73,12 +73,6 @@ def _call(variables: Mapping[str, Any]) -> str:
     else:
         arguments = f"**{dict(variables)!r}"
     return f"tokenizer.apply_chat_template(messages, add_generation_prompt=True, {arguments})"
-
-
-def _read_at_start(start: Path) -> dict[str, Any]:
-    """Returns the file that ``generate`` reads: generation_config.json, or config.json if there is none."""
-    files = ("generation_config.json", "config.json")
-    return next((_read_json(start / name) for name in files if (start / name).is_file()), {})
 
 
 def _names(start: Path, ends: list[int]) -> str:
