@@ -51,9 +51,10 @@ def adapters(config: SpinConfig) -> SpinConfig:
 
 @pytest.mark.parametrize("kind", ["whole", "adapter", "exported adapter"])
 def test_generate_stops_at_the_end_that_was_trained_and_every_reader_finds_the_recipes_template(
-    tmp_path: Path, config: SpinConfig, kind: str
+    tmp_path: Path, config: SpinConfig, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """transformers takes chat_template.jinja first, ``tool_use`` for tools; llama.cpp reads tokenizer_config.json."""
+    monkeypatch.setattr(small_run, "_models", {})  # of equal weights, but with another config.json
     recipe = base_model(config, tmp_path)
     if kind != "whole":
         pytest.importorskip("peft", reason="the extra `lora` is not installed")
@@ -70,6 +71,8 @@ def test_generate_stops_at_the_end_that_was_trained_and_every_reader_finds_the_r
         assert (tokenizer.chat_template, tokenizer.eos_token) == (TEMPLATE, "<|endoftext|>")
         assert not [file for file in folder.rglob("*") if file.is_file() and OTHERS.encode() in file.read_bytes()]
         if kind != "adapter":
+            start = json.loads((tmp_path / "model/config.json").read_text())
+            assert json.loads((folder / "config.json").read_text()) == start
             assert said_by(folder)[-1] == TURN_END
 
 
