@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATE = "chat_template.jinja"
-_TOKENIZER = "tokenizer_config.json"
+_WITH_TEMPLATES = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _GENERATION = "generation_config.json"
 _OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
 _DTYPES = ("torch_dtype", "dtype")
@@ -72,7 +72,8 @@ def _without(tree: Any) -> Any:
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:
-    parts = [part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict)]
+    others = [key for key in config if key.endswith("_config") and key != "quantization_config"]
+    parts = [config[key] for key in others if isinstance(config[key], dict)]
     for scope in (config, *parts):
         scope.update({key: name for key in _DTYPES if key in scope})
     if not any(key in config for key in _DTYPES):
@@ -92,7 +93,8 @@ def name_end(folder: Path, end: int, start: Path, *, trust_remote_code: bool) ->
         GenerationConfig.from_model_config(model).save_pretrained(str(folder))
     config = _read_json(file)
     if end not in (ends := ends_of(config)):
-        _write_json(file, config | {"eos_token_id": [*ends, end]})
+        own = ends or ends_of(_read_json(start / "config.json"))
+        _write_json(file, config | {"eos_token_id": [*dict.fromkeys([*own, end])]})
 
 
 def ends_at(folder: Path) -> list[int]:
@@ -114,9 +116,8 @@ def set_template(folder: Path, template: str) -> None:
 
 
 def has_template(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (TEMPLATE, *_OTHER_TEMPLATES)) or bool(
-        _read_json(folder / _TOKENIZER).get("chat_template")
-    )
+    files = any((folder / name).exists() for name in (TEMPLATE, *_OTHER_TEMPLATES))
+    return files or any(_read_json(folder / name).get("chat_template") for name in _WITH_TEMPLATES)
 
 
 def remove_templates(folder: Path) -> None:
@@ -125,9 +126,10 @@ def remove_templates(folder: Path) -> None:
             shutil.rmtree(folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
-    settings = _read_json(folder / _TOKENIZER)
-    if settings.pop("chat_template", None) is not None:
-        _write_json(folder / _TOKENIZER, settings)
+    for name in _WITH_TEMPLATES:
+        settings = _read_json(folder / name)
+        if settings.pop("chat_template", None) is not None:
+            _write_json(folder / name, settings)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

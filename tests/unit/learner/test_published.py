@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_ray.learner.hf_folder import load_model, write_model
-from spin_ray.learner.published import has_template, remove_templates
+from spin_ray.learner.published import has_template, name_end, remove_templates
 from tests.support.model_kinds import KINDS
 
 _LLAMA_3 = {
@@ -84,8 +84,26 @@ def test_a_change_of_the_model_is_written_and_what_its_old_keys_cannot_say_is_le
 
 
 @pytest.mark.parametrize(
-    "file", ["chat_template.jinja", "chat_template.json", "additional_chat_templates/x.jinja", "tokenizer_config.json"]
+    ("before", "after"),
+    [
+        ({"eos_token_id": 1, "top_k": 9}, {"eos_token_id": [1, 2], "top_k": 9}),
+        ({"eos_token_id": [3, 2]}, {"eos_token_id": [3, 2]}),
+        ({"eos_token_id": 2}, {"eos_token_id": 2}),
+        ({"top_k": 9}, {"top_k": 9, "eos_token_id": [5, 2]}),
+    ],
 )
+def test_an_end_is_added_behind_the_starts_own(tmp_path: Path, before: Any, after: Any) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(before))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    name_end(tmp_path, 2, tmp_path, trust_remote_code=False)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == after
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["chat_template.jinja", "chat_template.json", "additional_chat_templates/x.jinja", "tokenizer_config.json",
+     "processor_config.json"],
+)  # fmt: skip
 def test_a_chat_template_is_found_and_removed_wherever_a_program_looks(tmp_path: Path, file: str) -> None:
     assert not has_template(tmp_path)
     (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -95,5 +113,5 @@ def test_a_chat_template_is_found_and_removed_wherever_a_program_looks(tmp_path:
     assert not has_template(tmp_path)
     left = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert {name: json.loads(text) for name, text in left.items()} == (
-        {file: {"eos_token": "</s>"}} if file == "tokenizer_config.json" else {}
+        {file: {"eos_token": "</s>"}} if file.endswith("_config.json") else {}
     )
