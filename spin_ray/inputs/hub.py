@@ -22,7 +22,7 @@ _NAMED = re.compile(
 )
 _WEIGHTS = ["*.safetensors"]
 _FETCHED = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
-_FETCHED += [f"{name}*" for name in ("LICEN[SC]E", "NOTICE", "USE_POLICY")]
+_FETCHED += [f"{name}{end}" for name in ("LICEN[SC]E", "NOTICE", "USE_POLICY") for end in ("", "*.md")]
 _CODE = ["*.py"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
 """Files that no library opens: Mistral's and Meta's layouts, and weights of checkpoints."""
