@@ -219,6 +219,7 @@ def test_settings_of_generation_beside_the_weights_change_no_answer(tmp_path):
 def test_a_task_that_samples_draws_from_all_tokens():
     """transformers draws from the likeliest 50 unless it is told otherwise, vLLM from all."""
     model = opened(resolve("embedded:tiny-llama")).model
+    torch.manual_seed(1)  # of some seeds the answer is two tokens long
     ids = model.generate(torch.tensor([[5, 6, 7]]), do_sample=True, max_new_tokens=64)[0]
     logits = model(ids[None]).logits[0, 2:-1]
     drawn = logits.gather(1, ids[3:, None])
