@@ -246,14 +246,14 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, vo
 
     counts = Counter[str]()
     if what == "pairs":
-        found = rows.pairs_of(run, iterate, counts)
+        found = rows.pairs_of(run, iterate, counts, form)
     else:
         from spin_ray.serving.app import open_votes  # slow: vLLM
 
         store = open_votes(run, votes)
         context.call_on_close(store.close)
         click.echo(f"votes of {store.where}", err=True)
-        found = rows.preferred_of_votes(store.export(), counts)
+        found = rows.preferred_of_votes(store.export(), counts, run.config().model.chat_template_kwargs)
     click.echo(rows.write_rows(found, form, target, counts))
     click.echo(rows.said(counts), err=True)
 

@@ -38,6 +38,7 @@ from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_
 from spin_ray.inputs.scorers import refuse_no_scorer, refuse_other_roles, refuse_too_long
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, rows_in
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
+from spin_ray.learner.published import ends_at
 from spin_ray.learner.tokenizer_file import warn_of_other_tokens
 from spin_ray.learner.weights import refuse_damaged
 from spin_ray.run_dir.storage import MANIFEST
@@ -217,6 +218,16 @@ def _find_all(
     if ends:
         names = ", ".join(map(str, renderer.tokenizer.convert_ids_to_tokens([*ends])))
         found.append(Finding(f"generation stops at {names}, too; rows end with {renderer.end_of_turn}", "note"))
+    if renderer.end_of_turn_id not in (stops := ends_at(inputs.model.path)):
+        added = renderer.tokenizer.added_tokens_decoder
+        names = ", ".join(str(added.get(stop, f"token {stop}")) for stop in stops) or "no token"
+        found.append(
+            Finding(
+                f"generation_config.json of the start ends a response at {names}; that of the models that the run "
+                f"commits adds {renderer.end_of_turn}",
+                "note",
+            )
+        )
     if lacking := warn_of(without_embedding(renderer.tokenizer, vocabulary_of(inputs.model.path))):
         found.append(Finding(lacking, "warning"))
     if other := warn_of_other_tokens(renderer.tokenizer, inputs.model.path):

@@ -21,7 +21,8 @@ _NAMED = re.compile(
     rf"({_KIND})?(?!{_KIND})([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?", re.DOTALL
 )
 _WEIGHTS = ["*.safetensors"]
-_FETCHED = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_FETCHED = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
+_FETCHED += [f"{name}{end}" for name in ("LICEN[SC]E", "NOTICE", "USE_POLICY") for end in ("", "*.md")]
 _CODE = ["*.py"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
 """Files that no library opens: Mistral's and Meta's layouts, and weights of checkpoints."""

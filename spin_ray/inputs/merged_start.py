@@ -1,5 +1,6 @@
 """Start models that are PEFT adapters, merged with their base model once."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import check_folder, find_folder, is_adapter, read_adapter, refuse_unsafe
-from spin_ray.run_dir.artefact import folder_entries
+from spin_ray.run_dir.artefact import CARD, folder_entries
 from spin_ray.run_dir.cache import cache_root, filling
 
 WEIGHTS = "adapter_model.safetensors"
@@ -47,6 +48,8 @@ def without_adapter(folder: Path, config: ModelConfig) -> Path:
             from spin_ray.learner.adapter_folder import merge  # slow: torch
 
             merge(base, folder, attempt, dtype="auto", trust_remote_code=config.trust_remote_code)
+            if (base / CARD).is_file():
+                shutil.copyfile(base / CARD, attempt / CARD)  # for its licence
     return target
 
 

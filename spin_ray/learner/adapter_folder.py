@@ -12,6 +12,7 @@ from torch import Tensor
 from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.hf_folder import copy_other_files
+from spin_ray.learner.published import has_template, keep_form_of_config, remove_templates
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BESIDES_LORA = {
@@ -87,7 +88,7 @@ def merge(
     Raises:
         ModelError: PEFT is missing or refuses.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     peft = import_peft(f"the adapter {adapter}")
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -97,9 +98,14 @@ def merge(
         merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ModelError(f"{adapter}: cannot be merged into {base} ({' '.join(str(error).split())[:300]})") from error
+    merged.generation_config = GenerationConfig.from_model_config(merged.config)  # as in write_model
     merged.save_pretrained(target)
     copy_other_files(base, target, with_code=trust_remote_code)
+    if has_template(adapter):
+        remove_templates(target)
     copy_other_files(adapter, target, with_code=trust_remote_code)  # its tokenizer may have more tokens
+    name = str(merged.dtype).removeprefix("torch.")
+    keep_form_of_config(target, base, name, trust_remote_code=trust_remote_code)
 
 
 def import_peft(setting: str = "train.lora") -> Any:

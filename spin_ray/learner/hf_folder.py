@@ -1,6 +1,7 @@
 """Model folders in Hugging Face layout: read as fp32, written as safetensors."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from spin_ray.errors import ModelError
+from spin_ray.learner.published import keep_form_of_config
 from spin_ray.learner.tokenizer_file import name_plain_class
 from spin_ray.learner.weights import COPIED_SUFFIXES, OTHER_LAYOUT, tensor_shapes
 
@@ -21,7 +23,16 @@ NOT_COPIED = {
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "trainer_state.json",
+    "all_results.json",
+    "eval_results.json",
+    "predict_results.json",
+    "test_results.json",
+    "train_results.json",
 }
+TERMS = re.compile(
+    r"(?:\w+[_-])?(?:licen[sc]e|notice|use[_-]policy)[\w -]*(?:\.\d+)*(?:\.(?:md|txt|rst|pdf))?", re.IGNORECASE
+)
+"""Files with licences and terms of use."""
 FILE_BYTES = 2**30
 """Largest file of weights in bytes, unless one tensor is larger; writing takes twice the memory."""
 
@@ -75,7 +86,7 @@ def write_model(
     source: str | Path,
     with_code: bool,
 ) -> None:
-    """Writes ``weights`` (tied ones once), ``model``'s config and ``source``'s tokenizer.
+    """Writes ``weights`` (tied ones once), ``model``'s config in the form of ``source``'s, and ``source``'s tokenizer.
 
     Args:
         names: names of all ``weights``; if ``source`` has them all, one file of weights is in memory at a time.
@@ -89,15 +100,13 @@ def write_model(
         _write_files(target, weights)
     else:
         model.save_pretrained(target, state_dict=dict(weights))
-    config_file = target / "config.json"
-    config = json.loads(config_file.read_text())  # says fp32, as the live parameters are
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     copy_other_files(Path(source), target, with_code=with_code)
+    # After the code that it may name. The live parameters are fp32.
+    keep_form_of_config(target, Path(source), str(dtype).removeprefix("torch."), trust_remote_code=with_code)
 
 
 def copy_other_files(source: Path, target: Path, *, with_code: bool) -> None:
-    """Copies tokenizer, chat templates, generation config and licence, if ``source`` is a folder.
+    """Copies tokenizer, chat templates, generation config and licences, if ``source`` is a folder.
 
     Other programs then load the tokenizer as the run did.
     """
@@ -140,4 +149,4 @@ def _write_files(target: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
 def _belongs(file: Path, with_code: bool) -> bool:
     if file.name.startswith(("_", ".")) or file.name in NOT_COPIED or OTHER_LAYOUT.fullmatch(file.name):
         return False
-    return file.suffix in COPIED_SUFFIXES or (with_code and file.suffix == ".py") or file.stem in ("LICENSE", "NOTICE")
+    return file.suffix in COPIED_SUFFIXES or (with_code and file.suffix == ".py") or bool(TERMS.fullmatch(file.name))

@@ -112,7 +112,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         StageError: the evaluation failed. Earlier results are kept.
     """
     request = replace(request, variables=TemplateVariables(config.model.chat_template_kwargs, run_dir.date()))
-    if request.chat and (file := config.model.chat_template):
+    if (file := config.model.chat_template) and (request.chat or Path(file).is_file()):
         request = replace(request, chat_template=read_template(file))
     results: dict[str, Any] = {}
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:

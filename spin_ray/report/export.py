@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spin_ray.config.paths import is_remote, local_path
 from spin_ray.errors import ConfigError, RunDirError, first_line, writing
+from spin_ray.report.card_notes import vllm_option
 from spin_ray.report.history import find_iterate
 from spin_ray.report.model_card import model_card
 from spin_ray.report.redaction import hide_in_text
@@ -75,12 +76,14 @@ def _card(run: RunDir, iterate: int, folder: Path) -> str:
     """Returns the card, with the options that vLLM needs to read config.json as transformers does."""
     from spin_ray.runtime.corrections import corrections  # slow: transformers
 
-    card, config = model_card(run, iterate), run.config()
+    card, config = model_card(run, iterate, merged=run.is_adapter(iterate)), run.config()
     extra, trusts = config.generation.engine.extra, config.model.trust_remote_code
     overrides = corrections(folder, extra, on_cpu=False, trust_remote_code=trusts).get("hf_overrides")
     if not overrides:
         return card
     command = f"    vllm serve FOLDER --hf-overrides {shlex.quote(json.dumps(overrides))}"
+    if variables := config.model.chat_template_kwargs:
+        command += f" {vllm_option(variables)}"
     return f"{card}\n## In vLLM\n\nvLLM reads config.json as transformers does if it is started so:\n\n{command}\n"
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from spin_ray.errors import ConfigError
+from spin_ray.errors import ConfigError, ModelError
 from spin_ray.inputs.ends import named_ends, other_ends
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.template_variables import TemplateVariables
@@ -117,11 +117,19 @@ def _open_renderer(tokenizer: Any, request: Request) -> ChatRenderer:
 
 
 def _find_ends(request: Request, tokenizer: Any, renderer: ChatRenderer | None) -> list[int]:
-    """Returns the ids at which the run's own generation ends an answer; without a chat, those of the folder."""
+    """Returns the ids at which the run's own generation ends an answer.
+
+    Without a chat they are the folder's and, if there is a template, its end of turn. θ_1's folder names that end
+    (``name_end``), and the start's may not; the task is to be the same for both.
+    """
     folder = Path(request.model)
-    if renderer is None:
-        return sorted(named_ends(folder, tokenizer))
-    return [renderer.end_of_turn_id, *other_ends(folder, renderer)]
+    if renderer is not None:
+        return [renderer.end_of_turn_id, *other_ends(folder, renderer)]
+    try:
+        end_of_turn = {_open_renderer(tokenizer, request).end_of_turn_id}
+    except ModelError:
+        end_of_turn = set()
+    return sorted(named_ends(folder, tokenizer) | end_of_turn)
 
 
 def _forget_generation_config(model: Any, ends: list[int]) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import name_of
+from spin_ray.config.sections import Train, sources_of
+from spin_ray.report.redaction import without_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +59,22 @@ METHODS: dict[str, Method] = {
 
 def how_made(config: SpinConfig, iterate: int) -> str:
     """Returns the paragraph that says how θ_iterate came from the start model."""
-    method, data = _method(config), f"`{name_of(config.data.train)}`"
+    method, start = _method(config), without_folders(config.model.path)
+    data = f"`{public_name_of(config.data.train)}`"
     if iterate and config.data.questions:
-        data += f" and the questions of `{name_of(config.data.questions)}`"
+        data += f" and the questions of `{public_name_of(config.data.questions)}`"
     steps = [f"{config.sft.epochs} epoch(s) of supervised fine-tuning"] if config.sft else []
     steps += [f"{iterate} iteration(s) of {method.name}"] if iterate else []
     lesson = f"In each iteration the model {method.lesson}. " if iterate else ""
     return (
-        f"Made from `{config.model.path}` by {' and '.join(steps)} on {data} with spin_ray. {lesson}Nothing else has "
+        f"Made from `{start}` by {' and '.join(steps)} on {data} with spin_ray. {lesson}Nothing else has "
         "aligned it: it copies the errors of what it learned from, and it has not been tested for safety."
     )
+
+
+def public_name_of(train: Train | None) -> str:
+    """Returns the paths of a setting such as ``data.train`` in one line, those of this machine by their names."""
+    return ", ".join(without_folders(source.path) for source in sources_of(train))
 
 
 def tags_of(config: SpinConfig, iterate: int) -> list[str]:

@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import name_of, sources_of
+from spin_ray.config.sections import sources_of
 from spin_ray.report import harness_warnings
+from spin_ray.report.card_notes import notes_on_loading, terms_of
 from spin_ray.report.conditions import in_words
 from spin_ray.report.measures import MEASURES
-from spin_ray.report.methods import how_made, tags_of
-from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.report.methods import how_made, public_name_of, tags_of
+from spin_ray.report.redaction import hide, hide_folders, hide_in_text
 from spin_ray.report.uncertainty import CONFIDENCE
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.names import iterate_name
@@ -34,22 +35,29 @@ def write_card(run: RunDir, iterate: int) -> None:
         run.storage.update(f"{model.path}/{CARD}", lambda _: model_card(run, iterate).encode())
 
 
-def model_card(run: RunDir, iterate: int) -> str:
+def model_card(run: RunDir, iterate: int, *, merged: bool = False) -> str:
+    """Returns the card.
+
+    Args:
+        merged: True for an adapter that has been merged with its base.
+    """
     config, description, name = run.config(), run.description(), iterate_name(iterate)
     evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
     benchmarks = evaluation.get("benchmarks", {})
+    start = Path(description["start_model"])
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": tags_of(config, iterate),
+        **terms_of(start),
     }
     if base := _on_the_hub(config, description["start_model"]):
         metadata["base_model"] = base
     learned = (*sources_of(config.data.train), *sources_of(config.data.questions))
     if hub := [found[1] for source in learned if (found := HUB_DATA.match(source.path))]:
         metadata["datasets"] = [*dict.fromkeys(hub)]
-    heldout = hide_in_text(name_of(config.data.heldout_from))
+    heldout = hide_in_text(public_name_of(config.data.heldout_from))
     ours = [(measure.key, measure.title, value) for measure, value in results]
     groups = [_result(heldout, "held-out-rows", ours)] if ours else []
     for task, found in benchmarks.items():
@@ -62,6 +70,9 @@ def model_card(run: RunDir, iterate: int) -> str:
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# {run.storage.name}, {name}", ""]
     lines += [hide_in_text(how_made(config, iterate)), ""]
+    is_adapter = run.is_adapter(iterate) and not merged
+    if notes := [f"- {note}" for note in notes_on_loading(run, iterate, start, is_adapter=is_adapter)]:
+        lines += ["## Loading", "", *notes, ""]
     lines += ["## Evaluation", "", _results(evaluation, results), ""]
     if benchmarks:
         lines += ["## Benchmarks (lm-eval)", "", *_benchmark_rows(benchmarks), ""]
@@ -70,7 +81,7 @@ def model_card(run: RunDir, iterate: int) -> str:
     lines += ["## Inputs and versions", ""]
     lines += [f"- SHA-256 of {key}: `{value or 'none'}`" for key, value in description["inputs"].items()]
     lines += [f"- {', '.join(f'{package} {number}' for package, number in run.versions(iterate).items())}", ""]
-    recipe = yaml.safe_dump(hide(config.model_dump(mode="json", exclude_defaults=True)), sort_keys=False)
+    recipe = yaml.safe_dump(hide_folders(hide(config.model_dump(mode="json", exclude_defaults=True))), sort_keys=False)
     lines += ["## Recipe", "", "    " + recipe.strip().replace("\n", "\n    "), ""]
     return "\n".join(lines)
 

@@ -3,11 +3,13 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from spin_ray.config.paths import is_remote, local_path
-from spin_ray.errors import ConfigError, RunDirError, writing
+from spin_ray.config.sections import ModelConfig
+from spin_ray.errors import ConfigError, ModelError, RunDirError, writing
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.forms import FINISH_REASONS
 from spin_ray.inputs.messages import Conversation, Message
@@ -27,15 +29,18 @@ class Preferred(NamedTuple):
     rejected: Message
     beside: Mapping[str, Any] = MappingProxyType({})
     """Further columns."""
+    variables: Mapping[str, Any] = MappingProxyType({})
+    """Variables of the chat template, ``model.chat_template_kwargs``."""
 
 
-def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Preferred]:
+def pairs_of(run: RunDir, iterate: str, counts: Counter[str], form: RowForm = "trl") -> Iterator[Preferred]:
     """Yields the pairs that an iterate was trained on.
 
     Args:
         counts: gets ``other ids``, the responses whose text gives other token ids than the pair has. The tokenizer may
             split a sampled text otherwise, and a response cut at ``max_tokens`` gets an end from trainers that do not
             read its finish reason, which is ``length``.
+        form: form of the rows, without whose columns no reader can know the template's variables.
 
     Raises:
         RunDirError: the iterate was not trained on pairs.
@@ -47,14 +52,26 @@ def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Prefer
     config = run.config()
     folder = model_path(run, number)
     renderer = open_renderer(str(folder), config.model, run.date())
-    reader = _Reader(renderer, {renderer.end_of_turn_id, *other_ends(folder, renderer)}, counts)
+    variables = config.model.chat_template_kwargs
+    known = config.model.model_copy(update={"chat_template_kwargs": variables if form == "trl" else {}})
+    reader = _Reader(
+        renderer, _open_as_others(folder, known), {renderer.end_of_turn_id, *other_ends(folder, renderer)}, counts
+    )
     conversations = _conversations(run)
     for table in made.tables():
         for start in range(0, table.num_rows, _AT_A_TIME):
             rows = table.slice(start, _AT_A_TIME).to_pylist()
             if not all(row["generated_ids"] for row in rows):
                 raise RunDirError(f"{made.path}: holds rows without y′, which are no pairs")
-            yield from reader.read(rows, conversations)
+            yield from (pair._replace(variables=variables) for pair in reader.read(rows, conversations))
+
+
+def _open_as_others(folder: Path, model: ModelConfig) -> ChatRenderer | None:
+    """Returns the renderer of another trainer, which writes today's date; None if it cannot write."""
+    try:
+        return open_renderer(str(folder), model)
+    except ModelError:
+        return None
 
 
 def _conversations(run: RunDir) -> dict[str, tuple[str, list[int]]]:
@@ -69,8 +86,10 @@ def _conversations(run: RunDir) -> dict[str, tuple[str, list[int]]]:
 
 
 class _Reader:
-    def __init__(self, renderer: ChatRenderer, ends: set[int], counts: Counter[str]) -> None:
-        self._renderer, self._ends, self._counts = renderer, ends, counts
+    def __init__(
+        self, renderer: ChatRenderer, others: ChatRenderer | None, ends: set[int], counts: Counter[str]
+    ) -> None:
+        self._renderer, self._others, self._ends, self._counts = renderer, others, ends, counts
 
     def read(self, rows: list[dict[str, Any]], conversations: dict[str, tuple[str, list[int]]]) -> list[Preferred]:
         found, ids = [], []
@@ -88,7 +107,8 @@ class _Reader:
             found.append(Preferred(messages[:-1], own, self._message(row["generated_ids"]), beside))
             ids += [row["prompt_ids"] + row["real_ids"], row["prompt_ids"] + row["generated_ids"]]
         written = [[*row.prompt, response] for row in found for response in (row.chosen, row.rejected)]
-        for rendered, expected in zip(self._renderer.render_all(written, [None] * len(written)), ids, strict=True):
+        made = self._others.render_all(written, [None] * len(written)) if self._others else [None] * len(written)
+        for rendered, expected in zip(made, ids, strict=True):
             same = isinstance(rendered, Rendered) and rendered.prompt_ids + rendered.real_ids == expected
             self._counts["other ids"] += not same
         self._counts["responses"] += len(written)
@@ -99,18 +119,21 @@ class _Reader:
         return {"role": "assistant", "content": self._renderer.tokenizer.decode(text_ids, skip_special_tokens=True)}
 
 
-def preferred_of_votes(votes: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[Preferred]:
+def preferred_of_votes(
+    votes: Iterable[dict[str, Any]], counts: Counter[str], variables: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Preferred]:
     """Yields the arena's votes, whose ``chosen`` and ``rejected`` are whole conversations.
 
     Args:
         counts: gets ``identical``, the votes between equal answers. They are left out, as they teach nothing.
+        variables: those of the chat template by which the run is served.
     """
     for vote in votes:
         beside = {name: value for name, value in vote.items() if name not in ("chosen", "rejected", "identical")}
         if vote["identical"]:
             counts["identical"] += 1
         else:
-            yield Preferred(vote["chosen"][:-1], vote["chosen"][-1], vote["rejected"][-1], beside)
+            yield Preferred(vote["chosen"][:-1], vote["chosen"][-1], vote["rejected"][-1], beside, variables)
 
 
 def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Counter[str]) -> str:
@@ -155,14 +178,16 @@ def said(counts: Counter[str]) -> str:
     if counts["other ids"]:
         line += (
             f"; {counts['other ids']} of {counts['responses']} responses have other token ids when their text is "
-            "tokenised again: samples that the tokenizer splits otherwise, that were cut, or prompts with tools"
+            "tokenised again: samples that the tokenizer splits otherwise, that were cut, or prompts with tools, the "
+            "date, or template variables that the form cannot hold"
         )
     return line
 
 
 def as_trl(row: Preferred) -> dict[str, Any]:
-    """Returns TRL's conversational preference row with an explicit prompt."""
-    return {"prompt": row.prompt, "chosen": [row.chosen], "rejected": [row.rejected]}
+    """Returns TRL's conversational preference row with an explicit prompt, and the chat template's variables if any."""
+    own = {"chat_template_kwargs": dict(row.variables)} if row.variables else {}
+    return {"prompt": row.prompt, "chosen": [row.chosen], "rejected": [row.rejected], **own}
 
 
 def as_sharegpt(row: Preferred) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Removal of credentials from reports, model cards and trackers."""
 
 import re
+from pathlib import PurePosixPath
 from typing import Any
 
 HIDDEN = "[hidden]"
@@ -27,6 +28,26 @@ def hide_in_text(text: str) -> str:
     text = _BEARER.sub(rf"\1{HIDDEN}", text)
     text = _ASSIGNED.sub(rf"\1{HIDDEN}", text)
     return _VALUES.sub(HIDDEN, text)
+
+
+def without_folders(text: str) -> str:
+    """Returns the last name of a local path that says where it lies; any other text stays."""
+    path = PurePosixPath(text)
+    says = text.startswith(("/", "~/", "./", "../")) and "\n" not in text and len(path.parts) > 1
+    return path.name if says and (len(path.parts) > 2 or not path.is_absolute()) else text
+
+
+def hide_folders(tree: Any) -> Any:
+    """Returns a copy of a recipe in which local paths are names alone."""
+    if isinstance(tree, dict):
+        return {key: value if key in _NO_PATHS else hide_folders(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [hide_folders(value) for value in tree]
+    return without_folders(tree) if isinstance(tree, str) else tree
+
+
+_NO_PATHS = ("system", "chat_template_kwargs")
+"""Settings that are texts for the model."""
 
 
 def hide(tree: Any, name: str = "") -> Any:

@@ -53,6 +53,16 @@ def test_a_recipe_that_can_run_is_resolved():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("ends", "named"), [([0], "<|endoftext|>"), (None, "no token"), ([0, 2], ""), (2, "")])
+def test_an_end_of_turn_that_committed_models_add_to_the_starts_ends_is_noted(tmp_path, ends, named):
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    said = [found.sentence for found in check_recipe(config_for(model={"path": str(folder)})).findings]
+    of_ends = [sentence for sentence in said if "generation_config.json" in sentence]
+    expected = f"ends a response at {named}; that of the models that the run commits adds <|im_end|>"
+    assert [expected in sentence for sentence in of_ends] == ([True] if named else [])
+
+
 def test_an_own_grader_gets_a_first_row_to_be_tried_on():
     grade = "operator:eq"
     found = check_recipe(config_for(evaluation={"grade": grade})).graded

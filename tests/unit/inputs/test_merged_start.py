@@ -44,6 +44,26 @@ def test_the_start_is_the_adapter_on_its_model_made_once(adapter: Path, tmp_path
     assert (found / "config.json").stat().st_mtime_ns == made
 
 
+def test_the_merged_model_has_its_models_config_and_the_adapters_chat_template_alone(adapter: Path, tmp_path: Path):
+    """transformers would take ``tool_use`` of the base, and refuses to save a temperature without do_sample."""
+    base = tmp_path / "base"
+    config = json.loads((base / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
+    config |= {"rope_theta": 500.0, "torch_dtype": "float32"}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": 2}))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool_use.jinja").write_text("base")
+    kept = without_adapter(adapter, ModelConfig(path=str(adapter)))
+    assert json.loads((kept / "config.json").read_text()) == config
+    assert json.loads((kept / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": 2}
+    assert (kept / "additional_chat_templates/tool_use.jinja").is_file()
+    (adapter / "chat_template.jinja").write_text("adapter")
+    found = without_adapter(adapter, ModelConfig(path=str(adapter)))
+    assert (found / "chat_template.jinja").read_text() == "adapter"
+    assert not (found / "additional_chat_templates").exists()
+
+
 def test_what_is_no_adapter_stays_and_takes_no_base(tmp_path: Path) -> None:
     assert without_adapter(tmp_path, ModelConfig(path=str(tmp_path))) == tmp_path
     with pytest.raises(ModelError, match=r"model\.base: .* is no adapter; leave model\.base out"):

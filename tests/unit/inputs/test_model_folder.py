@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,9 @@ def test_nothing_but_safetensors_and_text_is_fetched_from_the_hub(folder, monkey
     assert find_model(ModelConfig(path="org/name", max_length=512)) == folder
     assert asked["name"] == "org/name"
     assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith((".py", ".bin", "*"))]
+    fetched = {name for name in ("README.md", "LICENSE", "LICENCE-2.md", "NOTICE", "USE_POLICY.md", "LICENSE.bin")
+               if any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])}  # fmt: skip
+    assert fetched == {"README.md", "LICENSE", "LICENCE-2.md", "NOTICE", "USE_POLICY.md"}
 
 
 def test_a_file_in_place_of_a_model_is_named(tmp_path):

@@ -388,8 +388,12 @@ def test_export_brings_the_tokenizer_and_template_and_leaves_run_files_behind(
         "chat_template.jinja": "{{ messages }}",
         "vocab.txt": "a\nb",
         "LICENSE": "free",
+        "LICENCE-2.0.md": "as in Britain",
+        "notice.txt": "small",
+        "USE_POLICY.md": "for good alone",
     }
     left_behind = {"_MANIFEST.json": "{}", "README.md": "# Start", "training_args.bin": "pickle", "code.py": "evil()"}
+    left_behind |= {f"{of}_results.json": '{"loss": 1}' for of in ("all", "train", "eval")} | {"LICENSE.py": "evil()"}
     for name, text in (files | left_behind).items():
         (start / name).write_text(text)
     make(source=start, optimizer=None).export_hf(tmp_path / "out")

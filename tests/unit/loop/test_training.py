@@ -1,6 +1,7 @@
 """Training below Ray and torch.distributed: what identifies the work, rows and reference scores in their places."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import config_of, write_prompts, write_rows
+from tests.support.made_up_run import TINY
 
 torch.set_num_threads(1)
 real_train = training._train
@@ -58,12 +60,12 @@ def jobs(run, monkeypatch):
     return found
 
 
-def start_model(run: RunDir, pad_id: int = 7) -> ModelFolder:
-    return ModelFolder(run.storage.root, "digest of θ_t", "sft", pad_id)
+def start_model(pad_id: int = 7) -> ModelFolder:
+    return ModelFolder(Path(TINY), "digest of θ_t", "sft", pad_id)
 
 
 def train(run: RunDir, config: SpinConfig, iteration: int) -> None:
-    training.run(run, config, iteration, start_model(run), margin_objective(config, iteration))
+    training.run(run, config, iteration, start_model(), margin_objective(config, iteration))
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 4}, {"rank": 4, "merge": False}])
@@ -100,7 +102,7 @@ def test_an_iteration_trains_from_its_opponent_with_its_own_values(run, jobs):
 
 def test_the_warm_up_trains_on_the_prompts_without_reference_or_pairs(run, jobs):
     write_prompts(run.prompts, 3, 3)
-    training.run_sft(run, config_of(sft={"epochs": 3, "global_batch_rows": 8}), start_model(run))
+    training.run_sft(run, config_of(sft={"epochs": 3, "global_batch_rows": 8}), start_model())
     (job,) = jobs
     assert (job.target.path, job.rows.path, job.reference, job.objective.loss) == ("sft/model", "prompts", None, None)
     assert (job.epochs, job.shape.global_batch_pairs, job.backend.learning_rate) == (3, 8, 2e-5)

@@ -170,7 +170,10 @@ def test_the_chat_template_has_the_runs_variables_and_date():
 
 
 def test_the_start_model_is_asked_by_the_recipes_template(tmp_path, monkeypatch):
-    """Its folder has its own template, or none; the folders of trained iterates have the recipe's."""
+    """Its folder has its own template, or none; the folders of trained iterates have the recipe's.
+
+    Without a chat only the template's end of turn is asked for, and a file that is gone is no trouble.
+    """
     run, file = made_up_run(tmp_path / "run"), tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")
     config = run.config()
@@ -181,7 +184,9 @@ def test_the_start_model_is_asked_by_the_recipes_template(tmp_path, monkeypatch)
     )
     for chat in (True, False):
         benchmarks.run(run, config, 0, request_for(config, 0, "/m", benchmarks=(), chat=chat))
-    assert [request.chat_template for request in asked] == ["{{ messages }}", None]
+    file.unlink()
+    benchmarks.run(run, config, 0, request_for(config, 0, "/m", benchmarks=(), chat=False))
+    assert [request.chat_template for request in asked] == ["{{ messages }}", "{{ messages }}", None]
 
 
 @pytest.mark.slow

@@ -106,6 +106,71 @@ def test_the_card_says_how_many_rows_and_samples_are_graded(run):
         assert f"{rows} held-out rows, one fresh sample each{said}; ±" in model_card(run, 2)
 
 
+def start_of(run, folder, **files):
+    """Gives the run another start model, with ``files`` besides those of the tiny Llama."""
+    shutil.copytree(TINY, folder)
+    for name, content in files.items():
+        file = folder / name.replace("__", ".")
+        before = json.loads(file.read_text()) if file.suffix == ".json" and file.is_file() else {}
+        file.write_text(json.dumps(before | content) if isinstance(content, dict) else content)
+    description = run.description() | {"start_model": str(folder)}
+    run.storage.replace("run.json", json.dumps(description).encode())
+
+
+FRONT = (
+    "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\nlanguage: [de, fr]\ntags: [x]\n---\n# Start\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [(FRONT, {"license": "other", "license_name": "llama3", "license_link": "LICENSE", "language": ["de", "fr"]}),
+     ("---\nlicense: mit\n---", {"license": "mit"}), ("# No front", {}), ("---\n{broken\n---", {})],
+)  # fmt: skip
+def test_the_card_has_the_licence_and_languages_of_the_start(run, tmp_path, card, expected):
+    start_of(run, tmp_path / "start", README__md=card)
+    metadata = yaml.safe_load(model_card(run, 2).split("---")[1])
+    found = {
+        name: metadata[name] for name in ("license", "license_name", "license_link", "language") if name in metadata
+    }
+    assert found == expected
+
+
+def test_the_card_says_what_programs_that_load_the_model_would_get_wrong(run, tmp_path):
+    assert "## Loading" not in model_card(run, 2)
+    start_of(run, tmp_path / "start", generation_config__json={"eos_token_id": [0]},
+             config__json={"attn_logit_softcapping": 50.0})  # fmt: skip
+    file = run.storage.path(run.model(2).path) / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [0, 2]}))
+    with_config(run, model={"chat_template_kwargs": {"mode": "brief"}})
+    text = model_card(run, 2)
+    assert "Responses end at token 2 (`<|im_end|>`), at which the start model did not stop; `eos_token_id` in " in text
+    assert "tokenizer.apply_chat_template(messages, add_generation_prompt=True, mode='brief')" in text
+    assert """vllm serve FOLDER --default-chat-template-kwargs '{"mode": "brief"}'""" in text
+    assert 'attn_implementation="eager"' in text
+
+
+def test_the_card_of_an_adapter_says_where_its_base_is_until_it_is_merged(run):
+    shutil.move(run.storage.path(run.model(2).path), run.storage.path(run.adapter(2).path))
+    assert run.is_adapter(2) and "adapter on `sft/model`" not in model_card(run, 2)
+    with_config(run, sft={"epochs": 2})
+    assert "adapter on `sft/model`" in model_card(run, 2)
+    assert "adapter on `sft/model`" not in model_card(run, 2, merged=True)
+
+
+def test_the_card_names_no_folder_of_this_machine(run):
+    """The hub publishes it."""
+    files = [{"path": "/home/me/secret/a.jsonl"}, {"path": "hf://datasets/someone/chat@v1/b.jsonl"}]
+    with_config(run, model={"path": "/home/me/secret/base"}, data={"train": files, "heldout": "~/secret/h.jsonl"})
+    text = model_card(run, 2)
+    assert "secret" not in text
+    assert "Made from `base`" in text and "on `a.jsonl, hf://datasets/someone/chat@v1/b.jsonl`" in text
+    results = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
+    assert results[0]["dataset"]["name"] == "h.jsonl"
+    with_config(run, model={"path": "someone/base", "chat_template_kwargs": {"suffix": "/a/b"}})
+    assert "suffix: /a/b" in model_card(run, 2)
+
+
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, "my_pkg.mine:Mirrored"])
 def test_the_card_says_which_algorithm_made_the_model(run, algorithm):
     """Only SPIN is called SPIN, and θ_0 came from the warm-up alone."""
@@ -126,7 +191,7 @@ def test_a_folder_is_no_base_model_of_the_hub(run, path, tmp_path, monkeypatch):
     with_config(run, model={"path": path})
     text = model_card(run, 2)
     assert "base_model" not in yaml.safe_load(text.split("---")[1])
-    assert f"Made from `{path}`" in text
+    assert f"Made from `{ {'/models/sft': 'sft', '~/models/sft': 'sft'}.get(path, path) }`" in text
 
 
 def test_the_hubs_own_reader_understands_the_card(run):

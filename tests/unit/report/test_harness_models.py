@@ -170,6 +170,15 @@ def test_a_thought_without_an_end_is_told(endpoint, opening, said, times):
     assert (sum(texts.values()), found) == (times, [said.rpartition("</think>")[2]])
 
 
+@pytest.mark.parametrize("named", [[0], [0, 2]], ids=["the start's folder", "an iterate's folder"])
+def test_without_a_chat_an_answer_ends_alike_for_start_and_iterates(chatty, tmp_path, named):
+    """An iterate's folder names the end of turn that it was trained with."""
+    folder = shutil.copytree(chatty, tmp_path / "folder")
+    change(folder / "generation_config.json", eos_token_id=named)
+    asked = AutoTokenizer.from_pretrained(folder).apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
+    assert answer(opened(folder), [asked]) == [f"{THOUGHT}yes"]
+
+
 def test_an_end_that_is_no_special_token_is_cut_off_too(chatty, tmp_path):
     folder = shutil.copytree(chatty, tmp_path / "plain")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -210,6 +219,7 @@ def test_settings_of_generation_beside_the_weights_change_no_answer(tmp_path):
 def test_a_task_that_samples_draws_from_all_tokens():
     """transformers draws from the likeliest 50 unless it is told otherwise, vLLM from all."""
     model = opened(resolve("embedded:tiny-llama")).model
+    torch.manual_seed(1)  # of some seeds the answer is two tokens long
     ids = model.generate(torch.tensor([[5, 6, 7]]), do_sample=True, max_new_tokens=64)[0]
     logits = model(ids[None]).logits[0, 2:-1]
     drawn = logits.gather(1, ids[3:, None])

@@ -15,10 +15,10 @@ from spin_ray.inputs.conversations import conversations_of, read_row
 from spin_ray.inputs.forms import form_of
 from spin_ray.inputs.model_folder import folder_entries
 from spin_ray.inputs.prompt_rows import PromptTask, rows_of
-from spin_ray.inputs.rendering import ChatRenderer
+from spin_ray.inputs.rendering import ChatRenderer, open_renderer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.report.export import export
-from spin_ray.report.preference_rows import pairs_of, preferred_of_votes, said, write_rows
+from spin_ray.report.preference_rows import as_trl, pairs_of, preferred_of_votes, said, write_rows
 from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
@@ -36,9 +36,14 @@ DATA = DataConfig(train="d")
 @pytest.fixture
 def run(tmp_path):
     """Two pairs of the first iteration, the second cut."""
-    run = RunDir(Storage(tmp_path / "run"))
-    run.begin(config_of(model={"path": TINY}, iterations=1), {"inputs": {}, "start_model": TINY, "versions": {}})
-    rendered = ChatRenderer(TOKENIZER).render([*ASKED, {"role": "assistant", "content": " 4"}])
+    return made_run(tmp_path / "run", {"path": TINY})
+
+
+def made_run(folder, model):
+    run = RunDir(Storage(folder))
+    config = config_of(model=model, iterations=1)
+    run.begin(config, {"inputs": {}, "start_model": TINY, "versions": {}})
+    rendered = open_renderer(TINY, config.model).render([*ASKED, {"role": "assistant", "content": " 4"}])
     row = {"prompt_id": "p0", "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids}
     stored = json.dumps([*ASKED, {"role": "assistant", "content": " 4"}])
     write_table(run.prompts, PROMPT_SCHEMA, [row | {"messages": stored}], part_rows=1)
@@ -86,6 +91,32 @@ def test_trls_form_has_the_columns_of_its_conversational_preference_rows(run, tm
         "rejected": [{"role": "assistant", "content": "It is 5.\n"}],
         **finish,
     }
+
+
+@pytest.mark.parametrize("form", ["trl", "sharegpt"])
+def test_rows_bring_the_variables_of_the_chat_template_by_which_a_plain_reader_finds_the_prompt(tmp_path, form):
+    """ShareGPT's form has no place for them: each response then has other token ids, and is told."""
+    template = "{{ mode }}" + TOKENIZER.chat_template
+    (tmp_path / "mode.jinja").write_text(template)
+    model = {"path": TINY, "chat_template": str(tmp_path / "mode.jinja"), "chat_template_kwargs": {"mode": "brief"}}
+    run = made_run(tmp_path / "run", model)
+    counts = Counter[str]()
+    path = write_rows(pairs_of(run, "0", counts, form), form, str(tmp_path / "pairs.jsonl"), counts)
+    row = json.loads(Path(path).read_text().splitlines()[0])
+    assert row.get("chat_template_kwargs") == ({"mode": "brief"} if form == "trl" else None)
+    assert counts["other ids"] == (1 if form == "trl" else 4)
+    if form == "trl":  # as TRL does
+        (pair, *_) = next(iter(run.pairs(0).tables())).to_pylist()
+        asked = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
+        assert (
+            TOKENIZER.apply_chat_template(row["prompt"], **asked, **row["chat_template_kwargs"]) == pair["prompt_ids"]
+        )
+        read_row(row, DATA)
+
+
+def test_votes_bring_the_variables_of_the_chat_template(votes):
+    (vote,) = preferred_of_votes(votes.export(), Counter(), {"mode": "brief"})
+    assert as_trl(vote)["chat_template_kwargs"] == {"mode": "brief"}
 
 
 def test_trl_opens_an_exported_folder_and_reads_its_pairs_with_the_ids_of_the_run(run, tmp_path):

@@ -34,6 +34,8 @@ class TrainJob:
     seed: int
     chat_template: str | None
     """Chat template to export with the weights."""
+    end_of_turn_id: int | None = None
+    """Token at which responses end, to export with the weights."""
     reference: Artefact | None = None
     """Scores under ``start``, made by the job if the loss needs them."""
     base: Artefact | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import OptimizerConfig, SftConfig
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.inputs.rendering import read_template
+from spin_ray.inputs.rendering import open_renderer, read_template
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.step import Objective, PackShape
 from spin_ray.loop.stages.training import checkpoint
@@ -132,6 +132,8 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     if job.target.already_made(job.inputs(), job.settings()):
         _let_go(run_dir, config, job)  # a driver that was killed may have left them
         return
+    start = str(job.start.whole.here(weights=False))
+    job = replace(job, end_of_turn_id=open_renderer(start, config.model, run_dir.date()).end_of_turn_id)
     name, earlier = digest([job.inputs(), job.settings()])[:16], job.logged()
     checkpoint.refuse_other_settings(job, name)
     stage = f"{job.name}/training"

@@ -21,6 +21,7 @@ from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.health import HealthMonitor
 from spin_ray.learner.packing import Step
+from spin_ray.learner.published import name_end, set_template
 from spin_ray.learner.step import ReferenceScores, pair_lengths, plan, rows_of_rank, score_rows, train_step
 from spin_ray.loop.stages.training import checkpoint
 from spin_ray.loop.stages.training.audit import audit_engine
@@ -221,7 +222,10 @@ def _export(job: TrainJob, backend: TrainBackend) -> None:
 
 def _commit(job: TrainJob, attempt: Path) -> None:
     if job.chat_template is not None:
-        (attempt / "chat_template.jinja").write_text(job.chat_template, encoding="utf-8")
+        set_template(attempt, job.chat_template)
+    if job.end_of_turn_id is not None:
+        start, _ = job.start.parts_here()
+        name_end(attempt, job.end_of_turn_id, start, trust_remote_code=job.backend.trust_remote_code)
     manifest = Manifest.of(folder_entries(attempt), job.inputs(), job.settings())
     (attempt / MANIFEST).write_bytes(manifest.to_bytes())
     try:
