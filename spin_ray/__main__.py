@@ -19,6 +19,7 @@ from rich.console import Console
 from spin_ray.config.load import load_config, override, parse_overrides, values_of
 from spin_ray.errors import OtherRunError, StageError, UserError
 from spin_ray.runtime.garbage import collect_rarely
+from spin_ray.runtime.proxies import keep_loopback_from_proxies
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 FOLLOW_EVERY_S = 5
@@ -384,6 +385,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     collect_rarely()
+    keep_loopback_from_proxies()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Ray, once started, does the same. The exception releases the lease, so that another machine can go on at once.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
