@@ -23,7 +23,7 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
 from spin_ray.runtime.imports import check_imports
-from spin_ray.runtime.placement import demands, room_for
+from spin_ray.runtime.placement import beyond_this_process, demands, room_for
 
 
 def examine(
@@ -68,6 +68,9 @@ def examine(
     room = _print_room(config, precision, start.model.path, out, console)
     check_machine(config)
     check_trackers(config)
+    for warning in beyond_this_process(config):
+        console.print("[yellow]warning[/]", end=" ")
+        console.print(warning, markup=False, highlight=False)
     if not no_cluster:
         connect(config)
         with room_for(config):

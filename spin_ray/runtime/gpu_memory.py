@@ -3,6 +3,7 @@
 NVML is asked, because CUDA's own numbers need a context in this process.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError
+from spin_ray.runtime.cgroups import memory_limit
 from spin_ray.runtime.gpu import runs_elsewhere
 
 WAIT_S = 120.0
@@ -56,12 +58,12 @@ def largest_card(config: SpinConfig) -> int | None:
 
 
 def memory_here(config: SpinConfig) -> int | None:
-    """Returns the bytes of this machine's memory, or of its container's; None on a cluster."""
+    """Returns the bytes of memory that this process may have; None on a cluster."""
     if runs_elsewhere(config):
         return None
     from ray._common.utils import get_system_memory
 
-    return get_system_memory()
+    return min(get_system_memory(), memory_limit() or math.inf)
 
 
 def visible_cards(count: int | None = None) -> list[Card]:

@@ -15,6 +15,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, last_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
+from spin_ray.runtime.cpu import usable_cpus
 from spin_ray.runtime.engine_names import check_serving_engine
 from spin_ray.runtime.gpu import check_serving_build, runs_elsewhere
 from spin_ray.runtime.placement import is_selected, missing
@@ -143,5 +144,5 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
     if config.cluster.local_cpus:
         return config
     needed = int((engines * config.serving.most_engines + 1) * config.serving.resources.cpus + 1)
-    cpus = max(os.cpu_count() or 1, needed)
+    cpus = max(usable_cpus(), needed)
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"local_cpus": cpus})})
