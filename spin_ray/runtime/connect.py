@@ -22,7 +22,7 @@ from spin_ray.runtime import garbage
 from spin_ray.runtime.autoscaler import keep_ray_data_from_asking
 from spin_ray.runtime.cgroups import memory_limit
 from spin_ray.runtime.cpu import usable_cpus
-from spin_ray.runtime.start_errors import check_answers, join_error, start_error
+from spin_ray.runtime.start_errors import check_answers, check_loopback, join_error, start_error
 
 
 def connect(config: SpinConfig) -> None:
@@ -44,6 +44,7 @@ def connect(config: SpinConfig) -> None:
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
+            check_loopback()
             # ray.llm has a hook of its own, beside which its engines on GPUs fail.
             if not config.serving.resources.gpus:
                 # By value, because Ray calls it before a new process can import this package.

@@ -1,5 +1,6 @@
 """A Ray that cannot start here is one line with a remedy, not a traceback of Ray's."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -103,6 +104,17 @@ def test_what_nobody_foresaw_is_one_line_that_names_ray_s_logs(start):
     ) as e:
         start(error)
     assert e.value.__cause__ is error
+
+
+def test_a_machine_without_its_loopback_interface_is_named_before_ray_hangs(start, monkeypatch) -> None:
+    """A connection ends in what ``ip link set lo down`` makes of it."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(ResourceError, match=r"127\.0\.0\.1 cannot be reached \(Network is unr.*ip link set lo up"):
+        start(AssertionError("Ray was asked"))
 
 
 # A cluster that cannot be joined
