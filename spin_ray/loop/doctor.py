@@ -42,7 +42,9 @@ def examine(
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     check_algorithm(config)
     if out:
-        refuse_pattern(open_storage(out).root, "--out")
+        storage = open_storage(out)
+        refuse_pattern(storage.root, "--out")
+        storage.refuse_missing()
     console.print("[green]ok[/] recipe")
     inputs = find_inputs(config)
     renderer = open_renderer(str(inputs.model.path), config.model)
@@ -99,7 +101,7 @@ def _print_room(
     needed = {"needed_gib": round(use.most / GIB, 1)}
     if out and "://" in out:
         console.print("[green]ok[/] a store answers:", end=" ")
-        console.print(out, markup=False)
+        console.print(f"{out} (writing not tried)", markup=False)
         return {"free_gib": None, **needed}
     folder = Path(out or ".").absolute()
     free = free_bytes(folder)

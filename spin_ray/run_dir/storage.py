@@ -106,6 +106,9 @@ class Storage:
         """Returns storage that makes changes only while the lease has ``token``."""
         return Storage(self._folder, self._disk, token)
 
+    def refuse_missing(self) -> None:
+        """Raises ConfigError if nothing can hold the root: a store lacks the bucket. A folder is made when needed."""
+
     @property
     def name(self) -> str:
         return str(self.root).rpartition("/")[2]
