@@ -109,6 +109,14 @@ class Storage:
     def refuse_missing(self) -> None:
         """Raises ConfigError if nothing can hold the root: a store lacks the bucket. A folder is made when needed."""
 
+    def refuse_gone(self) -> None:
+        """Raises RunDirError if this is a driver's storage, and lease and run.json are gone, as with the whole folder."""
+        if self._token is not None and not self.exists(LEASE) and not self.exists("run.json"):
+            raise RunDirError(
+                f"{self.root}: the folder is gone while the run wrote to it (moved, unmounted, or not shared with this "
+                "machine?); move it back, or give its new place to --out"
+            )
+
     @property
     def name(self) -> str:
         return str(self.root).rpartition("/")[2]
@@ -140,6 +148,7 @@ class Storage:
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
         """Replaces ``name`` by ``new`` if it holds ``old``; None stands for no file."""
+        self.refuse_gone()  # the lock would make the folder again
         with locked(self._folder, alone=True):
             self._check_lease()
             if self.find(name) != old:
@@ -253,6 +262,7 @@ class Storage:
 
     @contextmanager
     def _changing(self, target: Path) -> Iterator[None]:
+        self.refuse_gone()  # an attempt and the lock would make the folder again
         try:
             yield
         except FileExistsError:
