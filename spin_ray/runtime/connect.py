@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ from spin_ray.runtime import garbage
 from spin_ray.runtime.autoscaler import keep_ray_data_from_asking
 from spin_ray.runtime.cgroups import memory_limit
 from spin_ray.runtime.cpu import usable_cpus
+from spin_ray.runtime.signals import ending_signals, exit_as_terminated
 from spin_ray.runtime.start_errors import check_answers, check_loopback, join_error, start_error
 
 
@@ -65,7 +65,8 @@ def connect(config: SpinConfig) -> None:
         except Exception as error:  # Ray raises many types, even plain Exception
             raise (join_error(error, place) if address else start_error(error)) from error
         if threading.current_thread() is threading.main_thread():
-            take_signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+            for number in ending_signals():
+                take_signal(number, exit_as_terminated)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -19,6 +19,7 @@ from spin_ray.runtime.cpu import usable_cpus
 from spin_ray.runtime.engine_names import check_serving_engine
 from spin_ray.runtime.gpu import check_serving_build, runs_elsewhere
 from spin_ray.runtime.placement import is_selected, missing
+from spin_ray.runtime.signals import ending_signals
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
 from spin_ray.serving.app import APP, STOP_MARGIN_S, application, check_devices, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def serve_run(run: RunDir, config: SpinConfig) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serves until SIGINT, SIGTERM or SIGHUP.
 
     Raises:
         UserError: settings, keys, run or cluster cannot be used.
@@ -42,7 +43,7 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
     check_settings(run, config)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # no Event: two signals at once could lock it
     front = start(run, config)
-    for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets its own at its start
+    for number in (signal.SIGINT, *ending_signals()):  # not earlier: Ray sets its own at its start
         take_signal(number, lambda number, _: stop.put(number))
     try:
         Progress(config.serving, front).follow(stop)
