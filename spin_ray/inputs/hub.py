@@ -194,8 +194,8 @@ def _why(error: BaseException, repository: _Repository) -> str:
     if status or is_a(HTTPError):
         said = f"status {status}" if status else _last_words(causes)
         return (
-            f"{constants.ENDPOINT} does not answer ({said}); try again, name a mirror by HF_ENDPOINT, or where it does: "
-            f"{repository.command} (with that in the cache, HF_HUB_OFFLINE=1 asks no hub)"
+            f"{constants.ENDPOINT} does not answer ({said}); try again, name a mirror by HF_ENDPOINT, or where it "
+            f"does: {repository.command} (with that in the cache, HF_HUB_OFFLINE=1 asks no hub)"
         )
     return first_line(error)
 

@@ -302,8 +302,8 @@ class ObjectStorage(Storage):
     def _silent(self, error: BaseError, waited_s: float, tries: int) -> StageError:
         place = next((f" at {name} {url}" for name in _ENDPOINTS if (url := os.environ.get(name))), "")
         return StageError(
-            f"{self._uri}: the store{place} has not answered for {waited_s:.0f} s, {tries} times ({_reason(error)}); is "
-            "it running, and is this its address? Then run the command again"
+            f"{self._uri}: the store{place} has not answered for {waited_s:.0f} s, {tries} times ({_reason(error)}); "
+            "is it running, and is this its address? Then run the command again"
         )
 
     def _refuse_without_access(self, error: BaseError, waited_s: float) -> None:

@@ -110,7 +110,7 @@ class Storage:
         """Raises ConfigError if nothing can hold the root: a store lacks the bucket. A folder is made when needed."""
 
     def refuse_gone(self) -> None:
-        """Raises RunDirError if this is a driver's storage, and lease and run.json are gone, as with the whole folder."""
+        """Raises RunDirError if a driver finds neither lease nor run.json: the whole folder is gone."""
         if self._token is not None and not self.exists(LEASE) and not self.exists("run.json"):
             raise RunDirError(
                 f"{self.root}: the folder is gone while the run wrote to it (moved, unmounted, or not shared with this "

@@ -23,7 +23,7 @@ _COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def usable_cpus() -> int:
-    """Returns the CPUs that this process may use: fewer than the machine's under ``taskset``, in a container, …"""
+    """Returns the CPUs that this process may use; ``taskset``, Slurm and containers leave it fewer than there are."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     counts = [count for count in (os.cpu_count(), allowed, cpu_limit()) if count]
     return max(1, int(min(counts, default=1)))

@@ -3,7 +3,6 @@
 NVML is asked, because CUDA's own numbers need a context in this process.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -63,7 +62,8 @@ def memory_here(config: SpinConfig) -> int | None:
         return None
     from ray._common.utils import get_system_memory
 
-    return min(get_system_memory(), memory_limit() or math.inf)
+    whole, limit = get_system_memory(), memory_limit()
+    return whole if limit is None else min(whole, limit)
 
 
 def visible_cards(count: int | None = None) -> list[Card]:

@@ -1,4 +1,4 @@
-"""HTTP proxies of the environment (``http_proxy``, ``HTTPS_PROXY``, ``NO_PROXY``), which lead nowhere from here to here.
+"""HTTP proxies of the environment (``http_proxy``, ``HTTPS_PROXY``, ``NO_PROXY``), which servers here need not.
 
 A proxy that is asked for ``127.0.0.1`` asks its own machine, and reads the key that the request carries.
 """

@@ -83,8 +83,8 @@ def check_loopback() -> None:
             socket.create_connection(server.getsockname(), timeout=_LOOPBACK_S).close()
     except OSError as error:
         raise ResourceError(
-            f"Ray did not start on this machine: {_LOOPBACK} cannot be reached ({error.strerror or error}); bring up the "
-            "loopback interface (ip link set lo up)"
+            f"Ray did not start on this machine: {_LOOPBACK} cannot be reached ({error.strerror or error}); bring up "
+            "the loopback interface (ip link set lo up)"
         ) from error
 
 

@@ -172,7 +172,9 @@ def test_a_server_of_mlflow_that_hangs_is_asked_twice_and_told_in_a_few_words(ru
         with suppress(BlockingIOError):
             while server.accept():
                 asked += 1
-    assert str(caught.value) == f"tracking.mlflow.uri: {uri} cannot be used (timed out); correct it, or start its server"
+    assert (
+        str(caught.value) == f"tracking.mlflow.uri: {uri} cannot be used (timed out); correct it, or start its server"
+    )
     assert asked == 2 and not caplog.text
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 

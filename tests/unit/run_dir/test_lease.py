@@ -400,8 +400,14 @@ def test_a_driver_whose_folder_was_moved_away_says_so_and_makes_none_in_its_plac
     with Lease(storage, timeout_s=60) as lease:
         storage.create("run.json", b"{}")
         storage.root.rename(storage.root.with_name("moved"))
-        calls = [*CHANGES.values(), lambda it: it.update("eval.json", lambda _: b"new"), lambda it: it.new_attempt_folder()]
+        calls = [
+            *CHANGES.values(),
+            lambda it: it.update("eval.json", lambda _: b"new"),
+            lambda it: it.new_attempt_folder(),
+        ]
         for call in [*calls, lambda it: Artefact(it, "prompts").manifest()]:
-            with pytest.raises(RunDirError, match=r"run: the folder is gone while the run wrote to it .*place to --out"):
+            with pytest.raises(
+                RunDirError, match=r"run: the folder is gone while the run wrote to it .*place to --out"
+            ):
                 call(lease.storage)
     assert not storage.root.exists()

@@ -74,14 +74,15 @@ def test_a_store_that_has_never_answered_is_given_up_soon_with_the_reason(monkey
         monkeypatch.setenv(f"AWS_{name}", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(
-        StageError, match=r"at AWS_ENDPOINT_URL http://127.0.0.1:9 has not .* \d times \(Connection refused\); is it run"
+        StageError,
+        match=r"at AWS_ENDPOINT_URL http://127.0.0.1:9 has not .* \d times \(Connection refused\); is it run",
     ) as caught:
         ObjectStorage("s3://bucket/run").exists("run.json")
     assert "committed" not in str(caught.value)
     assert "tried again in 0.1 s (Connection refused)" in caplog.text
     monkeypatch.setattr(object_storage, "DEADLINE_S", 0.4)
     known = ObjectStorage("s3://bucket/run", has_answered=True)
-    for storage in (known.fenced("token"), pickle.loads(pickle.dumps(known))):
+    for storage in (known.fenced("token"), pickle.loads(pickle.dumps(known))):  # noqa: S301 (our own)
         with pytest.raises(StageError, match=r"the store failed for .*\(Connection refused\).*committed is kept"):
             storage.exists("run.json")
 
