@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,8 @@ from spin_ray.config.load import load_config, override, parse_overrides, values_
 from spin_ray.config.paths import is_remote, local_path
 from spin_ray.errors import OtherRunError, StageError, UserError
 from spin_ray.runtime.garbage import collect_rarely
+from spin_ray.runtime.proxies import keep_loopback_from_proxies
+from spin_ray.runtime.signals import ending_signals, exit_as_terminated
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 FOLLOW_EVERY_S = 5
@@ -129,7 +131,8 @@ def _driving(out: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        click.echo(what_is_kept(out), err=True, nl=False)
+        with suppress(OSError):  # the terminal may be gone
+            click.echo(what_is_kept(out), err=True, nl=False)
         raise
 
 
@@ -402,9 +405,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     collect_rarely()
+    keep_loopback_from_proxies()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Ray, once started, does the same. The exception releases the lease, so that another machine can go on at once.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    for number in ending_signals():  # Ray, once started, does the same
+        signal.signal(number, exit_as_terminated)
     try:
         cli(prog_name="spin-ray", standalone_mode=False)
     except UserError as error:
@@ -418,7 +422,8 @@ def main() -> None:
         if isinstance(stopped, SystemExit) and stopped.code != signal.SIGTERM:
             raise
         goes_on = sys.argv[1:2] in (["run"], ["probe"])
-        click.echo(f"stopped{'; the same command goes on from what is committed' * goes_on}", err=True)
+        with suppress(OSError):  # the terminal may be gone
+            click.echo(f"stopped{'; the same command goes on from what is committed' * goes_on}", err=True)
         sys.exit(EXIT_FAILED)
 
 

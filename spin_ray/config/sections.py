@@ -784,7 +784,7 @@ class ClusterConfig(Section):
     """Address of a running Ray cluster; ``auto`` finds one. Not set: the Ray that this process is connected to, else
     $RAY_ADDRESS, else a new Ray on this machine."""
     local_cpus: Count | None = None
-    """Logical CPUs of a new Ray. Not set: all."""
+    """Logical CPUs of a new Ray. Not set: all that this process may use."""
     wait_for_nodes_s: NonNegative = 0
     """Longest wait, in seconds, for an autoscaling cluster to grow. The nodes of all stages are asked for. They stay up
     until the run ends, when the request is withdrawn. A killed driver's request ends after three minutes."""

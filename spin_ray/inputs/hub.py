@@ -26,6 +26,8 @@ _FETCHED += [f"{name}{end}" for name in ("LICEN[SC]E", "NOTICE", "USE_POLICY") f
 _CODE = ["*.py"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
 """Files that no library opens: Mistral's and Meta's layouts, and weights of checkpoints."""
+CONNECT_S, SILENCE_S = 10.0, 20.0
+"""Longest wait for a connection to the hub, and for its next bytes, in seconds."""
 
 
 class _Repository(NamedTuple):
@@ -57,6 +59,7 @@ def fetch_model(name: str, setting: str, *, with_code: bool = False, weights: bo
     from huggingface_hub import snapshot_download
 
     owner_and_name, _, revision = name.partition("@")
+    limit_silence()
     wanted = [*_FETCHED, *(_WEIGHTS if weights else []), *(_CODE if with_code else [])]
     try:
         return Path(
@@ -102,6 +105,7 @@ def unpinned(uri: str) -> str | None:
         return None
     from huggingface_hub import HfApi
 
+    limit_silence()
     try:
         found = HfApi().repo_info(repository.name, revision=repository.revision, repo_type=repository.kind)
     except Exception:  # reading it says why
@@ -127,6 +131,25 @@ def unlisted(uri: str) -> str | None:
     except Exception:  # see fetch_model; older clients keep no list
         return repository.command
     return None
+
+
+def limit_silence() -> None:
+    """Makes the hub's client give up on a hub that is silent, where the client itself would wait for ever.
+
+    A download that goes on is not cut, and neither is an upload, whose commit takes as long as the hub needs.
+    """
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:
+        hooks.append(_limit)
+
+
+def _limit(request: Any) -> None:
+    reads = request.method in ("GET", "HEAD")
+    ours = {"connect": CONNECT_S, **({"read": SILENCE_S} if reads else {})}
+    given = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = given | {name: ours[name] for name in ours if given.get(name) is None}
 
 
 def _is_offline() -> bool:
@@ -171,7 +194,10 @@ def _why(error: BaseException, repository: _Repository) -> str:
         return f"HF_HUB_OFFLINE is set, and its cache lacks this; where there is a network: {repository.command}"
     if status or is_a(HTTPError):
         said = f"status {status}" if status else _last_words(causes)
-        return f"{constants.ENDPOINT} does not answer ({said}); try again, or where it does: {repository.command}"
+        return (
+            f"{constants.ENDPOINT} does not answer ({said}); try again, name a mirror by HF_ENDPOINT, or where it "
+            f"does: {repository.command} (with that in the cache, HF_HUB_OFFLINE=1 asks no hub)"
+        )
     return first_line(error)
 
 
@@ -185,6 +211,7 @@ class _Online(pyarrow.fs.FSSpecHandler):
     def __init__(self, repository: _Repository) -> None:
         from huggingface_hub import HfFileSystem
 
+        limit_silence()
         super().__init__(HfFileSystem())
         self._repository = repository
 

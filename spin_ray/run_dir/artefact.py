@@ -116,6 +116,7 @@ class Artefact:
         try:
             return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
         except FileNotFoundError as error:
+            self.storage.refuse_gone()
             where = self.storage.where(self.path)
             raise NotCommittedError(f"{where}: is not committed; run the command again", self.path) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

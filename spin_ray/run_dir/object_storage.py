@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,8 +43,12 @@ LEAST_TRIES = 4
 """Tries of a call that alone takes longer than ``DEADLINE_S``, such as the upload of a large file."""
 FIRST_DEADLINE_S = 5.0
 """Longest search for credentials before the store's first answer."""
+FIRST_ANSWER_S = 30.0
+"""Longest wait for a store's first answer, in seconds: it may not run, or have another address."""
 _REQUEST_S = 60.0
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_SAID = re.compile(r'\b(?:message|error): "([^"]+)"')
 _METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 """Servers that give a machine's role its credentials, asked if the environment names none."""
 _CREDENTIALS = (
@@ -56,17 +61,31 @@ _CREDENTIALS = (
 class ObjectStorage(Storage):
     """``Storage`` on an object store; credentials and endpoint come from ``AWS_…`` or ``GOOGLE_…`` variables."""
 
-    def __init__(self, root: str, token: str | None = None) -> None:
+    def __init__(self, root: str, token: str | None = None, *, has_answered: bool = False) -> None:
         self.root = self._uri = root.rstrip("/")
         self._token = token
-        self._has_answered = False
+        self._has_answered = has_answered
         share_google_account()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectStorage, (self._uri, self._token)  # each process opens its own connections
+        return _reopened, (self._uri, self._token, self._has_answered)  # each process opens its own connections
 
     def fenced(self, token: str) -> "ObjectStorage":
-        return ObjectStorage(self._uri, token)
+        return ObjectStorage(self._uri, token, has_answered=self._has_answered)
+
+    def refuse_missing(self) -> None:
+        def list_some() -> None:
+            try:
+                next(iter(obstore.list(self._store, chunk_size=1)), None)
+            except BaseError as error:
+                if "404 Not Found" not in str(error):
+                    raise
+                raise FileNotFoundError from error  # of lists obstore tells the status alone
+
+        try:
+            self._insist("", list_some)
+        except FileNotFoundError as error:
+            raise self._no_bucket() from error
 
     def path(self, name: str) -> Path:
         raise ConfigError(f"{self.where(name)}: needs a local or shared folder; leave it out, or copy the run first")
@@ -175,10 +194,13 @@ class ObjectStorage(Storage):
         try:
             self._insist(name, partial(self._put_held, name, data, version))
         except FileNotFoundError as error:
-            raise ConfigError(f"{self._uri}: the store has no such bucket; make it, or choose another --out") from error
+            raise self._no_bucket() from error
         except (AlreadyExistsError, PreconditionError):
             return False
         return True
+
+    def _no_bucket(self) -> ConfigError:
+        return ConfigError(f"{self._uri}: the store has no such bucket; make it, or choose another --out")
 
     def _put_held(self, name: str, data: bytes, mode: Any) -> None:
         with self._held():
@@ -250,7 +272,8 @@ class ObjectStorage(Storage):
         """Repeats ``call`` while the store fails, with growing pauses and jitter.
 
         Raises:
-            StageError: still failing ``DEADLINE_S`` after the first failure, and after ``LEAST_TRIES``.
+            StageError: still failing ``DEADLINE_S`` after the first failure, and after ``LEAST_TRIES``; a store that
+                never answered ``FIRST_ANSWER_S`` after the first try.
             ConfigError: the store never answered, and credentials are missing or refused.
         """
         begun, failed_at, tries, pause_s = time.monotonic(), None, 0, 0.1
@@ -267,15 +290,24 @@ class ObjectStorage(Storage):
                 now = time.monotonic()
                 if not self._has_answered:
                     self._refuse_without_access(error, now - begun)
+                    if now + pause_s > begun + FIRST_ANSWER_S:
+                        raise self._silent(error, now - begun, tries) from error
                 failed_at = now if failed_at is None else failed_at
                 if now + pause_s > failed_at + DEADLINE_S and tries >= LEAST_TRIES:
                     raise StageError(
                         f"{self.where(name)}: the store failed for {now - failed_at:.0f} s, {tries} times "
-                        f"({first_line(error)}); run the command again, everything committed is kept"
+                        f"({_reason(error)}); run the command again, everything committed is kept"
                     ) from error
-                logger.info("%s: tried again in %.1f s (%s)", self.where(name), pause_s, type(error).__name__)
+                logger.info("%s: tried again in %.1f s (%s)", self.where(name), pause_s, _reason(error))
                 time.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(2 * pause_s, 10.0)
+
+    def _silent(self, error: BaseError, waited_s: float, tries: int) -> StageError:
+        place = next((f" at {name} {url}" for name in _ENDPOINTS if (url := os.environ.get(name))), "")
+        return StageError(
+            f"{self._uri}: the store{place} has not answered for {waited_s:.0f} s, {tries} times ({_reason(error)}); "
+            "is it running, and is this its address? Then run the command again"
+        )
 
     def _refuse_without_access(self, error: BaseError, waited_s: float) -> None:
         refused = isinstance(error, UnauthenticatedError | PermissionDeniedError)
@@ -285,8 +317,19 @@ class ObjectStorage(Storage):
             raise ConfigError(f"{self._uri}: {said}; {_CREDENTIALS}") from error
 
 
+def _reopened(root: str, token: str | None, has_answered: bool) -> ObjectStorage:
+    return ObjectStorage(root, token, has_answered=has_answered)
+
+
+def _reason(error: BaseError) -> str:
+    """Returns the system's reason, such as ``Connection refused``, which obstore tells below its own line."""
+    text = str(error)
+    said = _SAID.findall(text)
+    return said[-1] if said else "timed out" if "TimedOut" in text else first_line(error)
+
+
 def _endpoint() -> str:
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+    for name in _ENDPOINTS:
         if os.environ.get(name):
             return os.environ[name]
     for name in ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"):

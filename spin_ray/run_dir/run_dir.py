@@ -243,10 +243,12 @@ class RunDir:
 
         Raises:
             RunDirError: run.json is missing or damaged.
+            ConfigError: a store has no such bucket.
         """
         try:
             return json.loads(self.storage.read("run.json"))
         except FileNotFoundError as error:
+            self.storage.refuse_missing()
             raise RunDirError(f"{self.storage.root}: is not a run (no run.json)") from error
         except ValueError as error:
             raise RunDirError(f"{self.storage.root}/run.json: is damaged; restore it") from error

@@ -112,6 +112,17 @@ class Storage:
         """Returns storage that makes changes only while the lease has ``token``."""
         return Storage(self._folder, self._disk, token)
 
+    def refuse_missing(self) -> None:
+        """Raises ConfigError if nothing can hold the root: a store lacks the bucket. A folder is made when needed."""
+
+    def refuse_gone(self) -> None:
+        """Raises RunDirError if a driver finds neither lease nor run.json: the whole folder is gone."""
+        if self._token is not None and not self.exists(LEASE) and not self.exists("run.json"):
+            raise RunDirError(
+                f"{self.root}: the folder is gone while the run wrote to it (moved, unmounted, or not shared with this "
+                "machine?); move it back, or give its new place to --out"
+            )
+
     @property
     def name(self) -> str:
         return str(self.root).rpartition("/")[2]
@@ -143,6 +154,7 @@ class Storage:
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
         """Replaces ``name`` by ``new`` if it holds ``old``; None stands for no file."""
+        self.refuse_gone()  # the lock would make the folder again
         with locked(self._folder, alone=True):
             self._check_lease()
             if self.find(name) != old:
@@ -257,6 +269,7 @@ class Storage:
 
     @contextmanager
     def _changing(self, target: Path) -> Iterator[None]:
+        self.refuse_gone()  # an attempt and the lock would make the folder again
         try:
             yield
         except FileExistsError:

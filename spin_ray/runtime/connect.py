@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,19 @@ from typing import Any
 
 import ray
 import ray.cloudpickle
+from ray._common.utils import get_system_memory
 from ray._private import ray_constants, services
+from ray._private.utils import resolve_object_store_memory
 from ray._private.worker import global_worker
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import garbage
 from spin_ray.runtime.autoscaler import keep_ray_data_from_asking
-from spin_ray.runtime.start_errors import check_answers, join_error, start_error
+from spin_ray.runtime.cgroups import memory_limit
+from spin_ray.runtime.cpu import usable_cpus
+from spin_ray.runtime.signals import ending_signals, exit_as_terminated
+from spin_ray.runtime.start_errors import check_answers, check_loopback, join_error, start_error
 
 
 def connect(config: SpinConfig) -> None:
@@ -37,11 +41,12 @@ def connect(config: SpinConfig) -> None:
         _refuse_other_source()
         address, place = _asked_address(config)
         options: dict[str, Any] = {"address": address} if address else {
-            "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
+            "address": "local", "num_cpus": config.cluster.local_cpus or usable_cpus(), "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1", **_memory_options(),
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
+            check_loopback()
             # ray.llm has a hook of its own, beside which its engines on GPUs fail.
             if not config.serving.resources.gpus:
                 # By value, because Ray calls it before a new process can import this package.
@@ -62,12 +67,22 @@ def connect(config: SpinConfig) -> None:
         except Exception as error:  # Ray raises many types, even plain Exception
             raise (join_error(error, place) if address else start_error(error)) from error
         if threading.current_thread() is threading.main_thread():
-            take_signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+            for number in ending_signals():
+                take_signal(number, exit_as_terminated)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     keep_ray_data_from_asking()
+
+
+def _memory_options() -> dict[str, int]:
+    """Returns the sizes that Ray would choose if it saw the limit of this process's own cgroup; empty where it does."""
+    limit = memory_limit()
+    if limit is None or limit >= get_system_memory():
+        return {}
+    store = max(resolve_object_store_memory(limit), ray_constants.OBJECT_STORE_MINIMUM_MEMORY_BYTES)
+    return {"object_store_memory": store, "_memory": max(limit - store, store)}
 
 
 def _asked_address(config: SpinConfig) -> tuple[str | None, str]:

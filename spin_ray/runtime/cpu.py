@@ -1,4 +1,4 @@
-"""Settings for safe and fast computation on CPUs, made before torch's first matrix product.
+"""CPUs of this process, and settings for safe and fast computation on them, made before torch's first matrix product.
 
 Some virtual machines advertise AMX without the CPUID leaf of its tiles, and oneDNN's bf16 kernels die of SIGILL. There
 oneDNN is limited to AVX-512.
@@ -10,6 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from spin_ray.runtime.cgroups import cpu_limit
 from spin_ray.runtime.probes import in_own_process, once_per_boot
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,13 @@ _KEEP = "narenas:1,thp:always,oversize_threshold:0,dirty_decay_ms:300000,muzzy_d
 _WITHOUT_AMX = "AVX512_CORE_FP16"
 _ISA = "ONEDNN_MAX_CPU_ISA"
 _COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def usable_cpus() -> int:
+    """Returns the CPUs that this process may use; ``taskset``, Slurm and containers leave it fewer than there are."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    counts = [count for count in (os.cpu_count(), allowed, cpu_limit()) if count]
+    return max(1, int(min(counts, default=1)))
 
 
 def keep_freed_memory() -> dict[str, str]:

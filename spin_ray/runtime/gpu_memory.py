@@ -11,6 +11,7 @@ from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError
+from spin_ray.runtime.cgroups import memory_limit
 from spin_ray.runtime.gpu import runs_elsewhere
 
 WAIT_S = 120.0
@@ -56,12 +57,13 @@ def largest_card(config: SpinConfig) -> int | None:
 
 
 def memory_here(config: SpinConfig) -> int | None:
-    """Returns the bytes of this machine's memory, or of its container's; None on a cluster."""
+    """Returns the bytes of memory that this process may have; None on a cluster."""
     if runs_elsewhere(config):
         return None
     from ray._common.utils import get_system_memory
 
-    return get_system_memory()
+    whole, limit = get_system_memory(), memory_limit()
+    return whole if limit is None else min(whole, limit)
 
 
 def visible_cards(count: int | None = None) -> list[Card]:

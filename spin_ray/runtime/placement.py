@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from spin_ray.config.limits import parts_of_a_gpu
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 from spin_ray.runtime.autoscaler import Ask, Request, asking, only
+from spin_ray.runtime.cpu import usable_cpus
+from spin_ray.runtime.gpu import runs_elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,21 @@ def engine_bundles(config: SpinConfig) -> Bundles:
         return [resources.bundle]
     group = {"GPU": float(engine.tensor_parallel_size)}
     return [resources.bundle | group, *[group] * (engine.pipeline_parallel_size - 1)]
+
+
+def beyond_this_process(config: SpinConfig) -> list[str]:
+    """Returns a sentence for each stage that asks for more CPUs than this process may use; none on a cluster."""
+    usable, machine = usable_cpus(), os.cpu_count()
+    if runs_elsewhere(config):
+        return []
+    asked = {stage: total_of(bundles).get("CPU", 0) for stage, bundles in demands(config).items()}
+    limited = f" of the machine's {machine} (taskset, Slurm or a container limits it)" if usable != machine else ""
+    return [
+        f"{stage} asks for {cpus:g} CPUs, and this process may use {usable}{limited}; lower {stage}.resources.cpus, or "
+        f"let Ray count more (cluster.local_cpus: {math.ceil(cpus)}), which is slower"
+        for stage, cpus in asked.items()
+        if cpus > usable
+    ]
 
 
 @contextmanager

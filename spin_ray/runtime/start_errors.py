@@ -18,6 +18,8 @@ from spin_ray.errors import ResourceError, StageError, last_line
 ANSWER_S = 10.0
 """Longest wait for a connection, in seconds. A head that is starting needs a few."""
 
+_LOOPBACK = "127.0.0.1"
+_LOOPBACK_S = 5.0
 _SHARED_MEMORY = (
     "shared memory (/dev/shm) is too small for its object store; give the container more, e.g. docker run "
     "--shm-size=8g or, in Kubernetes, an emptyDir of medium Memory at /dev/shm"
@@ -76,6 +78,22 @@ def start_error(error: BaseException) -> Exception:
         f"Ray did not start on this machine: {_told(error)}; its logs are in {_folder()}/ray/session_latest/logs; "
         "run the command again"
     )
+
+
+def check_loopback() -> None:
+    """Tests a connection within this machine, without which an embedded Ray would hang.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    try:
+        with socket.create_server((_LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_S).close()
+    except OSError as error:
+        raise ResourceError(
+            f"Ray did not start on this machine: {_LOOPBACK} cannot be reached ({error.strerror or error}); bring up "
+            "the loopback interface (ip link set lo up)"
+        ) from error
 
 
 def join_error(error: BaseException, place: str) -> Exception:

@@ -15,9 +15,11 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, last_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
+from spin_ray.runtime.cpu import usable_cpus
 from spin_ray.runtime.engine_names import check_serving_engine
 from spin_ray.runtime.gpu import check_serving_build, runs_elsewhere
 from spin_ray.runtime.placement import missing, node_resources
+from spin_ray.runtime.signals import ending_signals
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
 from spin_ray.serving.app import APP, STOP_MARGIN_S, application, check_devices, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def serve_run(run: RunDir, config: SpinConfig) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serves until SIGINT, SIGTERM or SIGHUP.
 
     Raises:
         UserError: settings, keys, run or cluster cannot be used.
@@ -41,7 +43,7 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
     check_settings(run, config)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # no Event: two signals at once could lock it
     front = start(run, config)
-    for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets its own at its start
+    for number in (signal.SIGINT, *ending_signals()):  # not earlier: Ray sets its own at its start
         take_signal(number, lambda number, _: stop.put(number))
     try:
         Progress(config.serving, front).follow(stop)
@@ -142,5 +144,5 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
     if config.cluster.local_cpus:
         return config
     needed = int((engines * config.serving.most_engines + 1) * config.serving.resources.cpus + 1)
-    cpus = max(os.cpu_count() or 1, needed)
+    cpus = max(usable_cpus(), needed)
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"local_cpus": cpus})})

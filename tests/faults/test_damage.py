@@ -9,11 +9,13 @@ import pytest
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
+from spin_ray.loop import launch
 from spin_ray.report.page.view import read_view
 from spin_ray.report.page.write import report_page
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_from_bytes
 from tests.support import small_run
+from tests.support.fakes import FakeEngine
 from tests.support.faulty_disk import FaultyDisk, Killed
 from tests.support.small_run import committed
 
@@ -243,3 +245,17 @@ def test_a_checkpoint_of_another_number_of_workers_or_config_is_refused(
     seal.write_text(seal.read_text().replace(written, as_if))
     with pytest.raises(RunDirError, match=rf"was written with other values of {message}; restore them, or remove"):
         small_run.run(config, out)
+
+
+def test_a_run_whose_folder_is_moved_away_says_so_and_goes_on_at_its_new_place(
+    tmp_path: Path, config: SpinConfig, calm: Path
+) -> None:
+    def move(call: int) -> None:
+        if call == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    with pytest.raises(RunDirError, match=r"run: the folder is gone while the run wrote to it"):
+        launch.run_spin(config, tmp_path / "run", lambda _: FakeEngine(vocabulary=60, before=move))
+    assert not (tmp_path / "run").exists()
+    small_run.run(config, tmp_path / "moved")
+    assert committed(tmp_path / "moved") == committed(calm)

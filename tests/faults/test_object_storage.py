@@ -334,6 +334,17 @@ def endpoint() -> Iterator[str]:
     server.shutdown()
 
 
+def test_a_bucket_that_is_not_there_is_told_by_every_command(call: Call, tmp_path: Path, config: SpinConfig) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(config.model_dump(mode="json")))
+    uri = f"s3://nosuchbucket/{tmp_path.name}"
+    for words in (("doctor", recipe, "--no-cluster", "--out", uri), ("status", uri), ("run", recipe, "--out", uri)):
+        code, _, error = call(*words)
+        assert code == 2 and "the store has no such bucket; make it, or" in error, (words, error)
+    code, out, error = call("doctor", recipe, "--no-cluster", "--out", uri_of(tmp_path))
+    assert (code, error) == (0, "") and f"a store answers: {uri_of(tmp_path)} (writing not tried)" in out
+
+
 def test_every_command_that_reads_a_run_reads_one_on_a_store(
     stored: str, calm: Path, tmp_path: Path, call: Call, endpoint: str
 ) -> None:

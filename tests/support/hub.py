@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ class Repository:
 class Hub:
     url: str = ""
     down: bool = False
+    silent_at: str = ""
+    """Part of the paths that get no answer while it is set."""
     repositories: dict[str, Repository] = field(default_factory=dict)
     """Repositories by ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
     asked: list[str] = field(default_factory=list)
@@ -53,6 +56,8 @@ class _Handler(BaseHTTPRequestHandler):
             kind, parts = "models", [kind, *parts]
         name, (what, revision, *inside) = "/".join(parts[:2]), parts[2:] or ["revision", "main"]
         repository = self.hub.repositories.get(f"{kind}/{name}")
+        while self.hub.silent_at and self.hub.silent_at in path:
+            time.sleep(0.05)
         if self.hub.down:
             self._send(503)
         elif repository is None:

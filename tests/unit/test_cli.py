@@ -302,8 +302,10 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
     assert code == 0
     for line in ("ok recipe", "ok data", "ok model", "GiB free", "ok generation: 1 ×", "ok train: 1 ×", "ray 2."):
         assert line in out
+    monkeypatch.setattr(placement, "usable_cpus", lambda: 1)
     found = call("doctor", recipe, "--train.workers=2")
     assert_one_line((found[0], "", found[2]), "train asks for 2 × 1 CPU")
+    assert "warning train asks for 2 CPUs, and this process may use 1" in found[1] and "generation asks" not in found[1]
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,5 @@
 """Facts of model, data and hardware on this machine."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.planning.cluster import Cluster, name_of_gpu
 from spin_ray.planning.hardware import DEVICE_NAMES, GPUS
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
+from spin_ray.runtime.cpu import usable_cpus
 from spin_ray.runtime.gpu import cpu_builds
 from spin_ray.runtime.gpu_memory import visible_cards
 
@@ -72,7 +72,7 @@ def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
     Raises:
         ConfigError: the GPU's name is unknown.
     """
-    cpus, note, here = os.cpu_count() or 1, "", gpu is None
+    cpus, note, here = usable_cpus(), "", gpu is None
     if gpu is None:
         gpu, gpus, note = _found_gpu(gpus)
     if gpu == "none":

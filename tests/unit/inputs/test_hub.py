@@ -10,6 +10,7 @@ from huggingface_hub import HfFileSystem, constants
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import DataError, ModelError, UserError
+from spin_ray.inputs import hub as hub_module
 from spin_ray.inputs.check import _open_scorer, check_recipe
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import _base_of, find_model
@@ -209,3 +210,18 @@ def test_a_model_that_is_not_there_is_told(hub):
         find_folder("o/none")
     with pytest.raises(ModelError, match="o/tiny has no revision v9"):
         find_folder("o/tiny@v9")
+
+
+def test_a_hub_that_accepts_and_is_silent_is_told_and_what_is_cached_is_taken(hub, monkeypatch):
+    """The client itself would wait for ever."""
+    monkeypatch.setattr(hub_module, "SILENCE_S", 0.2)
+    commit = hub.add("models/o/tiny", MODEL)
+    there = find_folder("o/tiny")
+    hub.silent_at = "/"
+    with pytest.raises(
+        ModelError, match=r"does not answer \(timed out\).* HF_ENDPOINT.*hf download o/other \(.*HF_HUB_OF"
+    ):
+        find_folder("o/other")
+    assert find_folder("o/tiny") == find_folder(f"o/tiny@{commit}") == there
+    assert unpinned(f"{DATA}/a.jsonl") is None
+    hub.silent_at = ""

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,13 @@ import pytest
 
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.report import benchmarks, harness, judge
-from spin_ray.report.endpoint import Unanswered, _retry_after
+from spin_ray.report.endpoint import Unanswered, _retry_after, unreachable
 from spin_ray.report.harness import measure
 from spin_ray.report.harness_request import Benchmark, Request
 from spin_ray.report.judge import Judge
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.proxies import keep_loopback_from_proxies, proxy_of
 from tests.support.made_up_run import made_up_run
 
 Answer = tuple[int, dict[str, str], bytes | threading.Event]
@@ -180,3 +182,42 @@ def test_an_endpoint_that_refuses_the_key_is_the_users_error_for_eval(tmp_path: 
     run = made_up_run(tmp_path)
     with server(refusal(401, "Incorrect API key")) as (url, _), pytest.raises(ConfigError, match="set OPENAI_API_KEY"):
         benchmarks.run(run, run.config(), 0, benchmarks.request_for(run.config(), 0, "/m", benchmarks=(), endpoint=url))
+
+
+def test_a_server_of_this_machine_is_asked_without_the_proxy_and_another_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy here, a server too, would refuse and read the key."""
+    with server(refusal(403, "not for you")) as (proxy, seen), server(FIRST) as (url, asked):
+        behind = proxy.removesuffix("/v1").replace("//", "//me:SECRETSECRET@")
+        set_proxy(monkeypatch, behind)
+        assert judged(tmp_path / "run", url)["contradicting"] == 3
+        assert not seen and len(asked) == 6
+        told = f"(asked through the proxy {proxy.removesuffix('/v1')}; NO_PROXY leaves it out)"
+        with pytest.raises(Unanswered) as caught:
+            measure(Request(model="m", name="sft", endpoint="http://h.invalid/v1", benchmarks=(), chat=True))
+        assert told in str(caught.value) and len(seen) == 1
+    with pytest.raises(StageError) as failed:  # the proxy is gone
+        judged(tmp_path / "other", "http://h.invalid/v1", tries=1)
+    assert told in str(failed.value) and told in (unreachable("http://h.invalid/v1") or "")
+
+
+def test_every_client_leaves_this_machine_out_of_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp asks ``proxy_bypass``, and requests has rules of its own."""
+    requests = pytest.importorskip("requests")
+    set_proxy(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", ".intra")
+    monkeypatch.setenv("NO_PROXY", ".intra")
+    urls = ["http://127.0.0.1:80/v1", "http://127.0.0.2/v1", "http://[::1]:80/v1", "http://localhost:80/v1"]
+    assert all(requests.utils.get_environ_proxies(url) for url in urls)
+    keep_loopback_from_proxies(*urls, "http://h.invalid/v1")
+    assert not any(requests.utils.get_environ_proxies(url) for url in [*urls, "http://x.intra/"])
+    assert all(urllib.request.proxy_bypass(host) for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"))
+    assert proxy_of("http://h.invalid/v1") == "http://127.0.0.1:9" and proxy_of("http://x.intra/") is None
+
+
+def set_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("HTTP_PROXY", proxy)

@@ -2,6 +2,9 @@
 
 import glob
 import json
+import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -134,7 +137,7 @@ def test_a_tracker_that_fails_is_a_warning_and_is_told_again(run, monkeypatch, c
     [
         (
             {"mlflow": {"uri": "http://127.0.0.1:9"}},
-            r"tracking\.mlflow\.uri: http://127\.0\.0\.1:9 cannot be used \(.*",
+            r"tracking\.mlflow\.uri: http://127\.0\.0\.1:9 cannot be used \(Connection refused\); correct it",
         ),
         ({"mlflow": {"uri": "foo://bar"}}, r"tracking\.mlflow\.uri: foo://bar cannot be used \(.*foo://bar"),
         ({"wandb": {"mode": "online"}}, r"tracking\.wandb\.mode: online needs a key; set WANDB_API_KEY"),
@@ -153,6 +156,27 @@ def test_a_tracker_that_cannot_be_used_is_told_at_the_start(run, monkeypatch, tm
         return
     with pytest.raises(ConfigError, match=told):
         check_trackers(configured(run, **trackers))
+
+
+def test_a_server_of_mlflow_that_hangs_is_asked_twice_and_told_in_a_few_words(run, monkeypatch, caplog):
+    """A run asks it longer: it may be busy for a moment."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError) as caught:
+            check_trackers(configured(run, mlflow={"uri": uri}))
+        asked = 0
+        server.setblocking(False)
+        with suppress(BlockingIOError):
+            while server.accept():
+                asked += 1
+    assert (
+        str(caught.value) == f"tracking.mlflow.uri: {uri} cannot be used (timed out); correct it, or start its server"
+    )
+    assert asked == 2 and not caplog.text
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 def test_a_folder_of_mlflow_is_used_and_what_a_tracker_lacks_of_a_finished_run_is_logged(run, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from spin_ray.errors import RunDirError, StageError
 from spin_ray.run_dir import fence
 from spin_ray.run_dir import lease as lease_module
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.fence import LEASE, locked
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.storage import Storage
@@ -194,6 +195,7 @@ def test_a_driver_whose_lease_was_taken_over_can_change_nothing(storage):
 
 
 def test_a_driver_whose_lease_was_removed_stops(storage):
+    storage.create("run.json", b"{}")
     with Lease(storage, timeout_s=60) as lease:
         storage.delete(LEASE)
         with pytest.raises(RunDirError, match="nobody"):
@@ -390,3 +392,22 @@ def test_a_second_thread_does_not_take_over_a_lease_in_the_moment_it_was_written
 
     with Lease(Watched(tmp_path / "run"), timeout_s=60):
         assert len(refused) == 1
+
+
+def test_a_driver_whose_folder_was_moved_away_says_so_and_makes_none_in_its_place(storage):
+    """Another start there would begin from zero."""
+    storage.create("attempt/file", b"")
+    with Lease(storage, timeout_s=60) as lease:
+        storage.create("run.json", b"{}")
+        storage.root.rename(storage.root.with_name("moved"))
+        calls = [
+            *CHANGES.values(),
+            lambda it: it.update("eval.json", lambda _: b"new"),
+            lambda it: it.new_attempt_folder(),
+        ]
+        for call in [*calls, lambda it: Artefact(it, "prompts").manifest()]:
+            with pytest.raises(
+                RunDirError, match=r"run: the folder is gone while the run wrote to it .*place to --out"
+            ):
+                call(lease.storage)
+    assert not storage.root.exists()

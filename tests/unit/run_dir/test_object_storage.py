@@ -1,5 +1,6 @@
 """A store that cannot be used is told at once; one that has answered before is waited for."""
 
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_store_without_access_is_a_mistake_until_it_has_answered(error: BaseEr
 def test_a_call_that_took_longer_than_the_deadline_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the upload of a large file over a slow link: each try takes longer than the store is waited for."""
     monkeypatch.setattr(object_storage, "DEADLINE_S", 0.05)
-    storage, tries = ObjectStorage("s3://bucket/run"), list[int]()
+    storage, tries = ObjectStorage("s3://bucket/run", has_answered=True), list[int]()
 
     def upload() -> str:
         time.sleep(0.1)
@@ -62,6 +63,28 @@ def test_a_call_that_took_longer_than_the_deadline_is_tried_again(monkeypatch: p
     with pytest.raises(StageError, match=r"run/model: the store failed for [1-9] s, 4 times \(503 Slow Down\)"):
         storage._insist("model", lambda: (time.sleep(0.3), tries.append(0), fail(GenericError("503 Slow Down"))()))
     assert len(tries) == 4
+
+
+def test_a_store_that_has_never_answered_is_given_up_soon_with_the_reason(monkeypatch, caplog) -> None:
+    """Port 9 refuses. A later request is waited for as long as the machine of a store may take to start again."""
+    monkeypatch.setattr(object_storage, "FIRST_ANSWER_S", 0.3)
+    monkeypatch.setattr(object_storage, "DEADLINE_S", 60)
+    caplog.set_level("INFO")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION"):
+        monkeypatch.setenv(f"AWS_{name}", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(
+        StageError,
+        match=r"at AWS_ENDPOINT_URL http://127.0.0.1:9 has not .* \d times \(Connection refused\); is it run",
+    ) as caught:
+        ObjectStorage("s3://bucket/run").exists("run.json")
+    assert "committed" not in str(caught.value)
+    assert "tried again in 0.1 s (Connection refused)" in caplog.text
+    monkeypatch.setattr(object_storage, "DEADLINE_S", 0.4)
+    known = ObjectStorage("s3://bucket/run", has_answered=True)
+    for storage in (known.fenced("token"), pickle.loads(pickle.dumps(known))):  # noqa: S301 (our own)
+        with pytest.raises(StageError, match=r"the store failed for .*\(Connection refused\).*committed is kept"):
+            storage.exists("run.json")
 
 
 def test_a_scheme_of_no_store_is_refused_at_once() -> None:

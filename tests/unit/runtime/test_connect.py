@@ -1,5 +1,6 @@
 """A Ray that cannot start here is one line with a remedy, not a traceback of Ray's."""
 
+import errno
 import os
 import shutil
 import socket
@@ -113,6 +114,17 @@ def test_what_nobody_foresaw_is_one_line_that_names_ray_s_logs(start):
     ) as e:
         start(error)
     assert e.value.__cause__ is error
+
+
+def test_a_machine_without_its_loopback_interface_is_named_before_ray_hangs(start, monkeypatch) -> None:
+    """A connection ends in what ``ip link set lo down`` makes of it."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(ResourceError, match=r"127\.0\.0\.1 cannot be reached \(Network is unr.*ip link set lo up"):
+        start(AssertionError("Ray was asked"))
 
 
 # A cluster that cannot be joined
@@ -241,24 +253,44 @@ def test_an_address_of_the_environment_is_compared_too(connected, monkeypatch) -
         refuse_other_ray(config_of())
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_a_ray_that_serves_on_gpus_has_no_hook_beside_that_of_ray_llm(
-    monkeypatch: pytest.MonkeyPatch, gpus: int
-) -> None:
-    """ray.llm's engine on GPUs joins Ray with a hook of its own, and Ray refuses two."""
+@pytest.fixture
+def options_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns what ``connect`` gives an embedded Ray at its start."""
 
     class Started(Exception):
         pass
 
-    given: dict[str, Any] = {}
+    def options_of(**config: Any) -> dict[str, Any]:
+        given: dict[str, Any] = {}
 
-    def init(**options: Any) -> None:
-        given.update(options)
-        raise Started
+        def init(**options: Any) -> None:
+            given.update(options)
+            raise Started
 
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(StageError):
-        connect(config_of(serving={"resources": {"gpus": gpus}}))
-    assert ("runtime_env" in given) == (not gpus)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", init)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        with pytest.raises(StageError):
+            connect(config_of(**config))
+        return given
+
+    return options_of
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_ray_that_serves_on_gpus_has_no_hook_beside_that_of_ray_llm(options_of: Any, gpus: int) -> None:
+    """ray.llm's engine on GPUs joins Ray with a hook of its own, and Ray refuses two."""
+    assert ("runtime_env" in options_of(serving={"resources": {"gpus": gpus}})) == (not gpus)
+
+
+def test_an_embedded_ray_has_the_cpus_and_the_memory_of_this_process(options_of: Any, monkeypatch) -> None:
+    """Ray itself sees neither ``taskset`` nor the limit of a nested cgroup, as Slurm and systemd-run make them."""
+    monkeypatch.setattr(connect_module, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(connect_module, "memory_limit", lambda: 10 * 2**30)
+    monkeypatch.setattr(connect_module, "get_system_memory", lambda: 64 * 2**30)
+    given = options_of()
+    assert given["num_cpus"] == 3 and given["_memory"] + given["object_store_memory"] == 10 * 2**30
+    assert given["object_store_memory"] <= 3 * 2**30
+    assert options_of(cluster={"local_cpus": 8})["num_cpus"] == 8
+    monkeypatch.setattr(connect_module, "get_system_memory", lambda: 10 * 2**30)
+    assert "_memory" not in options_of(), "Ray sees this limit itself"
