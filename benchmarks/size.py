@@ -120,6 +120,7 @@ def main() -> None:
         print(json.dumps({name: round(value, 1) for name, value in lines[-1].items()}), flush=True)
     first, before, last = lines[0], *lines[-2:]
     more, sizes = last["rows"] - before["rows"], f"{before['rows']} to {last['rows']} rows"
+    whole = f"{first['rows']} to {last['rows']} rows"
     stages = ("prompts", "generation", "pairs")
     seconds = {name: last[name] - before[name] for name in stages}
     found = [at_least(f"8 {name}, rows/s more rows cost", [more / seconds[name]], 20_000, sizes) for name in stages]
@@ -127,7 +128,7 @@ def main() -> None:
     rates = f"{sizes}; the tokenizer's own: {' '.join(f'{rate:.0f}' for rate in alone)}"
     share = more / seconds["prompts"] / statistics.median(alone)
     found.append(at_least("8 prompts, share of the tokenizer's own rows/s", [share], 0.5, rates))
-    found.append(at_most("8 driver memory, MiB more", [last["driver_mib"] - first["driver_mib"]], 200, sizes))
+    found.append(at_most("8 driver memory, MiB more", [last["driver_mib"] - first["driver_mib"]], 200, whole))
     if len(lines) > 2:
         small = (before["rows"] - first["rows"]) / (
             sum(before[name] for name in stages) - sum(first[name] for name in stages)

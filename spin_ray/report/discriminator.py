@@ -4,6 +4,7 @@ A linear classifier, independent of the trained model, is trained on some prompt
 means that it sees no difference.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,9 @@ Features = Any
 
 FOLDS = 5
 RESAMPLES = 2000
+WIDER = math.sqrt(1 + FOLDS / (FOLDS - 1))
+"""Factor of the bootstrap's interval, which takes the groups as independent though their classifiers share training
+texts (Nadeau and Bengio 2003, "Inference for the generalization error")."""
 PENALTY = 0.1
 """Weight of half the squared norm of the weights. The losses are summed over texts."""
 NGRAM_SIZES = (1, 2, 3, 4)
@@ -48,8 +52,9 @@ def two_sample(real: Features, generated: Features, groups: Sequence[Hashable]) 
     correct = correct_by_group(real, generated, groups)
     if correct is None:
         return None
-    low, high = bootstrap(correct)
-    return TwoSample(float(correct.mean()), low, high, len(correct))
+    mean, ends = float(correct.mean()), bootstrap(correct)
+    low, high = (min(max(mean + WIDER * (end - mean), 0.0), 1.0) for end in ends)
+    return TwoSample(mean, low, high, len(correct))
 
 
 def correct_by_group(real: Features, generated: Features, groups: Sequence[Hashable]) -> np.ndarray | None:

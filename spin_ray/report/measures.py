@@ -89,11 +89,12 @@ MEASURES = (
     Measure(
         "against_self.loss", "loss on own samples",
         "the same loss with fresh y′ of the iterate itself",
-        "Above 0.693: it overshot; its own samples gained more over the opponent than the human responses did.", 4,
+        "No sign by itself: margins that spread around 0 lift it above ln 2, also where the model is the data.", 4,
     ),
     Measure(
         "against_self.margin", "margin on own samples", "the same margin with fresh y′ of the iterate itself",
-        "Below 0: it overshot; its own samples gained more over the opponent than the human responses did.",
+        "Below 0 by more than chance: it overshot; its own samples gained more over the opponent than the human "
+        "responses did.",
     ),
     Measure(
         "jsd_lower_bound", "distance of the opponent",

@@ -62,8 +62,7 @@ def _fall_of_both(it: Compared) -> float | None:
     return None if real is None or generated is None else min(-real, -generated)
 
 
-def _below_zero(it: Compared) -> float | None:
-    key = "against_self.generated_logp_drift"
+def _below_zero(it: Compared, key: str) -> float | None:
     value, interval = it.now(key), BY_KEY[key].interval(it.evaluation)
     if value is None or interval is None or interval[1] >= 0:
         return None
@@ -116,9 +115,10 @@ RULES = (
         "carry over to new rows.",
     ),
     Rule(
-        "overshoot", "against_self.loss", GUESSING + 0.05, lambda it: it.now("against_self.loss"),
-        lambda it: f"loss on own samples {it.now('against_self.loss'):.3f} is above ln 2: the iterate overshot, its "
-        "samples gained more than y did.",
+        "overshoot", "depth of against_self.margin below 0, over half its 95 % interval", 1.0,
+        lambda it: _below_zero(it, "against_self.margin"),
+        lambda it: f"margin on own samples {it.now('against_self.margin'):.3f} is below 0 by more than chance: the "
+        "iterate overshot, its samples gained more than y did.",
     ),
     Rule(
         "lost probability", "smaller fall of log p(y) and log p(y′), in nats", 2.0, _fall_of_both,
@@ -127,7 +127,7 @@ RULES = (
     ),
     Rule(
         "KL below 0", "depth of against_self.generated_logp_drift below 0, over half its 95 % interval", 1.0,
-        _below_zero, lambda it: _kl_sentence(it),
+        lambda it: _below_zero(it, "against_self.generated_logp_drift"), lambda it: _kl_sentence(it),
     ),
     Rule(
         "equal to y", "identical_share", 0.5, lambda it: it.now("identical_share"),

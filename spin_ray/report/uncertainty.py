@@ -17,6 +17,8 @@ from spin_ray.run_dir.names import prompt_of
 
 CONFIDENCE = 1.96
 """Standard errors on each side of a 95 % interval."""
+LEAST_FREEDOM = 0.7
+"""Degrees of freedom below which no interval is told; its half would be over 30 standard errors."""
 SHARE = (0.0, 0.0, 1.0, 1.0)
 """Rows added for the interval of a share: 0 of n is not certainly 0 (Agresti and Coull 1998, "plus four")."""
 CHANGE_OF_SHARE = (-1.0, 1.0)
@@ -61,10 +63,11 @@ def _key(messages: list[Any]) -> str:
 def standard_error(
     values: np.ndarray, groups: Sequence[int] | None = None, added: Collection[float] = ()
 ) -> float | None:
-    """Returns the mean's standard error; None for one group alone.
+    """Returns the mean's standard error; None where one group has all rows, or nearly all.
 
     Few groups widen it: of a share by the rows added, else so that CONFIDENCE errors are the interval of Student's t
-    with one degree of freedom less than groups.
+    with one degree of freedom less than groups. Groups of unequal size count as fewer, by the squares of their shares
+    of the rows, and a large one's deviation as larger, because it pulls the mean (CR2 of Bell and McCaffrey 2002).
 
     Args:
         values: float [rows].
@@ -72,20 +75,23 @@ def standard_error(
             1986). None: rows are independent.
         added: further independent rows, ``SHARE`` or ``CHANGE_OF_SHARE``, each with the weight of a mean group.
     """
+    from scipy.special import stdtrit  # slow import, which scoring workers do not need
+
     numbers = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    if len(numbers) == 0 or numbers.max() == 0:
+    sizes = np.bincount(numbers)
+    if len(sizes) < 2:
         return None
-    draws = int(numbers.max()) + 1
-    more, weight = np.asarray(list(added)), len(values) / draws
+    more, weight = np.asarray(list(added)), len(values) / len(sizes)
     total = len(values) + weight * len(more)
     mean = (values.astype(np.float64).sum() + weight * more.sum()) / total
     sums = np.concatenate([np.bincount(numbers, values - mean), weight * (more - mean)])
-    error = math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / total
-    if len(more):
-        return error
-    from scipy.special import stdtrit  # slow import, which scoring workers do not need
-
-    return error * float(stdtrit(draws - 1, 0.975)) / CONFIDENCE
+    shares = np.concatenate([sizes, np.full(len(more), weight)]) / total
+    freedom = 1 / np.square(shares).sum() - 1
+    if freedom < LEAST_FREEDOM:
+        return None
+    error = math.sqrt((np.square(sums) / (1 - shares)).sum()) / total
+    usual = stdtrit(len(sums) - 1, 0.975) if len(more) else CONFIDENCE
+    return error * float(stdtrit(freedom, 0.975) / usual)
 
 
 def interval_of_share(share: float, error: float, draws: int) -> tuple[float, float]:

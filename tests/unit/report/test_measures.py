@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -20,7 +21,7 @@ HEALTHY = {
     "against_self": {"loss": 0.6, "margin": 0.5, "generated_logp_drift": 0.5},
     "real_logp_drift": 0.2, "truncation_rate": 0.1, "identical_share": 0.1, "duplicate_share": 0.1,
     "real_duplicate_share": 0.1, "distinct_2": 0.8, "length_auc": 0.5,
-    "standard_errors": {"against_self.generated_logp_drift": 0.2},
+    "standard_errors": {"against_self.generated_logp_drift": 0.2, "against_self.margin": 0.2},
 }  # fmt: skip
 
 
@@ -71,11 +72,19 @@ def test_a_healthy_iterate_gives_no_warning():
     assert warnings(HEALTHY, [HEALTHY], {}, 512) == []
 
 
+def test_a_model_that_has_arrived_at_the_data_did_not_overshoot():
+    """Margins that spread around 0 have a loss above ln 2."""
+    margins = np.random.default_rng(0).normal(0, 1, 1000)
+    loss = float(np.log1p(np.exp(-margins)).mean())
+    assert loss > 0.743
+    assert warnings(HEALTHY | {"against_self": {"loss": loss, "margin": 0.048}}, [HEALTHY], {}, 512) == []
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"against_opponent": {"loss": 0.70}}, "not below ln 2"),
-        ({"against_self": {"loss": 0.80}}, "overshot"),
+        ({"against_self": {"margin": -1.0}}, "overshot"),
         ({"real_logp_drift": -3.0, "against_opponent": {"generated_logp_drift": -5.0}}, "goes to other responses"),
         ({"against_self": {"generated_logp_drift": -1.0}}, "estimated below 0"),
         ({"identical_share": 0.9}, "90% of y′ equal y"),
@@ -93,7 +102,7 @@ def test_each_sign_of_collapse_is_named(change, words):
 CHANGES = {
     "answers": lambda x: ({"answer_accuracy": 0.5 - x * 1.96 * 0.05 * math.sqrt(2)}, {"answer_accuracy": 0.5}),
     "held-out loss": lambda x: ({"against_opponent": {"loss": x}}, {}),
-    "overshoot": lambda x: ({"against_self": {"loss": x}}, {}),
+    "overshoot": lambda x: ({"against_self": {"margin": -x * 1.96 * 0.2}}, {}),
     "lost probability": lambda x: ({"real_logp_drift": -x, "against_opponent": {"generated_logp_drift": -9.0}}, {}),
     "KL below 0": lambda x: ({"against_self": {"generated_logp_drift": -x * 1.96 * 0.2}}, {}),
     "equal to y": lambda x: ({"identical_share": x}, {}),

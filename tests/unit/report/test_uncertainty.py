@@ -49,6 +49,21 @@ def test_rows_of_one_conversation_count_as_one_draw():
     assert CONFIDENCE * standard_error(np.repeat(four, 3), np.repeat([9, 2, 4, 7], 3)) == pytest.approx(half(four))
 
 
+@pytest.mark.parametrize("sizes", [[50, 50, *[1] * 30], [30, 30, 30, *[2] * 20], [40, *[1] * 100]])
+def test_intervals_hold_the_truth_where_few_conversations_have_most_rows(sizes):
+    """By the number of conversations alone, 67 to 90 % would hold it."""
+    random, covered = np.random.default_rng(0), 0
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    for _ in range(1000):
+        values = random.normal(size=len(sizes))[groups] + random.normal(size=len(groups))
+        covered += abs(values.mean()) < CONFIDENCE * standard_error(values, groups)
+    assert 910 <= covered <= 975
+
+
+def test_a_conversation_with_nearly_all_rows_tells_no_error():
+    assert standard_error(np.arange(120.0), [0] * 100 + list(range(1, 21))) is None
+
+
 @pytest.mark.parametrize("conversations", [3, 60])
 def test_intervals_of_dependent_rows_hold_the_truth_as_often_as_they_say(conversations):
     """Three turns each, half of the variance between conversations. As independent rows, 85 % would hold it."""
