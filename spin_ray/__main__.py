@@ -41,17 +41,6 @@ def _overrides(example: str) -> Callable[[Callable[..., None]], Callable[..., No
     return add
 
 
-class _OfTwo(click.Command):
-    """A command whose ``--iterates`` takes two names, as two words or as ``A,B``."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words: list[str] = []
-        for word in args:
-            is_pair = words[-1:] == ["--iterates"] or word.startswith("--iterates=")
-            words += word.split(",") if is_pair else [word]
-        return super().parse_args(ctx, words)
-
-
 @click.group()
 @click.version_option(package_name="spin-ray")
 def cli() -> None:
@@ -178,9 +167,9 @@ def evaluate(run_folder: str, tasks: str, iterates: str, include: str | None, as
         click.echo(json.dumps(found, indent=1))
 
 
-@cli.command("judge", cls=_OfTwo, short_help="Let a model judge between two iterates.")
+@cli.command("judge", short_help="Let a model judge between two iterates.")
 @click.argument("run_folder", metavar="RUN")
-@click.option("--iterates", nargs=2, required=True, metavar="A,B", help="Two names, e.g. latest,sft.")
+@click.option("--iterates", nargs=2, required=True, metavar="A B", help="Two names, e.g. latest sft.")
 @click.option("--endpoint", required=True, help="OpenAI-compatible server of the judge; $OPENAI_API_KEY is its key.")
 @click.option("--model", required=True, help="Name of the judge on the server.")
 @click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Number of held-out prompts.")

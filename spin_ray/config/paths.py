@@ -30,5 +30,12 @@ def local_path(name: str) -> Path:
 
 
 def without_scheme(name: str) -> str:
-    """Returns the path that a ``file://`` URI means, and any other name as it is."""
-    return str(local_path(name)) if name.startswith(_FILE) else name
+    """Returns the path that a ``file://`` URI means, and any other name as it is.
+
+    Raises:
+        ValueError: as ``local_path``'s ConfigError.
+    """
+    try:
+        return str(local_path(name)) if name.startswith(_FILE) else name
+    except ConfigError as error:
+        raise ValueError(str(error)) from error  # pydantic names the setting

@@ -223,8 +223,8 @@ def _find_all(
         names = ", ".join(str(added.get(stop, f"token {stop}")) for stop in stops) or "no token"
         found.append(
             Finding(
-                f"generation_config.json of the start ends a response at {names}; that of the models that the run "
-                f"commits adds {renderer.end_of_turn}",
+                f"generate of transformers ends a response of the start at {names}; generation_config.json of the "
+                f"models that the run commits adds {renderer.end_of_turn}",
                 "note",
             )
         )

@@ -105,7 +105,7 @@ def ends_at(folder: Path) -> list[int]:
 
 def ends_of(config: Mapping[str, Any]) -> list[int]:
     """Returns ``eos_token_id`` of a generation_config.json or config.json as a list."""
-    ends = config.get("eos_token_id")
+    ends = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 

@@ -68,8 +68,16 @@ def _write(run: RunDir, iterate: int, folder: Path) -> None:
             (folder / CARD).write_text(card, encoding="utf-8")
             give_usual_modes(folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # it was empty, and a part of a model is of no use
+        _empty(folder)  # as it was; a part of a model is of no use
         raise
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _card(run: RunDir, iterate: int, folder: Path) -> str:

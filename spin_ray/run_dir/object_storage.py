@@ -290,8 +290,9 @@ class ObjectStorage(Storage):
                 now = time.monotonic()
                 if not self._has_answered:
                     self._refuse_without_access(error, now - begun)
-                    if now + pause_s > begun + FIRST_ANSWER_S:
-                        raise self._silent(error, now - begun, tries) from error
+                    self._has_answered = _is_answer(error)
+                if not self._has_answered and now + pause_s > begun + FIRST_ANSWER_S:
+                    raise self._silent(error, now - begun, tries) from error
                 failed_at = now if failed_at is None else failed_at
                 if now + pause_s > failed_at + DEADLINE_S and tries >= LEAST_TRIES:
                     raise StageError(
@@ -319,6 +320,12 @@ class ObjectStorage(Storage):
 
 def _reopened(root: str, token: str | None, has_answered: bool) -> ObjectStorage:
     return ObjectStorage(root, token, has_answered=has_answered)
+
+
+def _is_answer(error: BaseError) -> bool:
+    """Tells whether the store itself said what is wrong, e.g. 503, and not a server of credentials."""
+    text = str(error)
+    return "status code" in text and not any(server in text for server in _METADATA)
 
 
 def _reason(error: BaseError) -> str:

@@ -349,7 +349,7 @@ def give_usual_modes(folder: Path) -> None:
     usual = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     for path in folder.rglob("*"):
-        if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) | usual != mode:
+        if path.is_file() and not path.is_symlink() and (mode := stat.S_IMODE(path.stat().st_mode)) | usual != mode:
             path.chmod(mode | usual)
 
 

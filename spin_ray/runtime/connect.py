@@ -136,7 +136,8 @@ def _refuse_other_source() -> None:
 
 
 def _source(package: Path) -> dict[Path, bytes]:
-    return {path.relative_to(package): path.read_bytes() for path in package.rglob("*.py")}
+    files = (path for path in package.rglob("*.py") if path.is_file())  # editors leave links that lead nowhere
+    return {path.relative_to(package): path.read_bytes() for path in files}
 
 
 def is_embedded() -> bool:

@@ -48,9 +48,12 @@ def engine_bundles(config: SpinConfig) -> Bundles:
 
 
 def beyond_this_process(config: SpinConfig) -> list[str]:
-    """Returns a sentence for each stage that asks for more CPUs than this process may use; none on a cluster."""
+    """Returns a sentence for each stage that asks for more CPUs than this process may use.
+
+    None on a cluster, or where the recipe says how many Ray should count.
+    """
     usable, machine = usable_cpus(), os.cpu_count()
-    if runs_elsewhere(config):
+    if runs_elsewhere(config) or config.cluster.local_cpus:
         return []
     asked = {stage: total_of(bundles).get("CPU", 0) for stage, bundles in demands(config).items()}
     limited = f" of the machine's {machine} (taskset, Slurm or a container limits it)" if usable != machine else ""

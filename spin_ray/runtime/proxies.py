@@ -20,7 +20,7 @@ def keep_loopback_from_proxies(*urls: str) -> None:
     """
     if not urllib.request.getproxies_environment():
         return
-    left_out = next((text for name in _VARIABLES if (text := os.environ.get(name))), "")
+    left_out = ",".join(os.environ.get(name, "") for name in _VARIABLES)  # some clients read one, some the other
     names = [name.strip() for name in left_out.split(",") if name.strip()]
     if "*" in names:
         return
@@ -53,4 +53,7 @@ def proxy_of(url: str) -> str | None:
     if is_loopback(parts.hostname or "") or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
     proxy = urllib.request.getproxies().get(parts.scheme)
-    return f"{proxy.partition('://')[0]}://{proxy.rpartition('@')[2].rpartition('://')[2]}" if proxy else None
+    if not proxy:
+        return None
+    scheme, colon, host = proxy.rpartition("://")  # both may be missing
+    return f"{scheme}{colon}{host.rpartition('@')[2]}"

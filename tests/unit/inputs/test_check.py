@@ -59,7 +59,7 @@ def test_an_end_of_turn_that_committed_models_add_to_the_starts_ends_is_noted(tm
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     said = [found.sentence for found in check_recipe(config_for(model={"path": str(folder)})).findings]
     of_ends = [sentence for sentence in said if "generation_config.json" in sentence]
-    expected = f"ends a response at {named}; that of the models that the run commits adds <|im_end|>"
+    expected = f"at {named}; generation_config.json of the models that the run commits adds <|im_end|>"
     assert [expected in sentence for sentence in of_ends] == ([True] if named else [])
 
 

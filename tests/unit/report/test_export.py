@@ -287,7 +287,7 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No space left"):
         export(run, "1", str(tmp_path / "out"))
     monkeypatch.setattr(shutil, "copyfile", copy)
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
     export(run, "1", str(tmp_path / "out"))
 
 

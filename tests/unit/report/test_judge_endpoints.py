@@ -207,13 +207,19 @@ def test_every_client_leaves_this_machine_out_of_the_proxy(monkeypatch: pytest.M
     requests = pytest.importorskip("requests")
     set_proxy(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", ".intra")
-    monkeypatch.setenv("NO_PROXY", ".intra")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.9")
     urls = ["http://127.0.0.1:80/v1", "http://127.0.0.2/v1", "http://[::1]:80/v1", "http://localhost:80/v1"]
     assert all(requests.utils.get_environ_proxies(url) for url in urls)
     keep_loopback_from_proxies(*urls, "http://h.invalid/v1")
-    assert not any(requests.utils.get_environ_proxies(url) for url in [*urls, "http://x.intra/"])
+    assert not any(requests.utils.get_environ_proxies(url) for url in [*urls, "http://x.intra/", "http://10.0.0.9/"])
     assert all(urllib.request.proxy_bypass(host) for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"))
     assert proxy_of("http://h.invalid/v1") == "http://127.0.0.1:9" and proxy_of("http://x.intra/") is None
+
+
+@pytest.mark.parametrize("given", ["http://me:secret@proxy:9", "me:secret@proxy:9", "proxy:9"])
+def test_a_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    set_proxy(monkeypatch, given)
+    assert proxy_of("http://h.invalid/v1") == ("http://proxy:9" if "://" in given else "proxy:9")
 
 
 def set_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:

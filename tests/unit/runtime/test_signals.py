@@ -35,9 +35,10 @@ program.main()
 
 def hung_up(*before: str) -> tuple[int, str, str]:
     """Runs a command, sends SIGHUP when it has begun; returns its exit code, stdout and stderr."""
+    heeds = "" if before else "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # also below nohup pytest
     process = subprocess.Popen(
-        [*before, sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={"PYTHONPATH": str(ROOT)},
+        [*before, sys.executable, "-c", f"{heeds}\n{PROGRAM}"], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout and process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGHUP)
