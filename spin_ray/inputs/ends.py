@@ -1,10 +1,10 @@
 """Tokens that end a turn besides the chat template's, e.g. ``<|end_of_text|>`` besides ``<|eot_id|>``."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from spin_ray.inputs.rendering import ChatRenderer
+from spin_ray.learner.published import ends_of, read_json
 
 
 def other_ends(folder: Path, renderer: ChatRenderer) -> tuple[int, ...]:
@@ -19,11 +19,7 @@ def named_ends(folder: Path, tokenizer: Any) -> set[int]:
     """
     named = {tokenizer.eos_token_id}
     for file in ("generation_config.json", "config.json"):
-        try:
-            content = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
+        content = read_json(folder / file)
         for scope in (content, content.get("text_config")):
-            ends = scope.get("eos_token_id") if isinstance(scope, dict) else None
-            named |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
+            named |= {*ends_of(scope)} if isinstance(scope, dict) else set()
     return {end for end in named - {None} if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id}

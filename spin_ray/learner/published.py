@@ -26,7 +26,7 @@ def keep_form_of_config(target: Path, source: Path, dtype: str, *, trust_remote_
     made = json.loads(file.read_text(encoding="utf-8"))
     _set_dtype(made, dtype)
     _write_json(file, made)
-    meant, kept = _read_meaning(target, trust_remote_code), _read_json(source / "config.json")
+    meant, kept = _read_meaning(target, trust_remote_code), read_json(source / "config.json")
     if meant is None or not kept:
         return
     if made.get("architectures") and not {*made["architectures"]} <= {*(kept.get("architectures") or ())}:
@@ -91,21 +91,22 @@ def name_end(folder: Path, end: int, start: Path, *, trust_remote_code: bool) ->
 
         model = AutoConfig.from_pretrained(str(start), trust_remote_code=trust_remote_code)
         GenerationConfig.from_model_config(model).save_pretrained(str(folder))
-    config = _read_json(file)
+    config = read_json(file)
     if end not in (ends := ends_of(config)):
-        own = ends or ends_of(_read_json(start / "config.json"))
+        own = ends or ends_of(read_json(start / "config.json"))
         _write_json(file, config | {"eos_token_id": [*dict.fromkeys([*own, end])]})
 
 
 def ends_at(folder: Path) -> list[int]:
     """Returns the ids at which ``generate`` stops: those of generation_config.json, or of config.json without it."""
     files = [folder / name for name in (_GENERATION, "config.json")]
-    return next((ends_of(_read_json(file)) for file in files if file.is_file()), [])
+    return next((ends_of(read_json(file)) for file in files if file.is_file()), [])
 
 
 def ends_of(config: Mapping[str, Any]) -> list[int]:
-    """Returns ``eos_token_id`` of a generation_config.json or config.json as a list."""
-    ends = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    """Returns ``eos_token_id`` of a generation_config.json or config.json, or of its ``text_config``, as a list."""
+    text = config.get("text_config")
+    ends = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
     return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 
@@ -117,7 +118,7 @@ def set_template(folder: Path, template: str) -> None:
 
 def has_template(folder: Path) -> bool:
     files = any((folder / name).exists() for name in (TEMPLATE, *_OTHER_TEMPLATES))
-    return files or any(_read_json(folder / name).get("chat_template") for name in _WITH_TEMPLATES)
+    return files or any(read_json(folder / name).get("chat_template") for name in _WITH_TEMPLATES)
 
 
 def remove_templates(folder: Path) -> None:
@@ -127,17 +128,26 @@ def remove_templates(folder: Path) -> None:
         else:
             (folder / name).unlink(missing_ok=True)
     for name in _WITH_TEMPLATES:
-        settings = _read_json(folder / name)
+        settings = read_json(folder / name)
         if settings.pop("chat_template", None) is not None:
             _write_json(folder / name, settings)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; empty if the file is missing, or holds no such object."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_object(file.read_bytes())
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """Returns a JSON object; empty if ``content`` is none."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a model card says of the start's terms, and of how to load the model."""
+"""Notes of a model card: the start's terms, and how to load the model."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from spin_ray.learner.published import ends_at, ends_of
+from spin_ray.learner.published import ends_at, ends_of, parse_object, read_json
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -50,7 +50,7 @@ def notes_on_loading(run: RunDir, iterate: int, start: Path, *, is_adapter: bool
             "run that made it. Export it (`spin-ray export` merges), or pass the base to PEFT yourself if the run has "
             "moved."
         )
-    config = _read_json(start / "config.json") or _read(run, f"{folder}/config.json")
+    config = read_json(start / "config.json") or _read(run, f"{folder}/config.json")
     if any(scope.get("attn_logit_softcapping") for scope in (config, config.get("text_config") or {})):
         yield (
             "Attention is soft-capped, which SDPA, transformers' default, leaves out: load the model with "
@@ -76,25 +76,10 @@ def _call(variables: Mapping[str, Any]) -> str:
 
 
 def _names(start: Path, ends: list[int]) -> str:
-    added = _read_json(start / "tokenizer.json").get("added_tokens") or []
+    added = read_json(start / "tokenizer.json").get("added_tokens") or []
     names = {token.get("id"): f" (`{token.get('content')}`)" for token in added}
     return ", ".join(f"token {end}{names.get(end, '')}" for end in ends)
 
 
 def _read(run: RunDir, path: str) -> dict[str, Any]:
-    return _parsed(run.storage.find(path) or b"")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return _parsed(file.read_bytes())
-    except OSError:
-        return {}
-
-
-def _parsed(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return parse_object(run.storage.find(path) or b"")

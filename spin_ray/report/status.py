@@ -29,7 +29,7 @@ from spin_ray.run_dir.events import (
     stage_seconds,
     stage_warnings,
 )
-from spin_ray.run_dir.lease import gone_driver, living_driver
+from spin_ray.run_dir.lease import Driver, find_driver
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir, open_run
 
@@ -152,11 +152,12 @@ def what_is_kept(out: str) -> str:
 
 def is_running(run: RunDir) -> bool:
     """Tells whether a driver holds the run's lease and lives, in a stage or between two."""
-    return living_driver(run.storage, _timeout(run)) is not None
+    driver = _find_driver(run)
+    return driver is not None and driver.lives
 
 
-def _timeout(run: RunDir) -> float:
-    return run.config().storage.lease_timeout_s
+def _find_driver(run: RunDir) -> Driver | None:
+    return find_driver(run.storage, run.config().storage.lease_timeout_s)
 
 
 def _beside(events: list[Event]) -> list[Span]:
@@ -171,9 +172,9 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
     last = next(iter(spans(of_driver(events))[-1:]), None)
     if last is None or last.outcome != "running":
         return
-    if not is_running(run):
-        driver = gone_driver(run.storage, _timeout(run))
-        why = f"{driver} is gone" if driver else "no driver has the run"
+    driver = _find_driver(run)
+    if driver is None or not driver.lives:
+        why = f"{driver.name} is gone" if driver else "no driver has the run"
         console.print(f"Stopped during {last.folder} {last.stage}: {why}; the same command goes on", markup=False)
         return
     log = run.train_log(last.folder) if last.stage == "training" else []

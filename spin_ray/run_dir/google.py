@@ -2,9 +2,11 @@
 
 import os
 
+ACCOUNT = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH")
+"""Variables of obstore that name an account's file."""
+
 
 def share_google_account() -> None:
     """Lets pyarrow, which reads data and writes checkpoints, use the account that obstore is given."""
-    account = os.environ.get("GOOGLE_SERVICE_ACCOUNT") or os.environ.get("GOOGLE_SERVICE_ACCOUNT_PATH")
-    if account:
+    if account := next((file for name in ACCOUNT if (file := os.environ.get(name))), None):
         os.environ.setdefault("GOOGLE_APPLICATION_CREDENTIALS", account)

@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 
@@ -119,20 +119,15 @@ class Lease:
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
 
 
-def living_driver(storage: Storage, timeout_s: float) -> str | None:
-    """Names the driver that holds the lease and lives; None if it is gone, or nobody holds the lease."""
-    holder = _holder(storage)
-    return _named(holder) if holder and not _is_stale(holder, timeout_s) else None
+class Driver(NamedTuple):
+    name: str
+    lives: bool
 
 
-def gone_driver(storage: Storage, timeout_s: float) -> str | None:
-    """Names the driver that holds the lease if it is gone; None if it lives, or nobody holds the lease."""
-    holder = _holder(storage)
-    return _named(holder) if holder and _is_stale(holder, timeout_s) else None
-
-
-def _holder(storage: Storage) -> dict[str, Any] | None:
-    return holder_in(storage.find(LEASE), f"{storage.root}/{LEASE}")
+def find_driver(storage: Storage, timeout_s: float) -> Driver | None:
+    """Returns the driver that holds the lease, which may be gone; None if nobody holds it."""
+    holder = holder_in(storage.find(LEASE), f"{storage.root}/{LEASE}")
+    return Driver(_named(holder), not _is_stale(holder, timeout_s)) if holder else None
 
 
 def _is_stale(holder: dict[str, Any], timeout_s: float) -> bool:

@@ -30,7 +30,7 @@ from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, RunDirError, StageError, first_line
 from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
-from spin_ray.run_dir.google import share_google_account
+from spin_ray.run_dir.google import ACCOUNT, share_google_account
 from spin_ray.run_dir.storage import MANIFEST, UPDATE_TIMEOUT_S, Digest, Storage
 
 CACHE = cache_root() / "runs"
@@ -339,7 +339,7 @@ def _endpoint() -> str:
     for name in _ENDPOINTS:
         if os.environ.get(name):
             return os.environ[name]
-    for name in ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"):
+    for name in ACCOUNT:
         with suppress(OSError, ValueError, AttributeError):
             return str(json.loads(Path(os.environ.get(name, "")).read_text()).get("gcs_base_url", ""))
     return ""
